@@ -1,0 +1,5 @@
+"""`python -m reslab`, which is what torchrun starts."""
+
+from reslab.cli import main
+
+main()

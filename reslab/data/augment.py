@@ -1,0 +1,152 @@
+"""Augmentation of whole batches, on the device the batch is on. Images are float NCHW, normalised: zero is the mean colour.
+
+Every random choice is drawn on the CPU from the given generator, so that a seed means the same on every device.
+"""
+
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Generator, Tensor
+
+from reslab.errors import needs_extra
+
+
+def pad_crop(x: Tensor, pad: int, generator: Generator) -> Tensor:
+    """Each image shifted by up to `pad` pixels in each direction, zeros coming in (He et al. 2015, section 4.2)."""
+    h, w = x.shape[2:]
+    top, left = torch.randint(0, 2 * pad + 1, (2, len(x)), generator=generator).to(x.device)
+    windows = F.pad(x, (pad, pad, pad, pad)).unfold(2, h, 1).unfold(3, w, 1)  # a view: every shift of every image
+    return windows[torch.arange(len(x), device=x.device), :, top, left]
+
+
+def flip(x: Tensor, mirrored: Tensor) -> Tensor:
+    """The images for which `mirrored` (N, bool) holds, left to right."""
+    return torch.where(mirrored.to(x.device).view(-1, 1, 1, 1), x.flip(3), x)
+
+
+def random_resized_crop(
+    x: Tensor, size: int, generator: Generator, scale: tuple[float, float] = (0.35, 1.0), ratio: tuple[float, float] = (3 / 4, 4 / 3)
+) -> Tensor:
+    """A random box of each image, `scale` of its area and `ratio` wide to high, resized to `size` (Szegedy et al. 2014).
+
+    A box that would not fit is narrowed until it does. Bilinear, without a low-pass filter: meant for boxes that are at
+    most about twice `size`.
+    """
+    n = len(x)
+    area = torch.empty(n).uniform_(*scale, generator=generator)
+    aspect = torch.empty(n).uniform_(*(float(torch.tensor(r).log()) for r in ratio), generator=generator).exp()
+    width, height = (area * aspect).sqrt().clamp(max=1), (area / aspect).sqrt().clamp(max=1)
+    return _boxes(x, size, width, height, generator)
+
+
+def scale_crop(x: Tensor, size: int, shortest: tuple[int, int], generator: Generator) -> Tensor:
+    """The short side scaled to a whole number in `shortest`, then a random square of `size` (He et al. 2015, section 3.4)."""
+    side = size / torch.randint(shortest[0], shortest[1] + 1, (len(x),), generator=generator)
+    return _boxes(x, size, side, side, generator)
+
+
+def _boxes(x: Tensor, size: int, width: Tensor, height: Tensor, generator: Generator) -> Tensor:
+    """Boxes of the given sizes (fractions of the image), each somewhere inside it, sampled on a size x size grid."""
+    x0 = torch.rand(len(x), generator=generator) * (1 - width)
+    y0 = torch.rand(len(x), generator=generator) * (1 - height)
+    theta = torch.zeros(len(x), 2, 3)
+    theta[:, 0, 0], theta[:, 1, 1] = width, height
+    theta[:, 0, 2], theta[:, 1, 2] = 2 * x0 + width - 1, 2 * y0 + height - 1
+    grid = F.affine_grid(theta.to(x.device, x.dtype), [len(x), x.shape[1], size, size], align_corners=False)
+    return F.grid_sample(x, grid, padding_mode="border", align_corners=False)
+
+
+def cutout(x: Tensor, size: int, generator: Generator) -> Tensor:
+    """A square of `size` pixels in each image set to zero, centred anywhere (DeVries & Taylor 2017, 1708.04552)."""
+    n, _, h, w = x.shape
+    y = torch.randint(0, h, (n, 1, 1, 1), generator=generator).to(x.device) - size // 2
+    c = torch.randint(0, w, (n, 1, 1, 1), generator=generator).to(x.device) - size // 2
+    rows = torch.arange(h, device=x.device).view(1, 1, h, 1)
+    columns = torch.arange(w, device=x.device).view(1, 1, 1, w)
+    inside = (rows >= y) & (rows < y + size) & (columns >= c) & (columns < c + size)
+    return x.masked_fill(inside, 0)
+
+
+def mixup(x: Tensor, targets: Tensor, alpha: float, generator: Generator) -> tuple[Tensor, Tensor]:
+    """Each image and its target blended with another's, one Beta(alpha, alpha) share a batch (Zhang et al. 2017, 1710.09412)."""
+    share = _beta(alpha, generator)
+    other = torch.randperm(len(x), generator=generator).to(x.device)
+    return share * x + (1 - share) * x[other], share * targets + (1 - share) * targets[other]
+
+
+def cutmix(x: Tensor, targets: Tensor, alpha: float, generator: Generator) -> tuple[Tensor, Tensor]:
+    """A box of each image replaced by another's, targets blended by its area (Yun et al. 2019, 1905.04899)."""
+    h, w = x.shape[2:]
+    side = (1 - _beta(alpha, generator)) ** 0.5
+    y, c = (int(torch.randint(0, n, (1,), generator=generator)) for n in (h, w))
+    top, bottom = max(0, round(y - side * h / 2)), min(h, round(y + side * h / 2))
+    left, right = max(0, round(c - side * w / 2)), min(w, round(c + side * w / 2))
+    other = torch.randperm(len(x), generator=generator).to(x.device)
+    mixed = x.clone()
+    mixed[:, :, top:bottom, left:right] = x[other, :, top:bottom, left:right]
+    share = 1 - (bottom - top) * (right - left) / (h * w)
+    return mixed, share * targets + (1 - share) * targets[other]
+
+
+def _beta(alpha: float, generator: Generator) -> float:
+    """One draw of Beta(alpha, alpha). torch.distributions takes no generator, so numpy draws from a seed of ours."""
+    import numpy as np
+
+    seed = int(torch.randint(0, 2**63 - 1, (1,), generator=generator))
+    return float(np.random.default_rng(seed).beta(alpha, alpha))
+
+
+# Principal components of ImageNet's RGB values in [0, 1]: Krizhevsky et al. 2012, section 4.1; numbers as fb.resnet.torch
+LIGHTING_VALUES = (0.2175, 0.0188, 0.0045)
+LIGHTING_VECTORS = ((-0.5675, 0.7192, 0.4009), (-0.5808, -0.0045, -0.8140), (-0.5836, -0.6948, 0.4203))
+
+
+def lighting(x: Tensor, deviation: float, std: Tensor, generator: Generator) -> Tensor:
+    """Each colour image shifted along the principal components of natural colours (Krizhevsky et al. 2012, section 4.1).
+
+    `std` is what the images were divided by. Greyscale images are returned as they are.
+    """
+    if x.shape[1] != 3:
+        return x
+    amounts = torch.randn(len(x), 3, generator=generator) * deviation * torch.tensor(LIGHTING_VALUES)
+    shift = (amounts @ torch.tensor(LIGHTING_VECTORS).T).to(x.device) / std
+    return x + shift.view(-1, 3, 1, 1)
+
+
+def colour(x: Tensor, jitter: float, randaugment: int, generator: Generator) -> Tensor:
+    """kornia's colour jitter of strength `jitter` and RandAugment of `randaugment` operations, on images in [0, 1].
+
+    Raises WorkError when the extra `aug` is not installed.
+    """
+    if not jitter and not randaugment:
+        return x
+    with torch.random.fork_rng(devices=[]):  # kornia draws from the global generator
+        torch.manual_seed(int(torch.randint(0, 2**63 - 1, (1,), generator=generator)))
+        if jitter and x.shape[1] == 3:
+            x = _kornia_jitter(jitter)(x)
+        if randaugment:
+            x = _kornia_randaugment(randaugment)(x if x.shape[1] == 3 else x.expand(-1, 3, -1, -1))[:, : x.shape[1]]
+    return x.clamp(0, 1)
+
+
+@cache
+def _kornia_jitter(strength: float) -> Callable[[Tensor], Tensor]:
+    jitter: Callable[[Tensor], Tensor] = _kornia().ColorJitter(strength, strength, strength, strength / 4, p=1.0)
+    return jitter
+
+
+@cache
+def _kornia_randaugment(operations: int) -> Callable[[Tensor], Tensor]:
+    augment: Callable[[Tensor], Tensor] = _kornia().auto.RandAugment(n=operations, m=10)
+    return augment
+
+
+def _kornia() -> Any:
+    try:
+        import kornia.augmentation
+    except ImportError as error:
+        raise needs_extra("kornia", "aug") from error
+    return kornia.augmentation

@@ -1,0 +1,135 @@
+"""Images -> batches of raw uint8 pixels, in an order that a seed fixes.
+
+A data set that fits lives in memory, decoded once; a larger one is decoded by worker processes as it is needed. Which
+of the two was chosen changes no batch: order and pixels are the same.
+"""
+
+import os
+import signal
+from collections.abc import Callable, Iterator
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from reslab.data.decode import Unreadable
+from reslab.data.images import Images, Indices, read_many
+
+MEMORY_SHARE = 0.25  # of the machine's memory, at most, for pixels
+
+Storage = Literal["memory", "stream"]
+
+
+class Batch(NamedTuple):
+    """Raw images, uint8 (N, H, W, C), with their labels (N) and their positions in the Images (N), both int64."""
+
+    pixels: Tensor
+    labels: Tensor
+    items: Tensor
+
+
+class Batches:
+    """The images of one part of a split at one size, cut into batches."""
+
+    def __init__(self, images: Images, items: Indices, size: int, storage: Storage, workers: int = 2) -> None:
+        self.images = images
+        self.items = items
+        self.size = size
+        self.storage = storage
+        self.workers = workers
+        self.dropped: dict[str, str] = {}  # name -> reason, of images that could not be decoded
+        self._pixels: Tensor | None = None
+
+    def load(self, progress: Callable[[int], None] = lambda done: None) -> None:
+        """Decodes everything now, where it is to live in memory. Unreadable images are dropped and listed."""
+        if self.storage == "stream" or self._pixels is not None:
+            return
+        array, failed = read_many(self.images, self.items, self.size, progress)
+        bad = [position for position, _ in failed]
+        self.dropped = {self.images.names[self.items[position]]: reason for position, reason in failed}
+        if bad:
+            array, self.items = np.delete(array, bad, axis=0), np.delete(self.items, bad)
+        self._pixels = torch.from_numpy(np.require(array, requirements=["C", "W"]))
+
+    def epoch(self, batch_size: int, order: Indices | None = None) -> Iterator[Batch]:
+        """Batches in the given order of positions within this part; by default each once, in their own order."""
+        order = np.arange(len(self.items)) if order is None else order
+        chunks = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
+        if self.storage == "memory":
+            self.load()
+            assert self._pixels is not None
+            for chunk in chunks:
+                yield self._batch(self._pixels[torch.from_numpy(chunk)], self.items[chunk])
+        else:
+            yield from self._stream(chunks)
+
+    def _batch(self, pixels: Tensor, items: Indices) -> Batch:
+        return Batch(pixels, torch.from_numpy(self.images.labels[items]), torch.from_numpy(items))
+
+    def _stream(self, chunks: list[Indices]) -> Iterator[Batch]:
+        loader: DataLoader[Any] = DataLoader(
+            _Files(self.images, self.size),
+            batch_sampler=[self.items[chunk].tolist() for chunk in chunks],
+            num_workers=self.workers,
+            collate_fn=_collate,
+            worker_init_fn=_quiet_worker,
+        )
+        for pixels, items, failed in loader:
+            self.dropped.update({self.images.names[item]: reason for item, reason in failed})
+            if len(items):
+                yield self._batch(pixels, items)
+
+
+def choose_storage(images: Images, size: int) -> tuple[Storage, str]:
+    """Memory when the decoded pixels take at most a quarter of the machine's; and the sentence that says so."""
+    need = len(images) * size * size * images.channels
+    have = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    storage: Storage = "memory" if images.array is not None or need <= MEMORY_SHARE * have else "stream"
+    return storage, f"{need / 2**20:,.0f} MiB of pixels, {have / 2**30:.0f} GiB of memory"
+
+
+class _Files(Dataset[tuple[int, Any]]):
+    def __init__(self, images: Images, size: int) -> None:
+        self.images = images
+        self.size = size
+
+    def __getitem__(self, item: int) -> tuple[int, Any]:
+        try:
+            return item, self.images.pixels(item, self.size)
+        except Unreadable as error:
+            return item, str(error)
+
+
+def _collate(samples: list[tuple[int, Any]]) -> tuple[Tensor, Indices, list[tuple[int, str]]]:
+    good = [(item, value) for item, value in samples if not isinstance(value, str)]
+    failed = [(item, value) for item, value in samples if isinstance(value, str)]
+    pixels = torch.from_numpy(np.stack([value for _, value in good])) if good else torch.empty(0)
+    return pixels, np.array([item for item, _ in good], dtype=np.int64), failed
+
+
+def _quiet_worker(_: int) -> None:
+    """Ctrl-C reaches the whole process group; only the main process answers it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    torch.set_num_threads(1)
+
+
+def mean_and_std(batches: Batches, most: int = 5000) -> tuple[list[float], list[float]]:
+    """Per-channel mean and standard deviation of pixel values in [0, 1], over at most `most` evenly spaced images."""
+    order = np.unique(np.linspace(0, len(batches.items) - 1, min(most, len(batches.items))).astype(np.int64))
+    count, total, squares = 0, torch.zeros(batches.images.channels).double(), torch.zeros(batches.images.channels).double()
+    for batch in batches.epoch(256, order):
+        x = batch.pixels.double().flatten(0, 2) / 255
+        count, total, squares = count + len(x), total + x.sum(0), squares + (x * x).sum(0)
+    mean = total / count
+    std = (squares / count - mean**2).clamp(min=1e-4).sqrt()
+    return mean.tolist(), std.tolist()
+
+
+def mean_image(batches: Batches) -> Tensor:
+    """The mean of every pixel over all images, float32 (C, H, W), values in [0, 1]."""
+    count, total = 0, torch.zeros(batches.size, batches.size, batches.images.channels).double()
+    for batch in batches.epoch(512):
+        count, total = count + len(batch.pixels), total + batch.pixels.double().sum(0)
+    return (total / count / 255).permute(2, 0, 1).float()

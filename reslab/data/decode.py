@@ -1,0 +1,120 @@
+"""Image file -> uint8 pixels: (size, size, channels), whatever was in the file.
+
+EXIF rotation is applied. Greyscale, palette, CMYK, 16-bit and float images become 8-bit; transparency goes onto white.
+The short side is scaled to `size` and the middle square kept. JPEG goes through simplejpeg, all else through Pillow.
+"""
+
+import io
+import struct
+import warnings
+from typing import Any, NamedTuple
+
+import numpy as np
+import simplejpeg
+from numpy.typing import NDArray
+from PIL import Image, ImageOps
+
+MAX_PIXELS = 89_478_485  # Pillow's own limit: a quarter of a GiB as RGB
+GREY_MODES = ("1", "L", "I", "F", "I;16", "I;16B", "I;16L", "I;16N")
+EXIF_ORIENTATION = 0x0112
+
+Pixels = NDArray[np.uint8]
+
+# Our own limit is applied to every image, so Pillow's warning at the same limit says nothing new.
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+
+
+class Unreadable(Exception):
+    """An image that cannot be used, with the reason in a few words."""
+
+
+class Header(NamedTuple):
+    """What an image file says of itself: pixels after EXIF rotation, and whether it has no colour."""
+
+    width: int
+    height: int
+    grey: bool
+
+
+def read_header(data: bytes) -> Header:
+    """Raises Unreadable for what is no image, a bomb, or a file that stops before its end."""
+    with _open(data) as image:
+        _check_whole(image, data)
+        turned = image.getexif().get(EXIF_ORIENTATION, 1) in (5, 6, 7, 8)
+        width, height = image.size[::-1] if turned else image.size
+        return Header(width, height, image.mode in GREY_MODES)
+
+
+def decode(data: bytes, size: int, channels: int) -> Pixels:
+    """uint8 (size, size, channels), channels 1 or 3. Raises Unreadable."""
+    with _open(data) as image:
+        orientation = image.getexif().get(EXIF_ORIENTATION, 1)
+        if image.format == "JPEG" and orientation == 1 and image.mode in ("L", "RGB"):
+            try:
+                array = simplejpeg.decode_jpeg(data, "RGB" if channels == 3 else "GRAY", min_height=size, min_width=size)
+            except ValueError:
+                pass  # simplejpeg is strict; Pillow reads what is merely odd and refuses what is broken
+            else:
+                return _fit(Image.fromarray(array if channels == 3 else array[:, :, 0]), size, channels)
+        try:
+            if image.format == "JPEG":
+                image.draft(None, (size, size))
+            return _fit(_eight_bit(ImageOps.exif_transpose(image), channels), size, channels)
+        except Exception as error:  # decoders raise many types on broken files
+            raise Unreadable(_reason(error)) from error
+
+
+def resize(pixels: Pixels, size: int) -> Pixels:
+    """uint8 (H, W, C) -> (size, size, C), as `decode` does."""
+    grey = pixels.shape[2] == 1
+    return _fit(Image.fromarray(pixels[:, :, 0] if grey else pixels), size, pixels.shape[2])
+
+
+def _open(data: bytes) -> Image.Image:
+    if not data:
+        raise Unreadable("empty file (0 bytes)")
+    try:
+        image: Image.Image = Image.open(io.BytesIO(data))
+    except Image.DecompressionBombError as error:
+        raise Unreadable(f"too many pixels: the limit is {MAX_PIXELS / 1e6:.0f} megapixels") from error
+    except Exception as error:
+        raise Unreadable("not an image that Pillow reads") from error
+    width, height = image.size
+    if width * height > MAX_PIXELS:
+        raise Unreadable(f"{width} x {height} px: the limit is {MAX_PIXELS / 1e6:.0f} megapixels")
+    return image
+
+
+def _check_whole(image: Image.Image, data: bytes) -> None:
+    """JPEG and PNG end in a marker, which is cheap to look for; what lacks it, and other formats, are decoded."""
+    tail = data[-4096:]
+    if (image.format == "JPEG" and b"\xff\xd9" in tail) or (image.format == "PNG" and b"IEND" in tail):
+        return
+    try:
+        image.load()
+    except Exception as error:
+        raise Unreadable(_reason(error)) from error
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, (OSError, struct.error, EOFError)) and "truncated" in str(error).lower():
+        return "truncated: the file stops before the image does"
+    return f"broken image data: {str(error).splitlines()[0][:80] if str(error) else type(error).__name__}"
+
+
+def _eight_bit(image: Image.Image, channels: int) -> Image.Image:
+    if image.mode in ("I", "F") or image.mode.startswith("I;16"):
+        values: NDArray[Any] = np.asarray(image).astype(np.float64)
+        top = values.max(initial=0.0)
+        scale = 255.0 if image.mode == "F" and top <= 1 else 1.0 if top <= 255 and image.mode != "I;16" else 255 / 65535
+        image = Image.fromarray(np.clip(np.nan_to_num(values * scale) + 0.5, 0, 255).astype(np.uint8))
+    if image.mode in ("LA", "PA", "La", "RGBA", "RGBa") or "transparency" in image.info:
+        opaque = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", opaque.size, "white"), opaque)
+    return image.convert("RGB" if channels == 3 else "L")
+
+
+def _fit(image: Image.Image, size: int, channels: int) -> Pixels:
+    if image.size != (size, size):
+        image = ImageOps.fit(image, (size, size), Image.Resampling.BILINEAR)  # Pillow's filters are antialiased
+    return np.asarray(image).reshape(size, size, channels)

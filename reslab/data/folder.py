@@ -1,0 +1,192 @@
+"""Images from disk: a tree with one folder a class, or a CSV of `path,label`. Nothing is copied or changed.
+
+Links are followed only to files inside the tree. What is no usable image is left out and listed with the reason.
+"""
+
+import csv
+import os
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image
+
+from reslab.data.decode import Header, Unreadable, read_header
+from reslab.data.images import SPLITS, THREADS, Images, Problem, digest
+from reslab.errors import CallError, WorkError, shown
+
+SPLIT_FOLDERS = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "test": "test", "testing": "test"}
+
+FOLDER_LINK = "a link to a folder; only links to files inside the tree are followed"
+
+
+class Item(NamedTuple):
+    """A file that should be an image, before it was opened."""
+
+    path: Path
+    name: str
+    label: str
+    declared: str
+
+
+def from_folder(root: Path, progress: Callable[[int, int], None]) -> Images:
+    """Images of a tree: `class/**/file`, or `train|val|test/class/**/file`.
+
+    Raises WorkError when there is no class folder, no image, or no readable one.
+    """
+    notes: list[str] = []
+    problems: list[Problem] = []
+    parts = _parts(root)
+    items: list[Item] = []
+    classes: set[str] = set()
+    for declared, top in parts:
+        for folder in sorted(_subfolders(top), key=lambda p: _natural(p.name)):
+            if folder.is_symlink():
+                problems.append(Problem(_name(folder, root), FOLDER_LINK))
+                continue
+            classes.add(folder.name)
+            items += [Item(path, _name(path, root), folder.name, declared) for path in _image_files(folder, root, problems)]
+        loose = sum(1 for path in top.iterdir() if path.is_file() and _looks_like_image(path))
+        if loose:
+            notes.append(f"{loose} image(s) directly in {_name(top, root)} have no class folder and were left out")
+    if not classes:
+        raise WorkError(f"a data folder has one sub-folder a class; {shown(root)} has none: put the images of each class into a folder of its own")
+    if not items:
+        raise WorkError(f"no images were found below {shown(root)}: put files such as .jpg or .png into its class folders")
+    empty = sorted(classes - {item.label for item in items}, key=_natural)
+    notes += [f"class folder {shown(name)} is empty" for name in empty]
+    return _read(root.resolve().name, str(root), items, problems, notes, progress)
+
+
+def from_csv(file: Path, progress: Callable[[int, int], None]) -> Images:
+    """Images of a CSV with the columns path and label, and maybe split; paths are relative to the CSV.
+
+    Raises WorkError when a column or a named file is missing.
+    """
+    try:
+        with file.open(encoding="utf-8-sig", newline="") as stream:
+            rows = list(csv.DictReader(stream))
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise WorkError(f"a CSV must be UTF-8 text; {shown(file)} is not: save it as CSV UTF-8") from error
+    columns = list(rows[0]) if rows else []
+    for needed in ("path", "label"):
+        if needed not in columns:
+            have = ", ".join(shown(str(c)) for c in columns) or "no rows"
+            raise WorkError(f"the CSV must have the columns path and label; {shown(file)} has {have}: add a first line path,label")
+    items = []
+    for row in rows:
+        name, label, declared = (row.get("path") or "").strip(), (row.get("label") or "").strip(), (row.get("split") or "").strip().lower()
+        if not name or not label:
+            raise WorkError(f"every row of the CSV needs a path and a label; {shown(file)} has {shown(str(row.get('path')))!r},{shown(str(row.get('label')))!r}: fill them in")
+        if declared and declared not in SPLIT_FOLDERS:
+            raise WorkError(f"the column split may hold train, val or test; {shown(file)} has {shown(declared)!r}: correct it")
+        items.append(Item(file.parent / name, name, label, SPLIT_FOLDERS.get(declared, "")))
+    missing = [item.name for item in items if not item.path.is_file()]
+    if missing:
+        raise WorkError(f"every path in the CSV must be a file; {len(missing)} of {len(items)} are not, first {shown(missing[0])!r}: paths are relative to {shown(file.parent)}")
+    return _read(file.stem, str(file), items, [], [], progress)
+
+
+def image_paths(folder: Path) -> list[Path]:
+    """The image files below a folder, in natural order; links that leave it are passed over."""
+    return list(_image_files(folder, folder, []))
+
+
+def _read(
+    name: str, source: str, items: list[Item], problems: list[Problem], notes: list[str], progress: Callable[[int, int], None]
+) -> Images:
+    headers: list[Header] = []
+    digests: list[str] = []
+    good: list[Item] = []
+    with ThreadPoolExecutor(THREADS) as pool:
+        for done, (item, result) in enumerate(zip(items, pool.map(_open, items, chunksize=64), strict=True), start=1):
+            progress(done, len(items))
+            if isinstance(result, str):
+                problems.append(Problem(item.name, result))
+            else:
+                good.append(item)
+                headers.append(result[0])
+                digests.append(result[1])
+    if not good:
+        raise WorkError(f"none of the {len(items)} files in {shown(source)} is a readable image; first {shown(problems[0].name)!r}: {problems[0].reason}")
+    classes = sorted({item.label for item in good}, key=_natural)
+    number = {label: index for index, label in enumerate(classes)}
+    return Images(
+        name=name,
+        classes=tuple(classes),
+        labels=np.array([number[item.label] for item in good], dtype=np.int64),
+        names=[item.name for item in good],
+        digests=digests,
+        sizes=np.array([(h.width, h.height) for h in headers], dtype=np.int32),
+        channels=1 if all(h.grey for h in headers) else 3,
+        declared=[item.declared for item in good],
+        paths=[item.path for item in good],
+        problems=tuple(problems),
+        notes=tuple(notes),
+        source=source,
+        upright=all(len(label) == 1 for label in classes),  # classes named 0-9 or A-Z are characters
+    )
+
+
+def _open(item: Item) -> tuple[Header, str] | str:
+    try:
+        data = item.path.read_bytes()
+        return read_header(data), digest(data)
+    except OSError as error:
+        return error.strerror or "cannot be read"
+    except Unreadable as error:
+        return str(error)
+
+
+def _parts(root: Path) -> list[tuple[str, Path]]:
+    """[(split, folder that holds the class folders)]. Only a tree whose sub-folders are all splits counts as split."""
+    try:
+        folders = _subfolders(root)
+    except OSError as error:
+        raise CallError(f"{shown(root)} cannot be read ({error.strerror}): check its permissions") from error
+    named = [(SPLIT_FOLDERS.get(folder.name.lower(), ""), folder) for folder in folders]
+    if named and all(part for part, _ in named) and any(part == "train" for part, _ in named) and any(_subfolders(f) for _, f in named):
+        return sorted(named, key=lambda pair: SPLITS.index(pair[0]))
+    return [("", root)]
+
+
+def _subfolders(folder: Path) -> list[Path]:
+    return [path for path in folder.iterdir() if path.is_dir() and not path.name.startswith(".")]
+
+
+def _image_files(folder: Path, root: Path, problems: list[Problem]) -> Iterator[Path]:
+    for current, folders, files in os.walk(folder):  # does not follow links to folders, so no loop is entered
+        for name in folders:
+            if (path := Path(current, name)).is_symlink():
+                problems.append(Problem(_name(path, root), FOLDER_LINK))
+        folders[:] = sorted((name for name in folders if not name.startswith(".")), key=_natural)
+        for name in sorted(files, key=_natural):
+            path = Path(current, name)
+            if name.startswith(".") or not _looks_like_image(path):
+                continue
+            if path.is_symlink() and not _inside(path, root):
+                problems.append(Problem(_name(path, root), "a link that leaves the folder, loops or leads nowhere"))
+                continue
+            yield path
+
+
+def _looks_like_image(path: Path) -> bool:
+    return path.suffix.lower() in Image.registered_extensions()
+
+
+def _inside(path: Path, root: Path) -> bool:
+    try:
+        return path.resolve(strict=True).is_relative_to(root.resolve())
+    except (OSError, RuntimeError):  # a dangling link, or a loop
+        return False
+
+
+def _name(path: Path, root: Path) -> str:
+    return path.relative_to(root).as_posix()
+
+
+def _natural(name: str) -> tuple[bool, int, str]:
+    """Numbers by value and before words, so that class 10 comes after class 9."""
+    return (False, int(name), "") if name.isascii() and name.isdigit() and len(name) < 19 else (True, 0, name)

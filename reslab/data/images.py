@@ -1,0 +1,104 @@
+"""`Images`: labelled images from a source, with class names; knows its split."""
+
+import hashlib
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from reslab.data.decode import Pixels, Unreadable, decode, resize
+
+SPLITS = ("train", "val", "test")
+THREADS = 4  # decoding and hashing leave the interpreter lock, reading waits for the disk
+
+Indices = NDArray[np.int64]
+
+
+class Problem(NamedTuple):
+    """A file that was left out, and why."""
+
+    name: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Images:
+    """n labelled images. Item i is `names[i]`, of class `classes[labels[i]]`, with the content hash `digests[i]`.
+
+    Pixels come either from `array` (uint8, NHWC) or from `paths`; `pixels` hides which.
+    """
+
+    name: str
+    classes: tuple[str, ...]
+    labels: Indices
+    names: Sequence[str]
+    digests: Sequence[str]  # first 32 hex digits of SHA-256, of the file or of the pixels
+    sizes: NDArray[np.int32]  # (n, 2): width, height after EXIF rotation
+    channels: int  # 1 when no image has colour, otherwise 3
+    declared: Sequence[str]  # the split that the source itself gives each item, or ""
+    array: Pixels | None = None
+    paths: Sequence[Path] | None = None
+    problems: tuple[Problem, ...] = ()
+    notes: tuple[str, ...] = ()
+    source: str = ""  # what to give `reslab train` to get these images again
+    upright: bool = False  # a mirror image would be another class or none, as for digits
+    split: dict[str, Indices] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @cached_property
+    def image_size(self) -> int:
+        """The side to train at: the median short side, at most 224, in steps of 32 above 64."""
+        side = int(np.median(self.sizes.min(axis=1)))
+        return min(224, side if side <= 64 else side // 32 * 32)
+
+    def pixels(self, index: int, size: int) -> Pixels:
+        """uint8 (size, size, channels) of one item. Raises Unreadable."""
+        if self.array is not None:
+            own = self.array[index]
+            return own if own.shape[:2] == (size, size) else resize(own, size)
+        assert self.paths is not None
+        try:
+            data = self.paths[index].read_bytes()
+        except OSError as error:
+            raise Unreadable(error.strerror or "cannot be read") from error
+        return decode(data, size, self.channels)
+
+    def fingerprint(self) -> str:
+        """SHA-256 over each item's content hash, class and split: equal only for equal data."""
+        where = {int(i): name for name, items in self.split.items() for i in items}
+        lines = sorted(f"{d} {self.classes[y]} {where.get(i, '')}" for i, (d, y) in enumerate(zip(self.digests, self.labels, strict=True)))
+        return hashlib.sha256("\n".join(lines).encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def digest(data: bytes | memoryview) -> str:
+    """The content hash that names an image: 128 bits of SHA-256, in hex."""
+    return hashlib.sha256(data).hexdigest()[:32]
+
+
+def read_many(
+    images: Images, items: Indices, size: int, progress: Callable[[int], None] = lambda done: None
+) -> tuple[Pixels, list[tuple[int, str]]]:
+    """uint8 (len(items), size, size, channels), decoded in threads, and the positions that could not be, with reasons."""
+    if images.array is not None and images.array.shape[1:3] == (size, size):
+        whole = len(items) == len(images) and bool((items == np.arange(len(items))).all())
+        return (images.array if whole else images.array[items]), []
+    out = np.zeros((len(items), size, size, images.channels), np.uint8)
+    failed: list[tuple[int, str]] = []
+
+    def fill(position: int) -> None:
+        try:
+            out[position] = images.pixels(int(items[position]), size)
+        except Unreadable as error:
+            failed.append((position, str(error)))
+
+    with ThreadPoolExecutor(THREADS) as pool:
+        for done, _ in enumerate(pool.map(fill, range(len(items)), chunksize=64), start=1):
+            progress(done)
+    return out, sorted(failed)

@@ -1,0 +1,374 @@
+"""The main job, end to end: data, check, split, plan, training, artefact, test, report."""
+
+import json
+import re
+import shlex
+import time
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+
+from reslab.data.batches import Batches, choose_storage, mean_and_std, mean_image
+from reslab.data.check import cheap_check
+from reslab.data.images import Images
+from reslab.data.preprocess import Preprocess
+from reslab.data.source import Progress, open_images, silent
+from reslab.data.split import split, split_record
+from reslab.errors import CallError, WorkError, shown, unknown
+from reslab.nets.torch import ResNet
+from reslab.nets.weights import load_weights
+from reslab.report.page import write_report
+from reslab.run import Run, write_whole
+from reslab.spec import Spec
+from reslab.spec import spec as find_spec
+from reslab.train.board import Board
+from reslab.train.fit import Show, Training, plan_record
+from reslab.train.hardware import Machine, machine
+from reslab.train.plan import Plan, epochs_within, make_plan
+from reslab.train.recipe import Recipe, find_recipe, resolve
+from reslab.train.recipe import from_dict as recipe_from_dict
+from reslab.use.classifier import Classifier, load
+from reslab.use.evaluate import fit_temperature, label_suspects, mistakes, outputs, score
+
+REPORT_SECONDS = 10.0  # kept back from a budget for the report and what surrounds it
+SMALL = 64  # pixels a side up to which a CIFAR net is the default
+EVAL_MARGIN = 256 / 224  # photos are tested on the middle 224 of 256 pixels
+
+
+class JobShow(Show, Protocol):
+    """A Show that is also told how far reading and downloading are."""
+
+    def reading(self, what: str, done: int, total: int) -> None: ...
+
+
+class Silent:
+    """A JobShow that shows nothing."""
+
+    def step(self, epoch: int, epochs: int, step: int, steps: int, facts: dict[str, float]) -> None: ...
+
+    def epoch(self, epoch: int, epochs: int, facts: dict[str, float]) -> None: ...
+
+    def say(self, text: str) -> None: ...
+
+    def reading(self, what: str, done: int, total: int) -> None: ...
+
+
+@dataclass
+class _Job:
+    """What both a fresh and a resumed training are made of."""
+
+    images: Images
+    spec: Spec
+    recipe: Recipe
+    preprocess: Preprocess
+    parts: dict[str, Batches]
+    storage: str
+    machine: Machine
+    show: JobShow
+
+
+def train(
+    data: str | Path | None = None, net: str | Spec | None = None, out: str | Path | None = None, *, resume: str | Path | None = None,
+    recipe: str | Recipe = "quick", budget: str | float | None = None, tensorboard: bool = False, show: JobShow | None = None,
+    **fields: Any,
+) -> Run:  # fmt: skip
+    """Trains a classifier on a folder, a CSV or a named data set, tests it once, and writes a run folder with a report.
+
+    `net` is a name in FAMILY or a Spec; by default resnet20 for images up to 64 px and resnet18 above. `budget` is a time
+    such as "20m", or seconds. Any Recipe field can be given by name. `resume` continues the run in that folder;
+    `tensorboard` also writes the curves to RUN/tensorboard.
+    Raises CallError for a wrong call, WorkError when the work fails, Interrupted after Ctrl-C or SIGTERM.
+    """
+    show = show or Silent()
+    started = time.monotonic()
+    with machine() as here:
+        if not here.is_writer:
+            show = Silent()
+        if resume is None:
+            training, job = _start(data or "digits", net, out, find_recipe(recipe, **fields), seconds(budget), here, show, started)
+        else:
+            training, job = _resume(Run.open(resume), data, net, out, recipe, fields, budget, here, show, started)
+        if tensorboard and here.is_writer:
+            training.board = Board(training.run.path / "tensorboard")
+        return _finish(job, training)
+
+
+def _start(
+    data: str | Path, net: str | Spec | None, out: str | Path | None, recipe: Recipe, budget: float | None, here: Machine, show: JobShow, started: float
+) -> tuple[Training, _Job]:  # fmt: skip
+    if isinstance(net, str):
+        find_spec(net)  # a wrong name is said before any data is read
+    target = Path(out) if out else _free_folder(data, here)
+    Run.check_free(target)
+    images = open_images(data, show.reading)
+    finding = cheap_check(images)
+    for line in finding:
+        show.say(line)
+    images = split(images, recipe.seed)
+    recipe = resolve(recipe, len(images.split["train"]), len(images.classes), images.image_size, images.upright)
+    assert recipe.image_size is not None
+    net = net or ("resnet20" if recipe.image_size <= SMALL else "resnet18")
+    spec = find_spec(net).fit(recipe.image_size, images.channels, len(images.classes))
+    if recipe.zero_init is not None:
+        spec = replace(spec, zero_init=recipe.zero_init)
+    job = _prepare(images, spec, recipe, here, show)
+    torch.manual_seed(recipe.seed)
+    built = here.place(ResNet(spec))
+    if recipe.weights:
+        show.say(f"weights: {load_weights(built, recipe.weights)}")
+    plan, deadline = _plan(job, built, budget, started)
+    job.recipe = recipe = replace(recipe, epochs=plan.epochs)  # what a budget allows is part of how to repeat it
+    run = Run(target, started)
+    if here.is_writer:
+        run.create()
+        name = net if isinstance(net, str) else "custom"
+        run.config = _config(job, name, str(data), plan, budget)
+        write_whole(run.path / "split.json", _json(split_record(images, recipe.seed)))
+        run.record("plan", **plan_record(plan), budget=budget)
+        for line in finding:
+            run.record("warning", text=line)
+    show.say(_sentence(job, net if isinstance(net, str) else "a custom net", plan))
+    here.agree(0)  # nobody trains before the folder exists
+    training = Training(built, job.parts["train"], job.parts["val"], job.preprocess, recipe, plan, run, here, show, deadline)
+    return training, job
+
+
+def _resume(
+    run: Run, data: Any, net: Any, out: Any, recipe: str | Recipe, fields: dict[str, Any], budget: Any, here: Machine, show: JobShow, started: float
+) -> tuple[Training, _Job]:  # fmt: skip
+    config = run.config
+    _check_same(run, config, data, net, out, recipe, fields)
+    if (run.path / "model" / "spec.json").is_file():
+        raise CallError(f"a finished run cannot be resumed; {shown(run.path)} has its model: train into a new --out")
+    try:
+        spec, kept = Spec.from_dict(config["spec"]), recipe_from_dict(config["recipe"])
+        plan = Plan(**config["plan"])
+        source, fingerprint = config["data"]["source"], config["data"]["fingerprint"]
+    except (KeyError, TypeError, CallError) as error:
+        raise WorkError(f"{shown(run.path / 'run.toml')} is damaged: {shown(str(error))}") from error
+    images = split(open_images(source, show.reading), kept.seed)
+    if images.fingerprint() != fingerprint:
+        raise WorkError(f"a run resumes on the data it began with; {shown(source)} has changed since: restore it, or train into a new --out")
+    job = _prepare(images, spec, kept, here, show)
+    built = here.place(ResNet(spec))
+    total = seconds(budget) or config.get("budget")
+    training = Training(built, job.parts["train"], job.parts["val"], job.preprocess, kept, plan, run, here, show)
+    training.resume()
+    run.start = started - training.progress.seconds
+    training.deadline = started + total - training.progress.seconds - _reserve(job, plan) if total else None
+    steps = training.progress.epochs * plan.steps_per_epoch
+    show.say(f"resumed {shown(run.path)} at step {training.progress.step} of {steps}")
+    return training, job
+
+
+def _prepare(images: Images, spec: Spec, recipe: Recipe, here: Machine, show: JobShow) -> _Job:
+    size = recipe.image_size
+    assert size is not None
+    canvas = size if recipe.crop in ("pad", "none") else round(size * EVAL_MARGIN)
+    train_canvas = round(size * 480 / 224) if recipe.crop == "scale" else canvas
+    storage, why = choose_storage(images, train_canvas)
+    storage = storage if recipe.storage == "auto" else recipe.storage
+    parts = {name: Batches(images, images.split[name], train_canvas if name == "train" else canvas, storage) for name in images.split}
+    for name in ("train", "val"):
+        parts[name].load(lambda done, name=name: show.reading(f"decoding {name}", done, len(images.split[name])))  # type: ignore[misc]
+    _check_readable(parts)
+    mean, std = mean_and_std(parts["train"])
+    means = torch.tensor(mean)
+    if recipe.normalize == "pixel-mean":
+        whole = mean_image(parts["train"])
+        means = torch.nn.functional.interpolate(whole[None], size, mode="bilinear", antialias=True)[0] if whole.shape[1] != size else whole
+        std = [1.0] * images.channels
+    preprocess = Preprocess(size, canvas, images.channels, means, torch.tensor(std))
+    return _Job(images, spec, recipe, preprocess, parts, f"{storage}: {why}", here, show)
+
+
+def _check_readable(parts: dict[str, Batches]) -> None:
+    for name, part in parts.items():
+        if not len(part.items):
+            raise WorkError(f"the {name} images must be readable; none of {len(part.dropped)} is: `reslab check` lists them")
+
+
+def _plan(job: _Job, net: ResNet, budget: float | None, started: float) -> tuple[Plan, float | None]:
+    recipe = job.recipe
+    assert recipe.batch_size is not None
+    batch = next(job.parts["train"].epoch(recipe.batch_size // job.machine.world or 1))
+    x = job.preprocess(batch.pixels, job.machine.device).contiguous(memory_format=torch.channels_last)
+    plan = make_plan(net, x, recipe, len(job.parts["train"].items), len(job.parts["val"].items), job.machine)
+    deadline = None
+    if budget:
+        deadline = started + budget - _reserve(job, plan)
+        plan = replace(plan, epochs=epochs_within(plan, recipe, deadline - time.monotonic()))
+    return job.machine.agree(plan), deadline
+
+
+def _reserve(job: _Job, plan: Plan) -> float:
+    """Seconds for what follows the training: val and test in fp32, and the report."""
+    held_out = len(job.parts["test"].items) + len(job.parts["val"].items)
+    return REPORT_SECONDS + 2 * plan.val_seconds * held_out / len(job.parts["val"].items)
+
+
+def _finish(job: _Job, training: Training) -> Run:
+    training.run_to_end()
+    run = training.run
+    if not job.machine.is_writer:
+        return run
+    net = training.net
+    assert isinstance(net, ResNet)
+    show = job.show
+    show.say("testing")
+    found = Classifier(net.eval(), job.images.classes, job.preprocess)
+    val = outputs(found, job.parts["val"])
+    found = replace(found, temperature=fit_temperature(val))
+    job.parts["test"].load()
+    test = outputs(found, job.parts["test"])
+    seed, classes = job.recipe.seed, job.images.classes
+    # The artefact is written last: a run with model/ is a finished run.
+    run.record("calibration", split="val", epoch=training.progress.best_epoch, **score(val, classes, found.temperature, seed))
+    run.record("test", **(scores := score(test, classes, found.temperature, seed)))
+    for entry in mistakes(test, job.parts["test"], found.temperature):
+        run.record("mistake", split="test", **entry)
+    for part, out in (("val", val), ("test", test)):
+        for entry in label_suspects(out, job.parts[part], found.temperature):
+            run.record("suspect", split=part, **entry)
+    for part in job.parts.values():
+        for name, reason in part.dropped.items():
+            run.record("warning", text=f"left out {shown(name)}: {reason}")
+    found.save(run.model, {"n": len(val.labels), "split": "val", "top1": scores["top1"]})
+    run.record("end")
+    write_report(run)
+    return run
+
+
+def evaluate(run: str | Path, data: str | Path | None = None, reading: Progress = silent) -> dict[str, Any]:
+    """Scores a finished run on its test part again, or on all images of `data`; the result is also recorded.
+
+    Raises CallError when `data` has a class that the run does not know, WorkError when the run's own data has changed.
+    """
+    opened = Run.open(run)
+    classifier, config = load(run), opened.config
+    images = open_images(config["data"]["source"] if data is None else data, reading)
+    if data is None:
+        images = split(images, config["recipe"]["seed"])
+        if images.fingerprint() != config["data"]["fingerprint"]:
+            raise WorkError(f"the run's own test part needs the data it was trained on; {shown(images.source)} has changed: name other data")
+        items = images.split["test"]
+    else:
+        for name in images.classes:
+            if name not in classifier.classes:
+                raise unknown("class", name, map(shown, classifier.classes), f" (in {shown(data)})")
+        labels = np.array([classifier.classes.index(name) for name in images.classes], dtype=np.int64)[images.labels]
+        images = replace(images, labels=labels, classes=classifier.classes, channels=classifier.preprocess.channels)
+        items = np.arange(len(images), dtype=np.int64)
+    batches = Batches(images, items, classifier.preprocess.canvas, choose_storage(images, classifier.preprocess.canvas)[0])
+    scores = score(outputs(classifier, batches), classifier.classes, classifier.temperature)
+    opened.record("evaluation", data=shown(images.source), **scores)
+    return scores
+
+
+def _config(job: _Job, net: str, data: str, plan: Plan, budget: float | None) -> dict[str, Any]:
+    recipe, images = job.recipe, job.images
+    command = f"reslab train {shlex.quote(data)} --net {net} {recipe.as_call}".strip()
+    return {
+        "command": shown(command),
+        "net": net,
+        "budget": budget,
+        "spec": asdict(job.spec),
+        "recipe": asdict(recipe),
+        "plan": asdict(plan),
+        "data": {
+            "source": str(Path(images.source).resolve()) if images.paths is not None else images.source,
+            "name": images.name,
+            "fingerprint": images.fingerprint(),
+            "images": len(images),
+            "classes": list(images.classes),
+            **{name: len(items) for name, items in images.split.items()},
+            "storage": job.storage,
+            "decisions": _decisions(job),
+        },
+        "hardware": job.machine.describe(),
+        "versions": _versions(),
+    }
+
+
+def _decisions(job: _Job) -> list[str]:
+    """What was chosen because of the data, in words."""
+    spec, recipe, images = job.spec, job.recipe, job.images
+    size = recipe.image_size
+    lines = [
+        f"images are {size} x {size} px, {'greyscale' if images.channels == 1 else 'colour'}",
+        f"stem {spec.stem}: the last stage sees {-(-(size or 0) // spec.reduction)} px a side",
+        f"images are mirrored ({recipe.flip})" if recipe.flip != "none" else "images are not mirrored" + (": characters have a reading direction" if images.upright else ""),
+        f"crop {recipe.crop}" + (f" of {recipe.pad} px" if recipe.crop == "pad" else ""),
+        f"pixels kept in {job.storage}",
+    ]
+    return lines + [f"weights from {shown(recipe.weights)}"] * bool(recipe.weights)
+
+
+def _sentence(job: _Job, net: str, plan: Plan) -> str:
+    cost, images, recipe = job.spec.cost(job.recipe.image_size), job.images, job.recipe
+    sizes = " / ".join(f"{len(images.split[name]):,} {name}" for name in ("train", "val", "test"))
+    total = plan.epochs * plan.epoch_seconds(recipe)
+    return (
+        f"{net}: {cost.params:,} parameters, {cost.macs / 1e6:,.1f} M multiply-adds at {recipe.image_size} px\n"
+        f"{shown(images.name)}: {sizes}, {len(images.classes)} classes; {'; '.join(_decisions(job)[1:4])}\n"
+        f"{plan.epochs} epochs of {plan.steps_per_epoch} steps, {1000 * plan.step_seconds:.0f} ms a step in {plan.precision} "
+        f"({plan.reason}): about {duration(total)}"
+    )
+
+
+def _check_same(run: Run, config: dict[str, Any], data: Any, net: Any, out: Any, recipe: str | Recipe, fields: dict[str, Any]) -> None:
+    """A resumed run keeps its data, net and recipe; saying otherwise is a mistake worth a word."""
+    source = config.get("data", {}).get("source")
+    given = str(Path(data).expanduser().resolve()) if data is not None and Path(data).expanduser().exists() else data
+    if data is not None and source not in (str(data), str(given)):
+        raise CallError(f"a resumed run keeps its data {shown(str(source))}; received {shown(str(data))}: leave it out, or train into a new --out")
+    if net is not None and net != config.get("net"):
+        raise CallError(f"a resumed run keeps its net {config.get('net')}; received {net}: leave --net out, or train into a new --out")
+    if out is not None and Path(out).resolve() != run.path.resolve():
+        raise CallError(f"a resumed run keeps its folder {shown(run.path)}; received {shown(out)}: leave --out out")
+    if recipe != "quick":
+        raise CallError("a resumed run keeps its recipe: leave --recipe out, or train into a new --out")
+    for name, value in find_recipe("quick", **fields).__dict__.items():
+        if fields.get(name) is not None and config.get("recipe", {}).get(name) not in (value, list(value) if isinstance(value, tuple) else value):
+            raise CallError(f"a resumed run keeps its recipe; received {name} {value}: leave it out, or train into a new --out")
+
+
+def seconds(budget: str | float | None) -> float | None:
+    """A time such as 90, "90s", "20m", "1.5h" or "1h30m" in seconds. Raises CallError."""
+    if budget is None:
+        return None
+    parts = re.fullmatch(r"(?:([\d.]+)h)?(?:([\d.]+)m)?(?:([\d.]+)s?)?", str(budget).strip().lower())
+    try:
+        total = sum(float(part) * unit for part, unit in zip(parts.groups(), (3600, 60, 1), strict=True) if part) if parts else 0.0
+    except ValueError:
+        total = 0.0
+    if not 0 < total < 1e8:
+        raise CallError(f"--budget must be a time such as 90s, 20m or 1h30m; received {shown(str(budget))!r}")
+    return total
+
+
+def duration(total: float) -> str:
+    """Seconds as a person says them."""
+    if total < 100:
+        return f"{total:.0f} s"
+    return f"{total / 60:.0f} min" if total < 6000 else f"{total / 3600:.1f} h"
+
+
+def _free_folder(data: str | Path, here: Machine) -> Path:
+    """runs/NAME, or runs/NAME-2 and so on when that is taken."""
+    name = re.sub(r"[^\w.-]+", "-", Path(data).expanduser().resolve().stem if Path(data).exists() else str(data)).strip("-.") or "run"
+    numbered = [Path("runs") / name, *(Path("runs") / f"{name}-{i}" for i in range(2, 10_000))]
+    return here.agree(next(path for path in numbered if not path.exists()))
+
+
+def _versions() -> dict[str, str]:
+    from importlib.metadata import version
+
+    return {name: version(name) for name in ("reslab", "torch", "numpy", "pillow", "scikit-learn", "simplejpeg", "safetensors")}
+
+
+def _json(value: Any) -> bytes:
+    return json.dumps(value).encode()

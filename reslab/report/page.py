@@ -1,0 +1,87 @@
+"""A run's records -> report.html: one page, no network, no script. A report never trains and never opens the data."""
+
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from reslab.errors import CallError, shown
+from reslab.report import figures
+from reslab.run import Record, Run, write_whole
+
+TABLE_CLASSES = 20  # up to which the confusion matrix is a table
+LISTED_CLASSES = 200
+PAIRS = 6
+
+
+def write_report(run: Run) -> Path:
+    """Writes report.html and returns its path. Raises CallError when the run has no test result yet."""
+    test = run.last("test")
+    if test is None:
+        raise CallError(f"a report needs a finished run; {shown(run.path)} has no test result: `reslab train --resume {shown(run.path)}`")
+    environment = Environment(loader=PackageLoader("reslab", "report"), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment.filters |= {"percent": _percent, "number": lambda n: f"{n:,}", "shown": shown}
+    page = environment.get_template("page.html.j2").render(_facts(run, test))
+    target = run.path / "report.html"
+    write_whole(target, page.encode("utf-8", "backslashreplace"))
+    return target
+
+
+def _facts(run: Run, test: Record) -> dict[str, Any]:
+    """All that the page shows."""
+    config = run.config
+    classes = config["data"]["classes"]
+    epochs, val, steps = list(run.records("epoch")), list(run.records("val")), list(run.records("step"))
+    plan = run.last("plan") or {}
+    mistakes = list(run.records("mistake"))
+    suspects = list(run.records("suspect"))
+    return {
+        "config": config,
+        "classes": classes,
+        "test": test,
+        "calibration": run.last("calibration"),
+        "curves": figures.curves(epochs, val, steps),
+        "reliability": figures.calibration(test),
+        "matrix": _matrix(test, len(classes)) if len(classes) <= TABLE_CLASSES else None,
+        "map": figures.confusion(test["confusion"], classes) if len(classes) > TABLE_CLASSES else "",
+        "per_class": sorted(test["classes"], key=lambda row: row["f1"])[:LISTED_CLASSES],
+        "pairs": _pairs(test, classes, mistakes),
+        "worst": [m for m in mistakes if m["why"] == "worst"],
+        "suspects": sorted(suspects, key=lambda s: s["label_probability"] - s["probability"])[:24],
+        "warnings": list(dict.fromkeys(w["text"] for w in run.records("warning"))),
+        "epochs": epochs,
+        "best_epoch": (run.last("calibration") or {}).get("epoch"),
+        "seconds": max((r["time"] for r in run.records("end", "test")), default=0.0),
+        "train_seconds": epochs[-1]["seconds"] if epochs else 0.0,
+        "images_a_second": _speed(epochs, config),
+        "plan": plan,
+        "weakest": min(test["classes"], key=lambda row: row["f1"]) if test["classes"] else None,
+    }
+
+
+def _matrix(test: Record, classes: int) -> list[list[dict[str, float]]]:
+    counts = [[0] * classes for _ in range(classes)]
+    for label, predicted, count in test["confusion"]:
+        counts[label][predicted] = count
+    totals = [max(1, sum(row)) for row in counts]
+    return [[{"count": n, "share": n / totals[i]} for n in row] for i, row in enumerate(counts)]
+
+
+def _pairs(test: Record, classes: list[str], mistakes: list[Record]) -> list[dict[str, Any]]:
+    """The most frequent mistakes, each with images of it."""
+    ranked = sorted((cell for cell in test["confusion"] if cell[0] != cell[1]), key=lambda cell: -cell[2])[:PAIRS]
+    rows = []
+    for label, predicted, count in ranked:
+        images = [m for m in mistakes if m["label"] == classes[label] and m["predicted"] == classes[predicted]][:4]
+        total = next(row["n"] for row in test["classes"] if row["class"] == classes[label])
+        rows.append({"label": classes[label], "predicted": classes[predicted], "count": count, "share": count / total, "images": images})
+    return rows
+
+
+def _speed(epochs: list[Record], config: dict[str, Any]) -> float:
+    images = sum(1 for _ in epochs) * config["plan"]["steps_per_epoch"] * config["recipe"]["batch_size"]
+    return images / epochs[-1]["seconds"] if epochs else 0.0
+
+
+def _percent(share: float, digits: int = 1) -> str:
+    return f"{100 * share:.{digits}f} %"

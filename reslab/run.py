@@ -1,0 +1,114 @@
+"""A Run: one folder that holds all that a training produced and needs to be repeated or resumed."""
+
+import json
+import os
+import time
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import tomli_w
+
+from reslab.errors import CallError, WorkError, shown
+
+Record = dict[str, Any]
+
+
+class Run:
+    """`path` and the files in it. `record` appends a measured fact to log.jsonl; fractions are 0 to 1."""
+
+    def __init__(self, path: str | Path, start: float | None = None) -> None:
+        self.path = Path(path)
+        self.start = time.monotonic() if start is None else start  # records carry seconds since then
+
+    @staticmethod
+    def check_free(path: Path) -> None:
+        """Raises CallError when a new run cannot go there."""
+        if path.exists() and (not path.is_dir() or any(path.iterdir())):
+            raise CallError(f"--out must be a new or empty folder; {shown(path)} exists: choose another, or --resume it")
+        parent = next((folder for folder in (path, *path.absolute().parents) if folder.exists()), path)
+        if not parent.is_dir() or not os.access(parent, os.W_OK):
+            raise CallError(f"--out must be writable; {shown(parent)} is not: choose another folder")
+
+    def create(self) -> None:
+        """Makes the folder. Raises CallError when it cannot be made."""
+        self.check_free(self.path)
+        try:
+            (self.path / "state").mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise CallError(f"--out must be writable; {shown(self.path)} is not ({error.strerror}): choose another folder") from error
+
+    @classmethod
+    def open(cls, path: str | Path) -> "Run":
+        """A folder that a training wrote. Raises CallError when it is not one."""
+        run = cls(path)
+        if not (run.path / "run.toml").is_file():
+            raise CallError(f"a run is a folder that `reslab train` wrote; {shown(run.path)} has no run.toml: check the path")
+        return run
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """run.toml: all needed to repeat the training."""
+        try:
+            return tomllib.loads((self.path / "run.toml").read_text("utf-8"))
+        except (OSError, ValueError) as error:
+            raise WorkError(f"{shown(self.path / 'run.toml')} cannot be read: {shown(str(error))}") from error
+
+    @config.setter
+    def config(self, value: dict[str, Any]) -> None:
+        write_whole(self.path / "run.toml", tomli_w.dumps(_without_none(value)).encode())
+
+    @property
+    def model(self) -> Path:
+        """The artefact: what `reslab.load` reads."""
+        return self.path / "model"
+
+    def record(self, kind: str, **facts: Any) -> None:
+        """Appends one line to log.jsonl."""
+        line = json.dumps({"kind": kind, "time": round(time.monotonic() - self.start, 3), **facts}, allow_nan=False)
+        try:
+            with (self.path / "log.jsonl").open("a", encoding="utf-8") as log:
+                log.write(line + "\n")
+        except OSError as error:
+            raise WorkError(f"{shown(self.path / 'log.jsonl')} cannot be written: {error.strerror}; free some space and --resume") from error
+
+    def records(self, *kinds: str) -> Iterator[Record]:
+        """The records of the given kinds, or all, in order. A line that a crash cut short is passed over."""
+        try:
+            lines = (self.path / "log.jsonl").read_text("utf-8").splitlines()
+        except FileNotFoundError:
+            return
+        for line in lines:
+            try:
+                record = json.loads(line)
+            except ValueError:
+                continue
+            if not kinds or record.get("kind") in kinds:
+                yield record
+
+    def last(self, kind: str) -> Record | None:
+        """The newest record of a kind."""
+        return next(reversed(list(self.records(kind))), None)
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """Writes a file so that after a crash it holds either all of `data` or what it held before."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with temporary.open("wb") as out:
+            out.write(data)
+            out.flush()
+            os.fsync(out.fileno())
+        temporary.replace(path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise WorkError(f"{shown(path)} cannot be written: {error.strerror}; what was there is kept") from error
+
+
+def _without_none(value: Any) -> Any:
+    """TOML has no null: what is None is left out."""
+    if isinstance(value, dict):
+        return {key: _without_none(v) for key, v in value.items() if v is not None}
+    return [_without_none(v) for v in value] if isinstance(value, list | tuple) else value

@@ -1,0 +1,350 @@
+"""The training loop. One screen for the loop, one function for the step, every random choice from the seed.
+
+The order of an epoch is drawn from (seed, epoch) and the augmentation of a step from (seed, step), so a training that
+was killed and resumed takes the same steps as one that was not: on a CPU, bit for bit.
+"""
+
+import math
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+from types import FrameType
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Generator, Tensor, nn
+from torch.nn.functional import cross_entropy, interpolate, one_hot
+
+from reslab.data import augment
+from reslab.data.batches import Batch, Batches
+from reslab.data.images import Indices
+from reslab.data.preprocess import Preprocess
+from reslab.errors import CallError, WorkError
+from reslab.run import Run
+from reslab.tensors import below, read_tensors, write_tensors
+from reslab.train.board import Board
+from reslab.train.hardware import Machine
+from reslab.train.optim import Average, lr_at, optimizer, set_lr
+from reslab.train.plan import Plan, epochs_within, low_size
+from reslab.train.recipe import Recipe
+from reslab.train.state import Progress, load_state, save_state
+
+LOG_SECONDS = 1.0  # between two `step` records
+ORDER, AUGMENT, COIN = 1, 2, 3  # streams of random numbers
+GENTLE_ERROR = 0.8  # training error below which warmup_lr ends
+PLATEAU = 10  # epochs without a better val top-1 before the plateau schedule lowers the rate
+
+
+class Interrupted(Exception):
+    """Ctrl-C or SIGTERM: the step was finished and the state saved. `signal` is its number."""
+
+    def __init__(self, signum: int) -> None:
+        super().__init__(f"stopped by {signal.Signals(signum).name}; the state is saved")
+        self.signal = signum
+
+
+class Show(Protocol):
+    """What a training tells whoever watches."""
+
+    def step(self, epoch: int, epochs: int, step: int, steps: int, facts: dict[str, float]) -> None: ...
+
+    def epoch(self, epoch: int, epochs: int, facts: dict[str, float]) -> None: ...
+
+    def say(self, text: str) -> None: ...
+
+
+class Training:
+    """A net, its data and a plan, and how far they are. `run_to_end` does the rest."""
+
+    def __init__(
+        self, net: nn.Module, train: Batches, val: Batches, preprocess: Preprocess, recipe: Recipe, plan: Plan, run: Run,
+        machine: Machine, show: Show, deadline: float | None = None,
+    ) -> None:  # fmt: skip
+        self.net, self.train, self.val, self.preprocess = net, train, val, preprocess
+        self.recipe, self.plan, self.run, self.machine, self.show = recipe, plan, run, machine, show
+        self.deadline = deadline  # time.monotonic() at which the training is to end, if it has a budget
+        self.board: Board | None = None
+        self.shared = machine.share(net)
+        self.optimizer = optimizer(net, recipe)
+        self.average = Average(net, recipe.ema) if recipe.ema else None
+        self.progress = Progress(epochs=plan.epochs, gentle=recipe.warmup_lr > 0)
+        self.class_weights = self._class_weights() if recipe.balance == "weights" else None
+        self.coins = torch.randint(0, 2, (len(train.images),), generator=seeded(recipe.seed, COIN))
+        self.state_file = run.path / "state" / "last.safetensors"
+        self.best_file = run.path / "state" / "best.safetensors"
+        assert recipe.batch_size is not None and recipe.image_size is not None
+        self.batch_size, self.image_size = recipe.batch_size, recipe.image_size
+        if self.batch_size % machine.world:
+            raise CallError(f"batch_size is shared out evenly; {self.batch_size} by {machine.world} processes does not go: change --batch-size")
+
+    def resume(self) -> None:
+        """Continues where the state file stopped."""
+        self.progress = load_state(self.state_file, self.net, self.optimizer, self.average)
+
+    def run_to_end(self) -> None:
+        """All epochs that are left; afterwards the net holds the weights to keep.
+
+        Raises Interrupted after a signal and WorkError when the loss is not finite; both leave a state to resume from.
+        """
+        p, recipe = self.progress, self.recipe
+        start = time.monotonic() - p.seconds
+        saved = time.monotonic()
+        if p.step == 0:
+            self._save()
+        with interrupts() as caught:
+            while p.step < self._steps():
+                epoch, done = divmod(p.step, self.plan.steps_per_epoch)
+                for batch in self._batches(epoch, done):
+                    self._step(batch)
+                    p.seconds = time.monotonic() - start
+                    stop = self._agree(caught)
+                    if stop or time.monotonic() - saved >= recipe.save_every:
+                        self._save()
+                        saved = time.monotonic()
+                    if stop:
+                        raise Interrupted(stop)
+                self._end_epoch(epoch)
+                p.seconds = time.monotonic() - start
+                self._save()
+                saved = time.monotonic()
+                if recipe.patience and p.stale_epochs >= recipe.patience:
+                    self.show.say(f"stopped early: {p.stale_epochs} epochs without a better val top-1")
+                    break
+        self._take_weights()
+
+    def _step(self, batch: Batch) -> None:
+        p, recipe = self.progress, self.recipe
+        lr = self._lr()
+        x, targets = self._augmented(batch)
+        self.shared.train()
+        if recipe.freeze == "trunk":
+            self.net.eval()  # a frozen trunk keeps its statistics too
+        set_lr(self.optimizer, lr)
+        with self.machine.autocast(self.plan.precision):
+            logits = self.shared(x)
+        loss = cross_entropy(logits.float(), targets, weight=self.class_weights, label_smoothing=recipe.label_smoothing)
+        value = loss.item()
+        if not math.isfinite(self.machine.total(value)[0]):
+            self.run.record("warning", text="loss is not finite", step=p.step, lr=lr)
+            raise WorkError(
+                f"the loss must be finite; it was {value} at step {p.step} with lr {lr:.3g}, before that step was taken: "
+                f"the last good state is kept; try --lr {recipe.lr / 10:.2g}, --clip 1 or --precision fp32"
+            )
+        self.optimizer.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        if recipe.clip:
+            nn.utils.clip_grad_norm_(self.net.parameters(), recipe.clip)
+        self.optimizer.step()
+        p.step += 1
+        if self.average:
+            self.average.update(self.net, p.step)
+        p.loss_sum += value * len(x)
+        p.correct += (logits.argmax(1) == targets.argmax(1)).sum().item()
+        p.seen += len(x)
+        self._tell(lr)
+
+    def _batches(self, epoch: int, done: int) -> Iterator[Batch]:
+        """What is left of an epoch, this process's share of each batch."""
+        rank, world = self.machine.rank, self.machine.world
+        last = min(self.plan.steps_per_epoch, self._steps() - epoch * self.plan.steps_per_epoch)
+        order = self._order(epoch)[done * self.batch_size : last * self.batch_size]
+        yield from self.train.epoch(self.batch_size // world, order[rank::world])
+
+    def _order(self, epoch: int) -> Indices:
+        rng = np.random.default_rng([self.recipe.seed, ORDER, epoch])
+        n = len(self.train.items)
+        if self.recipe.balance != "sampling":
+            return rng.permutation(n)
+        labels = self.train.images.labels[self.train.items]
+        share = 1 / np.bincount(labels, minlength=1)[labels]
+        return rng.choice(n, n, p=share / share.sum())
+
+    def _augmented(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Images (N, C, H, W), normalised and augmented, and targets (N, classes) as probabilities."""
+        recipe, size, device = self.recipe, self._size(self.progress.step // self.plan.steps_per_epoch), self.machine.device
+        generator = seeded(recipe.seed, AUGMENT, self.progress.step, self.machine.rank)
+        x = self.preprocess.unit(batch.pixels, device)
+        x = augment.colour(x, recipe.jitter, recipe.randaugment, generator)
+        x = self.preprocess.normalise(x if recipe.crop in ("resized", "scale") else self.preprocess.crop(x))
+        if recipe.crop == "resized":
+            x = augment.random_resized_crop(x, size, generator)
+        elif recipe.crop == "scale":
+            x = augment.scale_crop(x, size, (round(size * 256 / 224), round(size * 480 / 224)), generator)
+        elif recipe.crop == "pad" and recipe.pad:
+            x = augment.pad_crop(x, recipe.pad, generator)
+        if recipe.flip != "none":
+            x = augment.flip(x, self._mirrored(batch.items, generator))
+        if recipe.lighting:
+            x = augment.lighting(x, recipe.lighting, self.preprocess.std.to(device), generator)
+        if x.shape[2] != size:
+            x = interpolate(x, size=size, mode="bilinear", antialias=True)
+        if recipe.cutout:
+            x = augment.cutout(x, recipe.cutout, generator)
+        targets = one_hot(batch.labels.to(device), len(self.train.images.classes)).float()
+        mixes = [m for m in ("mixup", "cutmix") if getattr(recipe, m)]
+        if mixes:
+            mix = mixes[int(torch.randint(0, len(mixes), (1,), generator=generator))]
+            x, targets = getattr(augment, mix)(x, targets, getattr(recipe, mix), generator)
+        return x.contiguous(memory_format=torch.channels_last), targets
+
+    def _mirrored(self, items: Tensor, generator: Generator) -> Tensor:
+        """Which images are mirrored: each with probability 1/2, or every other epoch (Jordan 2024, 2404.00498, section 3.6)."""
+        if self.recipe.flip == "random":
+            return torch.rand(len(items), generator=generator) < 0.5
+        epoch = self.progress.step // self.plan.steps_per_epoch
+        return (self.coins[items] + epoch) % 2 == 1
+
+    def _steps(self) -> int:
+        """How many there are in all. A replanned budget changes the epochs, so this is asked anew."""
+        whole = self.progress.epochs * self.plan.steps_per_epoch
+        return min(whole, self.recipe.steps or whole)
+
+    def _size(self, epoch: int) -> int:
+        low = epoch < round((self.recipe.low_resolution or 0) * self.progress.epochs)
+        return low_size(self.image_size) if low else self.image_size
+
+    def _lr(self) -> float:
+        p = self.progress
+        if p.gentle and p.seen >= 100 * self.batch_size and 1 - p.correct / p.seen < GENTLE_ERROR:
+            p.gentle = False
+        if p.gentle:
+            return self.recipe.warmup_lr
+        return lr_at(self.recipe, p.step / self._steps(), p.lr_drops)
+
+    def _end_epoch(self, epoch: int) -> None:
+        p = self.progress
+        loss_sum, correct, seen = self.machine.total(p.loss_sum, p.correct, p.seen)
+        train = {"loss": loss_sum / seen, "top1": correct / seen}
+        started = time.monotonic()
+        val = self.evaluate()
+        self.plan = replace(self.plan, val_seconds=time.monotonic() - started)
+        better = val["top1"] >= p.best_top1  # of equals the later, trained longer
+        p.stale_epochs = 0 if val["top1"] > p.best_top1 else p.stale_epochs + 1
+        if better:
+            p.best_top1, p.best_epoch = val["top1"], epoch + 1
+        if self.machine.is_writer:
+            if better and self.recipe.keep == "best":
+                write_tensors(self.best_file, {f"net.{name}": t for name, t in self._weights().items()})
+            self.run.record("epoch", epoch=epoch + 1, step=p.step, seconds=round(p.seconds, 3), image_size=self._size(epoch), **train)
+            self.run.record("val", epoch=epoch + 1, step=p.step, **val)
+        if self.board:
+            self.board.write("train", p.step, train)
+            self.board.write("val", p.step, val)
+        self.show.epoch(epoch + 1, p.epochs, {"loss": train["loss"], "top1": train["top1"], "val_top1": val["top1"]})
+        if self.recipe.schedule == "plateau" and p.stale_epochs and p.stale_epochs % PLATEAU == 0:
+            p.lr_drops += 1
+        p.loss_sum, p.correct, p.seen = 0.0, 0.0, 0
+        self._replan(epoch + 1)
+
+    def _replan(self, done: int) -> None:
+        """Under a budget, counts again at the measured speed how many epochs fit: machines slow down and speed up."""
+        p = self.progress
+        if self.deadline is None or done >= p.epochs:
+            return
+        low = round((self.recipe.low_resolution or 0) * p.epochs)
+        planned = min(done, low) * self.plan.low_step_seconds + max(0, done - low) * self.plan.step_seconds
+        pace = (p.seconds - done * self.plan.val_seconds) / (planned * self.plan.steps_per_epoch)
+        left = self.deadline - time.monotonic()
+        each_low = self.plan.low_step_seconds * self.plan.steps_per_epoch * pace + self.plan.val_seconds
+        each = self.plan.step_seconds * self.plan.steps_per_epoch * pace + self.plan.val_seconds
+
+        def need(epochs: int) -> float:
+            lows = max(0, round((self.recipe.low_resolution or 0) * epochs) - done)
+            return lows * each_low + (epochs - done - lows) * each
+
+        epochs = p.epochs
+        while epochs > done + 1 and need(epochs) > left:
+            epochs -= 1
+        while need(epochs + 1) < left:
+            epochs += 1
+        epochs = self.machine.agree(epochs)
+        if epochs != p.epochs:
+            self.run.record("plan", epochs=epochs, reason=f"{pace:.2f} times the time that was planned")
+            p.epochs = epochs
+
+    def evaluate(self) -> dict[str, float]:
+        """Loss and top-1 on val, of the averaged weights where there are any. Every image is counted once."""
+        own = {name: t.clone() for name, t in self.net.state_dict().items()} if self.average else {}
+        if self.average:
+            self.net.load_state_dict(self.average.tensors)
+        self.net.eval()
+        sums = torch.zeros(3, dtype=torch.float64)
+        positions = np.arange(len(self.val.items))[self.machine.rank :: self.machine.world]
+        with torch.no_grad(), self.machine.autocast(self.plan.precision):
+            for batch in self.val.epoch(2 * self.batch_size, positions):
+                logits = self.net(self.preprocess(batch.pixels, self.machine.device)).float().cpu()
+                right = (logits.argmax(1) == batch.labels).sum()
+                sums += torch.stack([cross_entropy(logits, batch.labels, reduction="sum"), right, torch.tensor(len(logits))])
+        if self.average:
+            self.net.load_state_dict(own)
+        loss, right, n = self.machine.total(*sums.tolist())
+        return {"loss": min(loss / n, 1e9) if math.isfinite(loss) else 1e9, "top1": right / n, "n": n}
+
+    def _weights(self) -> dict[str, Tensor]:
+        return self.average.tensors if self.average else self.net.state_dict()
+
+    def _take_weights(self) -> None:
+        if self.recipe.keep == "best":
+            if self.machine.world > 1:
+                torch.distributed.barrier()  # the writer may still be writing
+            self.net.load_state_dict(below(read_tensors(self.best_file)[0], "net."))
+        elif self.average:
+            self.net.load_state_dict(self.average.tensors)
+
+    def _save(self) -> None:
+        if self.machine.is_writer:
+            save_state(self.state_file, self.net, self.optimizer, self.average, self.progress)
+
+    def _agree(self, caught: list[int]) -> int:
+        """The signal that the writer caught, so that all stop after the same step; 0 when there was none."""
+        return self.machine.agree(caught[0] if caught else 0)
+
+    def _class_weights(self) -> Tensor:
+        counts = np.bincount(self.train.images.labels[self.train.items], minlength=len(self.train.images.classes))
+        return torch.tensor(counts.sum() / (len(counts) * counts), dtype=torch.float32, device=self.machine.device)
+
+    def _tell(self, lr: float) -> None:
+        p = self.progress
+        facts = {"loss": p.loss_sum / p.seen, "top1": p.correct / p.seen, "lr": lr}
+        now = time.monotonic()
+        if self.machine.is_writer and now - getattr(self, "_logged", 0.0) > LOG_SECONDS:
+            self._logged = now
+            self.run.record("step", step=p.step, **facts)
+            if self.board:
+                self.board.write("step", p.step, facts)
+        epoch, step = divmod(p.step - 1, self.plan.steps_per_epoch)
+        self.show.step(epoch + 1, p.epochs, step + 1, self.plan.steps_per_epoch, facts)
+
+
+@contextmanager
+def interrupts() -> Iterator[list[int]]:
+    """Collects SIGINT and SIGTERM instead of dying of them; the list holds the numbers that came."""
+    caught: list[int] = []
+
+    def note(signum: int, frame: FrameType | None) -> None:
+        caught.append(signum)
+
+    try:
+        before = {s: signal.signal(s, note) for s in (signal.SIGINT, signal.SIGTERM)}
+    except ValueError:  # not the main thread: whoever started us there handles signals
+        yield caught
+        return
+    try:
+        yield caught
+    finally:
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
+
+
+def seeded(*numbers: int) -> Generator:
+    """A generator of its own for each tuple of numbers."""
+    state = np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0]
+    return Generator().manual_seed(int(state >> np.uint64(1)))
+
+
+def plan_record(plan: Plan) -> dict[str, Any]:
+    """A plan as facts of a record."""
+    return {name: round(value, 5) if isinstance(value, float) else value for name, value in asdict(plan).items()}

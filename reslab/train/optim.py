@@ -1,0 +1,119 @@
+"""Optimiser, learning rate and the average of weights: the arithmetic of a recipe."""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from reslab.train.recipe import Recipe
+
+SGD_BESIDE_MUON = 5.0  # the learning rate of norms and head, as a multiple of Muon's
+
+
+def optimizer(net: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
+    """The recipe's optimiser. Norms and biases do not decay unless `decay_all`; the trunk learns at `trunk_lr` of the rate."""
+    muon = recipe.optimizer == "muon"
+    groups: dict[tuple[bool, bool, float], list[nn.Parameter]] = {}
+    for name, parameter in net.named_parameters():
+        head = name.startswith("fc.")
+        parameter.requires_grad_(head or recipe.freeze == "none")
+        if parameter.requires_grad:
+            key = (muon and parameter.ndim == 4, recipe.decay_all or parameter.ndim > 1, 1.0 if head else recipe.trunk_lr)
+            groups.setdefault(key, []).append(parameter)
+    rows = [
+        {
+            "params": parameters,
+            "muon": whitens,
+            "weight_decay": recipe.weight_decay if decays and whitens == muon else 0.0,
+            "scale": scale * (1.0 if whitens == muon else SGD_BESIDE_MUON),
+        }
+        for (whitens, decays, scale), parameters in groups.items()
+    ]
+    if muon:
+        return Muon(rows, recipe.lr, recipe.momentum)
+    if recipe.optimizer == "sgd":
+        return torch.optim.SGD(rows, recipe.lr, recipe.momentum, nesterov=recipe.nesterov and recipe.momentum > 0)
+    return torch.optim.AdamW(rows, recipe.lr)
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum whose matrix is made orthogonal before it is applied (Jordan et al. 2024), to convolutions as (out, in x k x k).
+
+    Groups with `muon` False get SGD with Nesterov momentum. Weight decay is decoupled.
+    """
+
+    def __init__(self, rows: list[dict[str, Any]], lr: float, momentum: float) -> None:
+        super().__init__(rows, {"lr": lr, "momentum": momentum, "weight_decay": 0.0})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        """One update from the gradients."""
+        for group in self.param_groups:
+            updates: list[tuple[nn.Parameter, Tensor]] = []
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    held = self.state[parameter].setdefault("momentum_buffer", torch.zeros_like(parameter))
+                    held.mul_(group["momentum"]).add_(parameter.grad)
+                    updates.append((parameter, parameter.grad.add(held, alpha=group["momentum"])))
+            if group["muon"]:
+                updates = orthogonal(updates)
+            for parameter, update in updates:
+                parameter.mul_(1 - group["lr"] * group["weight_decay"]).add_(update, alpha=-group["lr"])
+
+
+def orthogonal(updates: list[tuple[nn.Parameter, Tensor]]) -> list[tuple[nn.Parameter, Tensor]]:
+    """Each update's nearest matrix with equal singular values, by five Newton-Schulz steps; equal shapes go together."""
+    shapes: dict[torch.Size, list[int]] = {}
+    for i, (_, update) in enumerate(updates):
+        shapes.setdefault(update.shape, []).append(i)
+    for shape, members in shapes.items():
+        x = torch.stack([updates[i][1].reshape(shape[0], -1) for i in members])
+        tall = x.shape[1] > x.shape[2]
+        x = x.mT if tall else x
+        x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
+        for _ in range(5):
+            gram = x @ x.mT
+            x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
+        for i, matrix in zip(members, x.mT if tall else x, strict=True):
+            updates[i] = (updates[i][0], matrix.reshape(shape))
+    return updates
+
+
+def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """Gives each group its share of `lr`."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group["scale"]
+
+
+def lr_at(recipe: Recipe, progress: float, drops: int = 0) -> float:
+    """The learning rate after `progress` (0 to 1) of the training; `drops` counts the plateaus so far."""
+    if progress < recipe.warmup:
+        return recipe.lr * progress / recipe.warmup
+    rest = (progress - recipe.warmup) / max(1e-12, 1 - recipe.warmup)
+    if recipe.schedule == "cosine":
+        return recipe.lr * 0.5 * (1 + math.cos(math.pi * rest))
+    if recipe.schedule == "one-cycle":
+        return recipe.lr * (1 - rest)
+    if recipe.schedule == "step":
+        drops = sum(progress >= m for m in recipe.milestones)
+    return recipe.lr * 0.1**drops
+
+
+class Average:
+    """Exponential moving average of a net's weights and statistics; short at first, so that it forgets the start."""
+
+    def __init__(self, net: nn.Module, decay: float) -> None:
+        self.decay = decay
+        self.tensors = {name: t.detach().clone() for name, t in net.state_dict().items()}
+
+    @torch.no_grad()
+    def update(self, net: nn.Module, step: int) -> None:
+        """Takes in the weights after `step` steps."""
+        decay = min(self.decay, (1 + step) / (10 + step))
+        for name, tensor in net.state_dict().items():
+            mean: Tensor = self.tensors[name]
+            if tensor.is_floating_point():
+                mean.lerp_(tensor, 1 - decay)
+            else:
+                mean.copy_(tensor)

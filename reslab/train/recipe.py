@@ -1,0 +1,198 @@
+"""How to train, as frozen data. A recipe is a row; rows derive from rows by `replace`.
+
+A field that is None follows the data set; `resolve` fills it in, and the filled-in recipe is what a run records.
+"""
+
+import math
+from dataclasses import dataclass, fields, replace
+from functools import cache
+from pathlib import Path
+from typing import Annotated, Any, Literal, NamedTuple, get_type_hints
+
+from reslab.errors import CallError, unknown
+
+Optimizer = Literal["sgd", "adamw", "muon"]
+Flip = Literal["none", "random", "alternate"]
+Schedule = Literal["cosine", "one-cycle", "step", "plateau"]
+Crop = Literal["pad", "resized", "scale", "none"]
+Balance = Literal["none", "weights", "sampling"]
+Precision = Literal["auto", "fp32", "bf16"]
+Freeze = Literal["none", "trunk"]
+Normalize = Literal["channel", "pixel-mean"]
+Keep = Literal["best", "last"]
+Place = Literal["auto", "memory", "stream"]
+
+
+class Help(NamedTuple):
+    """What a field means, for `--help`, and the range of its number where it has one."""
+
+    text: str
+    low: float = 0
+    high: float = 0
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Each field is a command-line option of the same name: `label_smoothing` is `--label-smoothing`."""
+
+    epochs: Annotated[int | None, Help("passes over the training images; by default about 1.4 million images, 15 to 60 passes", 1, 10**6)] = None
+    steps: Annotated[int | None, Help("steps in all, instead of whole epochs", 1, 10**9)] = None
+    batch_size: Annotated[int | None, Help("images a step; by default 128, less for a small data set", 1, 10**6)] = None
+    optimizer: Annotated[Optimizer, Help("SGD with momentum, AdamW, or Muon for the convolutions and SGD for the rest")] = "muon"
+    lr: Annotated[float, Help("the highest learning rate", 0, 1e3)] = 0.05
+    momentum: Annotated[float, Help("of SGD", 0, 1)] = 0.9
+    nesterov: Annotated[bool, Help("SGD looks ahead")] = True
+    weight_decay: Annotated[float, Help("L2 for SGD, decoupled for AdamW and Muon", 0, 1e3)] = 0.02
+    decay_all: Annotated[bool, Help("also decay norms and biases")] = False
+    schedule: Annotated[Schedule, Help("how the learning rate falls")] = "one-cycle"
+    warmup: Annotated[float, Help("share of the training in which it rises linearly from zero", 0, 1)] = 0.2
+    warmup_lr: Annotated[float, Help("instead: held here until the training error falls below 80 % (He 2015, n = 18)", 0, 1e3)] = 0.0
+    milestones: Annotated[tuple[float, ...], Help("of the step schedule, as shares of the training")] = (0.5, 0.75)
+    label_smoothing: Annotated[float, Help("share of the target spread over all classes", 0, 1)] = 0.0
+    mixup: Annotated[float, Help("alpha of mixup; 0 is off", 0, 100)] = 0.0
+    cutmix: Annotated[float, Help("alpha of cutmix; with both, each batch gets one of them", 0, 100)] = 0.0
+    ema: Annotated[float, Help("decay of an average of the weights, which is then what is kept; 0 is off", 0, 1)] = 0.0
+    clip: Annotated[float, Help("largest norm of the gradient; 0 is off", 0, 1e9)] = 0.0
+    balance: Annotated[Balance, Help("rare classes weighted in the loss, or sampled more often")] = "none"
+    patience: Annotated[int, Help("stop after so many epochs without a better val top-1; 0 is off", 0, 10**6)] = 0
+    keep: Annotated[Keep, Help("the weights of the best epoch on val, or of the last")] = "best"
+    weights: Annotated[str, Help("a file to start from")] = ""
+    freeze: Annotated[Freeze, Help("train the head only")] = "none"
+    trunk_lr: Annotated[float, Help("learning rate of all but the head, as a share of lr", 0, 1e3)] = 1.0
+    zero_init: Annotated[bool | None, Help("each residual branch starts at zero; by default as the net says")] = None
+    image_size: Annotated[int | None, Help("pixels a side; by default what the images have, at most 224", 1, 4096)] = None
+    low_resolution: Annotated[float | None, Help("share of the epochs, the first, at 3/4 of the image size; by default half from 32 px up", 0, 1)] = None
+    crop: Annotated[Crop | None, Help("pad and shift / random resized / He's scale jitter / none; by default by image size")] = None
+    pad: Annotated[int | None, Help("pixels of shift; by default an eighth of the image", 0, 4096)] = None
+    flip: Annotated[Flip | None, Help("mirror left to right at random, or every other epoch; by default not for digits and letters")] = None
+    cutout: Annotated[int, Help("pixels a side of a square set to zero; 0 is off", 0, 4096)] = 0
+    jitter: Annotated[float, Help("strength of colour jitter; 0 is off", 0, 1)] = 0.0
+    lighting: Annotated[float, Help("standard deviation of AlexNet's colour shift along the principal components; 0 is off", 0, 10)] = 0.0
+    randaugment: Annotated[int, Help("operations of RandAugment; 0 is off", 0, 10)] = 0
+    normalize: Annotated[Normalize, Help("mean and deviation of each channel, or the mean image")] = "channel"
+    precision: Annotated[Precision, Help("bf16 where it is faster")] = "auto"
+    save_every: Annotated[float, Help("seconds of training that a crash may cost", 0, 1e6)] = 60.0
+    storage: Annotated[Place, Help("pixels in memory, or decoded by workers as they are needed")] = "auto"
+    seed: Annotated[int, Help("of every random choice")] = 0
+
+    def __post_init__(self) -> None:
+        for name, help_ in helps().items():
+            value = getattr(self, name)
+            if value is not None and help_.high > help_.low and not help_.low <= value <= help_.high:
+                raise CallError(f"{name} must be from {help_.low:g} to {help_.high:g}; received {value}")
+
+    @property
+    def as_call(self) -> str:
+        """The options that make this recipe from the default one, as typed on a command line."""
+        parts = []
+        for f in fields(self):
+            value, flag = getattr(self, f.name), f.name.replace("_", "-")
+            if value != f.default:
+                if isinstance(value, bool):
+                    parts.append(f"--{flag}" if value else f"--no-{flag}")
+                elif isinstance(value, tuple):
+                    parts += [f"--{flag} {v}" for v in value]
+                else:
+                    parts.append(f"--{flag} {value}")
+        return " ".join(parts)
+
+
+@cache
+def helps() -> dict[str, Help]:
+    """The Help of every field."""
+    return {name: hint.__metadata__[0] for name, hint in get_type_hints(Recipe, include_extras=True).items()}
+
+
+QUICK = Recipe()
+PAPER = Recipe(
+    optimizer="sgd", lr=0.1, momentum=0.9, nesterov=False, weight_decay=1e-4, decay_all=True, warmup=0.0, low_resolution=0.0, keep="last"
+)  # fmt: skip
+
+RECIPES: dict[str, Recipe] = {
+    # Command, time, result, n and hardware of each are in docs/recipes.md, written from runs.
+    "quick": QUICK,
+    # He 2015, section 4.2: 64k steps of 128, lr / 10 at 32k and 48k
+    "paper-cifar": replace(PAPER, steps=64_000, batch_size=128, schedule="step", crop="pad", pad=4, flip="random", normalize="pixel-mean"),
+    # He 2015, section 3.4: 600k steps of 256, lr / 10 on plateau, short side in [256, 480], AlexNet's colour shift
+    "paper-imagenet": replace(
+        PAPER, steps=600_000, batch_size=256, schedule="plateau", image_size=224, crop="scale", flip="random", normalize="pixel-mean", lighting=0.1
+    ),
+    "finetune": replace(
+        QUICK, epochs=10, optimizer="sgd", lr=0.01, trunk_lr=0.1, schedule="cosine", warmup=0.1, weight_decay=1e-4, low_resolution=0.0
+    ),
+}
+# The same with lr 0.01 until the training error is below 80 %, as the paper trains 110 layers
+RECIPES["paper-cifar-110"] = replace(RECIPES["paper-cifar"], warmup_lr=0.01)
+
+
+def find_recipe(recipe: str | Recipe, **changes: Any) -> Recipe:
+    """A recipe by name, from a TOML file of Recipe fields, or as given; with `changes` applied where they are not None.
+
+    Raises CallError with the nearest name for an unknown recipe or field, and for a value of the wrong type.
+    """
+    known = [f.name for f in fields(Recipe)]
+    if isinstance(recipe, str) and recipe.endswith(".toml"):
+        recipe = from_dict(_read_toml(Path(recipe)))
+    elif isinstance(recipe, str):
+        if recipe not in RECIPES:
+            raise unknown("recipe", recipe, RECIPES, ", or give a .toml file")
+        recipe = RECIPES[recipe]
+    for name in changes:
+        if name not in known:
+            raise unknown("recipe field", name, known)
+    given = {name: value for name, value in changes.items() if value is not None}
+    return from_dict({**{name: getattr(recipe, name) for name in known}, **given})
+
+
+def from_dict(values: dict[str, Any]) -> Recipe:
+    """A Recipe from plain values, with every field checked. Raises CallError."""
+    import cattrs
+
+    converter = cattrs.Converter(forbid_extra_keys=True, prefer_attrib_converters=True)
+    converter.register_structure_hook_func(lambda t: t in (int, float, bool), _strict_number)
+    try:
+        return converter.structure(values, Recipe)
+    except cattrs.BaseValidationError as error:
+        first = cattrs.transform_error(error)[0]
+        raise CallError(f"a recipe field cannot hold this: {first}; `reslab train --help` lists what each holds") from error
+
+
+def _strict_number(value: Any, kind: type) -> Any:
+    fits = isinstance(value, bool) if kind is bool else isinstance(value, int | float) and not isinstance(value, bool)
+    if not fits or (kind is int and value != int(value)):
+        raise ValueError(f"must be {kind.__name__}, received {value!r}")
+    return kind(value)
+
+
+def _read_toml(path: Path) -> dict[str, Any]:
+    import tomllib
+
+    try:
+        values = tomllib.loads(path.read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise CallError(f"a recipe file must be TOML of recipe fields; {path} cannot be read: {error}") from error
+    known = [f.name for f in fields(Recipe)]
+    for name in values:
+        if name not in known:
+            raise unknown("recipe field", name, known)
+    return values
+
+
+def resolve(recipe: Recipe, train_images: int, classes: int, image_size: int, upright: bool) -> Recipe:
+    """The recipe with every field that follows the data filled in. Raises CallError for a batch that the data cannot fill."""
+    size = recipe.image_size or image_size
+    batch = recipe.batch_size or max(2, min(128, train_images // 16))
+    if batch > train_images:
+        raise CallError(f"a batch must not be larger than the training data: batch_size {batch}, {train_images} images; lower --batch-size")
+    epochs = recipe.epochs or max(15, min(60, round(1_400_000 / train_images)))
+    crop = recipe.crop or ("pad" if size <= 64 else "resized")
+    return replace(
+        recipe,
+        image_size=size,
+        batch_size=batch,
+        epochs=math.ceil(recipe.steps / (train_images // batch)) if recipe.steps else epochs,
+        crop=crop,
+        low_resolution=(0.5 if size >= 32 else 0.0) if recipe.low_resolution is None else recipe.low_resolution,
+        pad=recipe.pad if recipe.pad is not None else (size // 8 if crop == "pad" else 0),
+        flip=recipe.flip or ("none" if upright else "alternate"),
+    )

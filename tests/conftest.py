@@ -1,0 +1,84 @@
+"""What several tests need: folders of small images, the real CIFAR-10 and published weights where they are at hand."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageDraw
+
+from reslab.data.images import Images
+from reslab.data.named import roots
+from reslab.data.source import open_images
+
+SHARED = Path(__file__).parents[2] / "shared"
+COLOURS = {"red": (200, 40, 40), "green": (40, 170, 60), "blue": (50, 70, 200)}
+
+
+def draw(path: Path, colour: tuple[int, int, int], seed: int, size: tuple[int, int] = (24, 24)) -> Path:
+    """A disc of about that colour somewhere on a grey ground: easy to learn, and no two alike."""
+    rng = np.random.default_rng(seed)
+    image = Image.fromarray(rng.integers(90, 150, (size[1], size[0], 3), dtype=np.uint8))
+    x, y = rng.integers(0, size[0] // 2), rng.integers(0, size[1] // 2)
+    ImageDraw.Draw(image).ellipse((int(x), int(y), int(x) + size[0] // 2, int(y) + size[1] // 2), fill=colour)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image.save(path)
+    return path
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Three classes of 24 PNGs, 24 x 24 px."""
+    for c, (name, colour) in enumerate(COLOURS.items()):
+        for i in range(24):
+            draw(tmp_path / "photos" / name / f"{i}.png", colour, 100 * c + i)
+    return tmp_path / "photos"
+
+
+@pytest.fixture(scope="session")
+def cifar() -> Images:
+    if not any((root / "cifar-10-batches-py" / "batches.meta").is_file() for root in roots()):
+        pytest.skip("CIFAR-10 is not on this machine: set RESLAB_DATA to the folder that holds cifar-10-batches-py")
+    return open_images("cifar10")
+
+
+@pytest.fixture(scope="session")
+def published() -> Path:
+    if not (SHARED / "weights").is_dir():
+        pytest.skip("the published CIFAR-10 weights are not beside the repository")
+    return SHARED / "weights"
+
+
+@pytest.fixture
+def cli(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Runs `reslab` as a person does, in an empty folder, and gives back what it printed and its exit status."""
+
+    def call(*arguments: str | Path, **environment: str) -> subprocess.CompletedProcess[str]:
+        work = tmp_path / "work"
+        work.mkdir(exist_ok=True)
+        return subprocess.run(
+            [sys.executable, "-m", "reslab", *map(str, arguments)],
+            cwd=work, env={**os.environ, **environment}, capture_output=True, text=True, timeout=240,
+        )  # fmt: skip
+
+    return call
+
+
+def scramble(net: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
+    """Random weights and running statistics: fresh ones (mean 0, variance 1) hide errors."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, tensor in net.state_dict().items():
+            if name.endswith("running_var"):
+                tensor.uniform_(0.5, 2, generator=generator)
+            elif name.endswith("running_mean") or name.endswith("bias"):
+                tensor.normal_(0, 0.2, generator=generator)
+            elif tensor.ndim == 1 and tensor.is_floating_point():
+                tensor.uniform_(0.5, 1.5, generator=generator)
+            elif tensor.is_floating_point():
+                tensor.normal_(0, (1.0 / tensor[0].numel()) ** 0.5, generator=generator)
+    return net

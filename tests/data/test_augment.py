@@ -1,0 +1,101 @@
+import torch
+from torch import Generator
+
+from reslab.data import augment
+
+
+def seeded(seed: int = 0) -> Generator:
+    return Generator().manual_seed(seed)
+
+
+def ramp(n: int, size: int, channels: int = 3) -> torch.Tensor:
+    """Every pixel of every image a different number."""
+    return torch.arange(1, n * channels * size * size + 1, dtype=torch.float32).view(n, channels, size, size)
+
+
+def test_pad_crop_shifts_whole_images_within_the_padding() -> None:
+    x = ramp(64, 8)
+    y = augment.pad_crop(x, 2, seeded())
+    padded = torch.nn.functional.pad(x, (2, 2, 2, 2))
+    seen = set()
+    for i in range(64):
+        matches = [(r, c) for r in range(5) for c in range(5) if torch.equal(y[i], padded[i, :, r : r + 8, c : c + 8])]
+        assert len(matches) == 1
+        seen.add(matches[0])
+    assert len(seen) > 15, "the shifts must differ"
+
+
+def test_flip_mirrors_only_what_it_is_told() -> None:
+    x = ramp(4, 5)
+    y = augment.flip(x, torch.tensor([True, False, True, False]))
+    assert torch.equal(y[0], x[0].flip(2))
+    assert torch.equal(y[1], x[1])
+
+
+def test_full_size_box_is_the_image_itself() -> None:
+    x = torch.randn(4, 3, 16, 16, generator=seeded())
+    y = augment.random_resized_crop(x, 16, seeded(), scale=(1, 1), ratio=(1, 1))
+    assert torch.allclose(y, x, atol=1e-5)
+
+
+def test_random_resized_crop_stays_inside_and_keeps_its_scale() -> None:
+    column = torch.linspace(0, 1, 64).view(1, 1, 1, 64).expand(200, 1, 64, 64)  # the value is the place
+    y = augment.random_resized_crop(column, 32, seeded())
+    width = (y[:, 0, 0, -1] - y[:, 0, 0, 0]) * 32 / 31
+    assert y.min() >= 0
+    assert y.max() <= 1
+    assert width.min() > (0.35 * 3 / 4) ** 0.5 - 0.03
+    assert width.std() > 0.05
+
+
+def test_scale_crop_takes_squares_of_the_papers_sizes() -> None:
+    column = torch.linspace(0, 1, 480).view(1, 1, 1, 480).expand(300, 1, 480, 480)
+    y = augment.scale_crop(column, 24, (27, 51), seeded())
+    width = (y[:, 0, 0, -1] - y[:, 0, 0, 0]) * 24 / 23
+    assert abs(width.min().item() - 24 / 51) < 0.02
+    assert abs(width.max().item() - 24 / 27) < 0.02
+
+
+def test_cutout_zeroes_at_most_one_square() -> None:
+    y = augment.cutout(torch.ones(100, 3, 32, 32), 8, seeded())
+    holes = (y == 0).sum((1, 2, 3)) / 3
+    assert holes.max() == 64
+    assert holes.min() >= 16
+    assert ((y == 0).any(1) == (y == 0).all(1)).all(), "all channels alike"
+
+
+def test_mixup_and_cutmix_blend_targets_as_they_blend_images() -> None:
+    x = torch.zeros(16, 1, 20, 20)
+    x[8:] = 1
+    targets = torch.nn.functional.one_hot(torch.tensor([0] * 8 + [1] * 8), 2).float()
+    for mix in (augment.mixup, augment.cutmix):
+        for seed in range(20):
+            mixed, blended = mix(x, targets, 1.0, seeded(seed))
+            assert torch.allclose(mixed.mean((1, 2, 3)), blended[:, 1], atol=1e-5)
+
+
+def test_lighting_shifts_colour_along_the_components() -> None:
+    x, std = torch.zeros(2000, 3, 2, 2), torch.tensor([0.2, 0.25, 0.3])
+    shift = augment.lighting(x, 0.1, std, seeded())[:, :, 0, 0] * std
+    components = torch.tensor(augment.LIGHTING_VECTORS)
+    spread = (shift @ components).std(0)
+    assert torch.allclose(spread, 0.1 * torch.tensor(augment.LIGHTING_VALUES), rtol=0.1)
+    assert torch.equal(augment.lighting(x[:, :1], 0.1, std, seeded()), x[:, :1])
+
+
+def test_colour_stays_in_range_and_leaves_the_global_generator_alone() -> None:
+    x = torch.rand(8, 3, 32, 32, generator=seeded())
+    state = torch.get_rng_state()
+    y = augment.colour(x, 0.4, 2, seeded(3))
+    assert torch.equal(torch.get_rng_state(), state)
+    assert y.shape == x.shape
+    assert 0 <= y.min() <= y.max() <= 1
+    assert not torch.allclose(x, y)
+    assert torch.equal(y, augment.colour(x, 0.4, 2, seeded(3)))
+
+
+def test_equal_seeds_give_equal_batches() -> None:
+    x = torch.randn(8, 3, 16, 16, generator=seeded())
+    for make in (lambda g: augment.pad_crop(x, 2, g), lambda g: augment.random_resized_crop(x, 16, g), lambda g: augment.cutout(x, 4, g)):
+        assert torch.equal(make(seeded(5)), make(seeded(5)))
+        assert not torch.equal(make(seeded(5)), make(seeded(6)))

@@ -1,0 +1,55 @@
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from reslab.data.batches import Batches, choose_storage, mean_and_std, mean_image
+from reslab.data.preprocess import Preprocess
+from reslab.data.source import open_images
+
+
+def test_memory_and_stream_give_the_same_batches(folder: Path) -> None:
+    images = open_images(folder)
+    items = np.arange(3, 60)
+    order = np.random.default_rng(0).permutation(57)
+    memory, stream = (list(Batches(images, items, 20, storage).epoch(16, order)) for storage in ("memory", "stream"))
+    assert len(memory) == len(stream) == 4
+    for a, b in zip(memory, stream, strict=True):
+        assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+    assert memory[0].pixels.shape == (16, 20, 20, 3)
+
+
+def test_files_that_break_later_are_dropped_and_named_in_both_storages(folder: Path) -> None:
+    images = open_images(folder)
+    (folder / "red" / "5.png").write_bytes(b"gone bad")
+    for storage in ("memory", "stream"):
+        batches = Batches(images, np.arange(72), 24, storage)
+        assert sum(len(b.items) for b in batches.epoch(16)) == 71
+        assert list(batches.dropped) == ["red/5.png"]
+
+
+def test_storage_follows_the_size(folder: Path) -> None:
+    images = open_images(folder)
+    assert choose_storage(images, 24)[0] == "memory"
+    assert choose_storage(images, 200_000)[0] == "stream"
+
+
+def test_mean_and_deviation_are_those_of_the_pixels(folder: Path) -> None:
+    images = open_images(folder)
+    batches = Batches(images, np.arange(72), 24, "memory")
+    pixels = np.stack([images.pixels(i, 24) for i in range(72)]).astype(float) / 255
+    mean, std = mean_and_std(batches)
+    assert np.allclose(mean, pixels.mean((0, 1, 2)))
+    assert np.allclose(std, pixels.std((0, 1, 2)))
+    assert np.allclose(mean_image(batches).permute(1, 2, 0), pixels.mean(0), atol=1e-6)
+
+
+def test_preprocess_crops_the_middle_and_survives_json() -> None:
+    import json
+
+    preprocess = Preprocess(4, 8, 1, torch.tensor([0.25]), torch.tensor([0.5]))
+    pixels = torch.arange(64, dtype=torch.uint8).view(1, 8, 8, 1)
+    got = preprocess(pixels, torch.device("cpu"))
+    assert torch.allclose(got[0, 0], (pixels[0, 2:6, 2:6, 0] / 255 - 0.25) / 0.5)
+    again = Preprocess.from_dict(json.loads(json.dumps(preprocess.to_dict())))
+    assert torch.equal(again(pixels, torch.device("cpu")), got)

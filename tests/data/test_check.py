@@ -1,0 +1,98 @@
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from reslab.data.check import Checkup, check, difference_hash, near_pairs
+from reslab.data.source import open_images
+from tests.conftest import COLOURS, draw
+
+
+def kinds(found: Checkup) -> dict[str, int]:
+    return {finding.kind: finding.count for finding in found.findings}
+
+
+def photos(root: Path, n: int = 8) -> Path:
+    for c, (name, colour) in enumerate(COLOURS.items()):
+        for i in range(n):
+            draw(root / name / f"{i}.png", colour, 100 * c + i, (64, 64))
+    return root
+
+
+def test_healthy_folder_has_no_findings(tmp_path: Path) -> None:
+    found = check(open_images(photos(tmp_path / "p")))
+    assert found.findings == []
+    assert found.is_healthy
+    assert found.counts == {name: {"all": 8} for name in ("blue", "green", "red")}
+    assert found.sizes == {"width": [64, 64, 64], "height": [64, 64, 64]}
+
+
+def test_each_fault_is_found_by_name(tmp_path: Path) -> None:
+    root = photos(tmp_path / "p")
+    (root / "empty").mkdir()
+    (root / "red" / "cut.png").write_bytes((root / "red" / "1.png").read_bytes()[:900])
+    shutil.copy(root / "red" / "2.png", root / "red" / "again.png")
+    shutil.copy(root / "blue" / "2.png", root / "green" / "from blue.png")
+    draw(root / "red" / "wide.png", COLOURS["red"], 77, (400, 64))
+    Image.open(root / "green" / "5.png").resize((128, 128)).save(root / "green" / "larger.png")
+    found = check(open_images(root))
+    assert kinds(found) == {"unreadable": 1, "empty": 1, "contradiction": 1, "duplicates": 1, "aspect": 1, "near": 1}
+    text = " ".join(name for finding in found.findings for name in finding.names)
+    for named in ("red/cut.png (truncated", "red/2.png = red/again.png", "blue/2.png = green/from blue.png", "red/wide.png", "green/5.png = green/larger.png"):
+        assert named in text
+    assert not found.is_healthy
+
+
+def test_leakage_between_declared_parts_is_found_exact_and_near(tmp_path: Path) -> None:
+    root = photos(tmp_path / "d" / "train").parent
+    photos(tmp_path / "other")
+    for name in COLOURS:
+        draw(root / "test" / name / "new.png", COLOURS[name], 555, (64, 64))
+    shutil.copy(root / "train" / "red" / "2.png", root / "test" / "red" / "leak.png")
+    Image.open(root / "train" / "blue" / "3.png").resize((80, 80)).save(root / "test" / "blue" / "near.png")
+    found = check(open_images(root))
+    assert kinds(found)["leakage"] == 1
+    assert kinds(found)["near-leakage"] >= 1
+    assert not found.is_healthy
+
+
+def test_imbalance_is_a_note(tmp_path: Path) -> None:
+    root = photos(tmp_path / "p", 3)
+    for i in range(40):
+        draw(root / "red" / f"more{i}.png", COLOURS["red"], 2000 + i, (64, 64))
+    found = check(open_images(root))
+    assert kinds(found)["imbalance"] == 3
+    assert found.is_healthy
+
+
+def test_near_pairs_equal_brute_force() -> None:
+    rng = np.random.default_rng(0)
+    hashes = rng.integers(1, 2**63, 300, dtype=np.uint64)
+    for i in range(60):
+        flips = sum(1 << int(b) for b in rng.choice(64, rng.integers(1, 6), replace=False))
+        hashes[200 + i] = hashes[i] ^ np.uint64(flips)
+    want = [(i, j) for i in range(300) for j in range(i + 1, 300) if int(hashes[i] ^ hashes[j]).bit_count() <= 3]
+    assert near_pairs(hashes) == want
+    assert len(want) > 20
+
+
+def test_difference_hash_survives_resizing_and_not_other_content() -> None:
+    rng = np.random.default_rng(1)
+    picture = Image.fromarray(rng.integers(0, 256, (8, 8, 3), dtype=np.uint8)).resize((64, 64), Image.Resampling.BICUBIC)
+    one, two = difference_hash(np.asarray(picture)), difference_hash(np.asarray(picture.resize((50, 50))))
+    other = difference_hash(rng.integers(0, 256, (64, 64, 3), dtype=np.uint8))
+    assert (one ^ two).bit_count() <= 3 < 10 < (one ^ other).bit_count()
+
+
+def test_command_prints_a_table_or_json_and_its_status_says_healthy(cli: Callable, tmp_path: Path) -> None:
+    root = photos(tmp_path / "p")
+    good = cli("check", root)
+    assert (good.returncode, "healthy" in good.stdout, good.stderr) == (0, True, "")
+    (root / "red" / "zero.png").touch()
+    bad = cli("check", root, "--json")
+    assert bad.returncode == 1
+    held = json.loads(bad.stdout)
+    assert (held["healthy"], held["findings"][0]["kind"], held["images"]) == (False, "unreadable", 24)

@@ -1,0 +1,71 @@
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from reslab.data.images import Images
+from reslab.data.source import open_images
+from reslab.data.split import split, split_record
+from reslab.errors import WorkError
+from tests.conftest import draw
+
+
+def listed(labels: list[int], digests: list[str], declared: list[str] | None = None) -> Images:
+    n = len(labels)
+    return Images(
+        name="x", classes=tuple("abcdefgh"[: max(labels) + 1]), labels=np.array(labels), names=[str(i) for i in range(n)], digests=digests,
+        sizes=np.full((n, 2), 8, np.int32), channels=3, declared=declared or [""] * n,
+    )  # fmt: skip
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.tuples(st.integers(0, 2), st.integers(0, 40)), min_size=0, max_size=120), st.integers(0, 2**32 - 1))
+def test_parts_are_disjoint_complete_and_never_share_an_image(rows: list[tuple[int, int]], seed: int) -> None:
+    rows = rows + [(c, 1000 + 10 * c + i) for c in range(3) for i in range(6)]  # every class large enough
+    images = split(listed([c for c, _ in rows], [str(d) for _, d in rows]), seed)
+    parts = [set(images.split[name].tolist()) for name in ("train", "val", "test")]
+    assert sorted(i for part in parts for i in part) == list(range(len(rows)))
+    held = [{images.digests[i] for i in part} for part in parts]
+    assert not (held[0] & held[1] or held[0] & held[2] or held[1] & held[2])
+
+
+def test_split_is_stratified_and_seeded() -> None:
+    digits = open_images("digits")
+    first, again, other = split(digits, 0), split(digits, 0), split(digits, 1)
+    assert first.fingerprint() == again.fingerprint() != other.fingerprint()
+    assert {name: len(items) for name, items in first.split.items()} == {"train": 1259, "val": 179, "test": 359}
+    shares = np.bincount(digits.labels[first.split["test"]]) / np.bincount(digits.labels)
+    assert np.abs(shares - 0.2).max() < 0.01
+
+
+def test_declared_test_is_kept_and_only_val_is_made() -> None:
+    labels = [0, 1] * 30
+    images = split(listed(labels, [str(i) for i in range(60)], ["test" if i >= 40 else "train" for i in range(60)]), 3)
+    assert images.split["test"].tolist() == list(range(40, 60))
+    assert len(images.split["val"]) == 4
+    assert split_record(images, 3)["made_here"] == ["val"]
+
+
+def test_record_names_every_image_by_content() -> None:
+    images = split(listed([0, 1] * 20, [f"h{i}" for i in range(40)]), 0)
+    record = split_record(images, 0)
+    assert sorted(row[0] for part in ("train", "val", "test") for row in record[part]) == sorted(images.digests)
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [([0] * 9, "two classes or more; received only 'a'"), ([0] * 9 + [1], "class 'b' has 1: add images"), ([0] * 9 + [1, 1], "class 'b' has 2")],
+)
+def test_classes_too_small_to_split_are_named(labels: list[int], message: str) -> None:
+    with pytest.raises(WorkError, match=message):
+        split(listed(labels, [str(i) for i in range(len(labels))]), 0)
+
+
+def test_changed_pixels_change_the_fingerprint(folder: Path) -> None:
+    before = split(open_images(folder), 0).fingerprint()
+    draw(folder / "red" / "3.png", (1, 2, 3), 4242)
+    assert split(open_images(folder), 0).fingerprint() != before
+    assert replace(split(open_images(folder), 0), name="other").fingerprint() != before

@@ -1,0 +1,126 @@
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import reslab
+from reslab.nets.torch import Add
+from reslab.spec import FAMILY
+from tests.conftest import scramble
+
+GOLDENS = Path(__file__).parents[1] / "goldens" / "parameters.json"
+
+
+@pytest.fixture(scope="module")
+def torchvision_models():  # type: ignore[no-untyped-def]
+    # Its compiled operators do not load beside a CPU build of torch; the models do not need them, only their schemas.
+    library = torch.library.Library("torchvision", "FRAGMENT")
+    for name in ("nms", "qnms"):
+        library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    models = pytest.importorskip("torchvision.models")
+    yield models
+    del library
+
+
+@pytest.mark.parametrize("name", ["resnet18", "resnet50"])
+@pytest.mark.parametrize("size", [64, 97])
+@pytest.mark.parametrize("train", [False, True], ids=["eval", "train"])
+def test_equals_torchvision_with_random_weights_and_statistics(torchvision_models, name: str, size: int, train: bool) -> None:
+    theirs = scramble(getattr(torchvision_models, name)(weights=None)).train(train)
+    ours = reslab.build(name).train(train)
+    ours.load_state_dict(theirs.state_dict())
+    x = torch.randn(3, 3, size, size, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        want, stages = _stages(theirs, x)
+        outputs: dict[str, torch.Tensor] = {}
+        got = ours(x, outputs)
+    for number, (stage, depth) in enumerate(zip(stages, ours.spec.depths, strict=True), start=1):
+        assert _relative(outputs[f"layer{number}.{depth - 1}"], stage) < 1e-5
+    assert _relative(got, want) < 1e-5
+
+    with torch.no_grad():
+        ours.load_state_dict(theirs.state_dict())
+        ours.layer3[1].bn2.running_mean[0] += 0.5
+        ours.layer3[1].bn2.bias[0] += 0.5
+        assert _relative(ours(x), want) > 1e-5, "one corrupted channel must be noticed"
+
+
+def _stages(net: nn.Module, x: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    held: list[torch.Tensor] = []
+    hooks = [getattr(net, f"layer{i}").register_forward_hook(lambda m, i, o: held.append(o)) for i in range(1, 5)]
+    out = net(x)
+    for hook in hooks:
+        hook.remove()
+    return out, held
+
+
+def _relative(a: torch.Tensor, b: torch.Tensor) -> float:
+    return ((a - b).abs().max() / b.abs().max()).item()
+
+
+def test_parameter_names_and_shapes_are_the_pinned_ones() -> None:
+    """A changed name breaks every stored model. If it must be: python -m tests.nets.test_torch writes the file anew."""
+    assert _names() == json.loads(GOLDENS.read_text())
+
+
+def _names() -> dict[str, dict[str, list[int]]]:
+    with torch.device("meta"):
+        return {name: {k: list(v.shape) for k, v in reslab.build(name).state_dict().items()} for name in ("resnet20", "plain20", "resnet18", "resnet50")}
+
+
+def test_forward_returns_every_block_by_name() -> None:
+    net = reslab.build("resnet20").eval()
+    outputs: dict[str, torch.Tensor] = {}
+    with torch.no_grad():
+        net(torch.zeros(1, 3, 32, 32), outputs)
+    assert list(outputs) == ["stem", *(f"layer{s}.{b}" for s in (1, 2, 3) for b in (0, 1, 2))]
+    assert outputs["layer3.2"].shape == (1, 64, 8, 8)
+
+
+@pytest.mark.parametrize("name", ["resnet20", "resnet50", "plain20"])
+def test_every_relu_is_its_own_and_every_addition_a_module(name: str) -> None:
+    net = reslab.build(name)
+    relus = [m for m in net.modules() if isinstance(m, nn.ReLU)]
+    blocks = sum(net.spec.depths)
+    assert not any(relu.inplace for relu in relus)
+    assert len(relus) == 1 + blocks * (2 if net.spec.block == "basic" else 3)  # modules() lists a shared one once
+    assert sum(isinstance(m, Add) for m in net.modules()) == (0 if net.spec.shortcut == "none" else blocks)
+
+
+def test_plain_twin_has_the_same_parameters() -> None:
+    residual, plain = reslab.build("resnet56"), reslab.build("plain56")
+    assert {k: v.shape for k, v in residual.state_dict().items()} == {k: v.shape for k, v in plain.state_dict().items()}
+
+
+@pytest.mark.parametrize("changes", [{}, {"norm": "none"}], ids=["batch", "none"])
+@pytest.mark.parametrize("name", ["resnet20", "resnet50"])
+def test_zero_init_makes_each_identity_block_the_identity(name: str, changes: dict[str, str]) -> None:
+    net = reslab.build(name, zero_init=True, **changes).eval()
+    outputs: dict[str, torch.Tensor] = {}
+    with torch.no_grad():
+        net(torch.randn(2, 3, 64, 64), outputs)
+    assert torch.equal(outputs["layer1.1"], outputs["layer1.0"])
+    assert not torch.equal(outputs["layer2.0"].mean(), outputs["layer1.1"].mean())
+
+
+def test_he_initialisation_keeps_the_variance() -> None:
+    torch.manual_seed(0)
+    net = reslab.build("plain56", norm="none")
+    outputs: dict[str, torch.Tensor] = {}
+    with torch.no_grad():
+        net(torch.randn(8, 3, 32, 32), outputs)
+    last, first = outputs["layer1.8"].pow(2).mean(), outputs["stem"].pow(2).mean()
+    assert 0.2 < (last / first).item() < 5
+
+
+@pytest.mark.parametrize("name", FAMILY)
+def test_every_row_builds_on_the_meta_device(name: str) -> None:
+    row = FAMILY[name]
+    with torch.device("meta"):
+        assert reslab.build(name)(torch.empty(2, 3, row.image_size, row.image_size)).shape == (2, row.spec.num_classes)
+
+
+if __name__ == "__main__":
+    GOLDENS.write_text(json.dumps(_names(), indent=0) + "\n")

@@ -1,0 +1,111 @@
+import os
+import re
+import shutil
+import subprocess
+from collections.abc import Callable
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+import reslab
+from reslab.report.page import write_report
+from reslab.run import Run
+from tests.conftest import draw
+
+EVIL = "<script>alert('x')</script>&\"'$x_1$ 🦊\nnew"
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """Classes with hostile names, hard to tell apart, so that every section has something to show."""
+    root = tmp_path_factory.mktemp("made") / "photos"
+    for c, name in enumerate((EVIL.replace("/", "⁄"), "plain", "third")):
+        for i in range(30):
+            draw(root / name / f"{i} <b>&.png", (90 + 20 * c, 120, 120), 100 * c + i)
+    return reslab.train(root, out=root.parent / "run", epochs=3, seed=2)
+
+
+class Tags(HTMLParser):
+    def __init__(self) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.text = ""
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+def parsed(run: Run) -> Tags:
+    tags = Tags()
+    tags.feed((run.path / "report.html").read_text("utf-8"))
+    return tags
+
+
+def test_names_from_outside_are_escaped(run: Run) -> None:
+    page = parsed(run)
+    assert not any(tag in ("script", "b") and "alert" in str(attrs) for tag, attrs in page.tags)
+    assert "script" not in {tag for tag, _ in page.tags}
+    assert "<script>alert('x')<⁄script>" in page.text
+    assert " <b>&.png" in page.text
+
+
+def test_page_needs_no_network_and_no_script(run: Run) -> None:
+    page = parsed(run)
+    for _, attrs in page.tags:
+        assert not any(name.startswith("on") for name in attrs)
+        for name in ("src", "href", "xlink:href"):
+            assert re.match(r"data:image/|#|$", attrs.get(name) or ""), attrs
+    assert "url(http" not in (run.path / "report.html").read_text("utf-8")
+
+
+def test_page_says_what_the_records_say(run: Run) -> None:
+    text = " ".join(parsed(run).text.split())
+    test = run.last("test")
+    assert f"{100 * test['top1']:.1f} % of {test['n']} test images" in text
+    assert run.config["command"] in text
+    for heading in ("Repeat it", "How it learned", "What is taken for what", "Class by class", "Can its confidence be believed?", "Worst mistakes",
+                    "Labels worth a second look", "The data", "Environment"):  # fmt: skip
+        assert heading in text
+    ids = [attrs["id"] for _, attrs in parsed(run).tags if "id" in attrs]
+    assert len(ids) == len(set(ids)), "ids must be unique on the page"
+
+
+def test_report_is_drawn_from_records_alone(run: Run, cli: Callable, tmp_path: Path) -> None:
+    before = (run.path / "report.html").read_text("utf-8")
+    moved = tmp_path / "moved"
+    shutil.copytree(run.path, moved)
+    (moved / "report.html").unlink()
+    done = cli("report", moved)
+    assert (done.returncode, done.stdout.strip()) == (0, str(moved / "report.html"))
+    assert (moved / "report.html").read_text("utf-8") == before
+
+
+def test_unfinished_run_has_no_report(tmp_path: Path) -> None:
+    (tmp_path / "run.toml").touch()
+    with pytest.raises(reslab.CallError, match="needs a finished run"):
+        write_report(Run(tmp_path))
+
+
+@pytest.mark.parametrize("width", [390, 1200])
+def test_page_shows_in_a_real_browser_without_a_complaint(run: Run, width: int, tmp_path: Path) -> None:
+    browser = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if not browser:
+        pytest.skip("no Chromium on this machine")
+    shot = tmp_path / "page.png"
+    done = subprocess.run(
+        [browser, "--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update", "--disable-sync",
+         "--no-first-run", "--enable-logging=stderr", "--v=0", f"--user-data-dir={tmp_path / 'profile'}", f"--window-size={width},2000",
+         f"--screenshot={shot}", (run.path / "report.html").as_uri()],
+        capture_output=True, text=True, timeout=120, env={**os.environ, "HOME": str(tmp_path)},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-1500:]
+    assert "CONSOLE" not in done.stderr, [line for line in done.stderr.splitlines() if "CONSOLE" in line]
+    from PIL import Image
+
+    with Image.open(shot) as image:
+        assert image.width == width
+        assert len(image.convert("RGB").resize((60, 200)).getcolors(12_000) or []) > 40, "the page must show something"

@@ -1,0 +1,96 @@
+"""The arrows of the design, read from the code: who may import whom, and that importing does nothing."""
+
+import ast
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import reslab
+
+PACKAGE = Path(reslab.__file__).parent
+LEAVES = {"errors", "run", "tensors"}
+MAY_IMPORT = {
+    "errors": set(),
+    "run": {"errors"},
+    "tensors": {"errors", "run"},
+    "spec": {"errors"},
+    "nets": LEAVES | {"spec"},
+    "data": {"errors"},
+    "use": LEAVES | {"spec", "nets", "data"},
+    "train": LEAVES | {"spec", "nets", "data"},
+    "report": LEAVES,
+    "job": LEAVES | {"spec", "nets", "data", "train", "use", "report"},
+    "cli": LEAVES | {"spec", "nets", "data", "train", "use", "report", "job", "__init__"},
+}
+STANDARD_ONLY = ("spec", "errors")
+
+
+def room(path: Path) -> str:
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def imports(path: Path) -> set[str]:
+    """Modules that a file imports anywhere in it."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found.add(node.module)
+            found |= {f"{node.module}.{alias.name}" for alias in node.names if node.module == "reslab"}
+    return found
+
+
+@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_imports_follow_the_arrows(path: Path) -> None:
+    here = room(path)
+    if here in ("__init__", "__main__"):
+        return
+    rooms = {name.split(".")[1] for name in imports(path) if name.startswith("reslab.")}
+    rooms = {"__init__" if name == "__version__" else name for name in rooms}
+    assert rooms - {here} <= MAY_IMPORT[here]
+
+
+@pytest.mark.parametrize("name", STANDARD_ONLY)
+def test_specs_need_the_standard_library_only(name: str) -> None:
+    outside = {module.split(".")[0] for module in imports(PACKAGE / f"{name}.py")} - {"reslab"}
+    assert outside <= sys.stdlib_module_names
+
+
+@pytest.mark.parametrize("code", ["import reslab; reslab.spec('resnet50').cost()", "import sys; sys.argv = ['reslab', 'models']; from reslab.cli import app; app(['models'])"])
+def test_import_loads_no_framework_until_it_is_used(code: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", f"{code}\nimport sys; print([m for m in ('torch', 'keras', 'sklearn', 'matplotlib') if m in sys.modules])"],
+        capture_output=True, text=True, check=True, env={**os.environ},
+    )  # fmt: skip
+    assert done.stdout.splitlines()[-1] == "[]"
+
+
+def test_public_names_are_these_and_all_load() -> None:
+    assert set(reslab.__all__) == {
+        "FAMILY", "RECIPES", "CallError", "Classifier", "Cost", "Prediction", "Recipe", "Spec", "WorkError", "build", "load", "load_weights", "spec", "train",
+    }  # fmt: skip
+    for name in reslab.__all__:
+        assert getattr(reslab, name).__doc__ or name in ("FAMILY", "RECIPES")
+
+
+def test_functions_are_not_hidden_by_modules_of_the_same_name() -> None:
+    code = "import reslab, reslab.train.recipe, reslab.spec, reslab.train.fit; assert callable(reslab.train) and callable(reslab.spec); print('ok')"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "ok\n"
+
+
+def test_no_file_writes_a_pickle() -> None:
+    for path in PACKAGE.rglob("*.py"):
+        text = path.read_text("utf-8")
+        assert "torch.save(" not in text, path
+        assert "pickle.dump" not in text, path
+        assert "torch.load(" not in text or "weights_only=True" in text, path
+
+
+def test_version_is_the_packages() -> None:
+    from importlib.metadata import version
+
+    assert reslab.__version__ == version("reslab")

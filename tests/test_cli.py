@@ -1,0 +1,192 @@
+"""Every bad input of a person at a terminal: one line on stderr, the right exit status, nothing lost, no traceback."""
+
+import json
+import resource
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+import reslab
+from reslab.run import Run
+from tests.conftest import COLOURS, draw
+from tests.data.test_decode import bomb
+
+Cli = Callable[..., subprocess.CompletedProcess[str]]
+
+
+def one_line(done: subprocess.CompletedProcess[str], status: int, *parts: str) -> None:
+    assert done.returncode == status, done.stderr + done.stdout
+    assert done.stderr.startswith("reslab: "), done.stderr
+    assert done.stderr.count("\n") == 1, done.stderr
+    assert "Traceback" not in done.stderr + done.stdout
+    for part in parts:
+        assert part in done.stderr, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "part"),
+    [
+        (["train", "digits", "--net", "resnet19"], "did you mean 'resnet1"),
+        (["train", "digit"], "did you mean 'digits'"),
+        (["train", "digits", "--recipe", "quik"], "did you mean 'quick'"),
+        (["train", "digits", "--learning-rat", "1"], "--learning-rat"),
+        (["train", "digits", "--epohcs", "1"], "Did you mean --epochs"),
+        (["train", "digits", "--lr", "fast"], "--lr"),
+        (["train", "digits", "--lr", "-1"], "lr must be from 0 to 1000"),
+        (["train", "digits", "--epochs", "0"], "epochs must be from 1"),
+        (["train", "digits", "--budget", "soon"], "--budget must be a time"),
+        (["train", "digits", "--budget", "1s"], "the budget must allow one epoch"),
+        (["train", "digits", "--batch-size", "5000"], "a batch must not be larger than the training data"),
+        (["train", "digits", "--net", "resnet18", "--image-size", "4"], "needs at least 8 px a side; received 4 px"),
+        (["train", "nowhere/photos.csv"], "there is no"),
+        (["train", "--resume", "nowhere"], "has no run.toml"),
+        (["check", "nowhere"], "unknown data set or folder"),
+        (["predict", "nowhere", "x.png"], "a finished run has model/spec.json"),
+        (["predict", "nowhere"], "predict needs image files"),
+        (["report", "nowhere"], "has no run.toml"),
+        (["evaluate", "nowhere"], "has no run.toml"),
+        (["trian"], "Did you mean"),
+        (["train", "digits", "--weights", "none.pth"], "weights must be a file"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_wrong_calls_exit_2_with_one_line_and_leave_nothing(cli: Cli, arguments: list[str], part: str, tmp_path: Path) -> None:
+    one_line(cli(*arguments), 2, part)
+    assert list((tmp_path / "work").iterdir()) == []
+
+
+def _one_class(root: Path) -> None:
+    for i in range(9):
+        draw(root / "red" / f"{i}.png", COLOURS["red"], i)
+
+
+def _lonely(root: Path) -> None:
+    _one_class(root)
+    draw(root / "blue" / "0.png", COLOURS["blue"], 99)
+
+
+@pytest.mark.parametrize(
+    ("make", "part"),
+    [
+        (lambda r: None, "has none: put the images of each class"),
+        (_one_class, "two classes or more"),
+        (_lonely, "class 'blue' has 1"),
+        (lambda r: [(r / c).mkdir() or (r / c / "x.jpg").write_text("text") for c in "ab"], "none of the 2 files"),
+        (lambda r: [(r / c).mkdir() or (r / c / "x.png").write_bytes(bomb(50_000, 50_000)) for c in "ab"], "megapixels"),
+    ],
+    ids=["empty", "one class", "a class with one image", "text files", "bombs"],
+)
+def test_unusable_data_exits_1_with_one_line(cli: Cli, make: Callable[[Path], object], part: str, tmp_path: Path) -> None:
+    root = tmp_path / "photos"
+    root.mkdir()
+    make(root)
+    one_line(cli("train", root), 1, part)
+    assert not (tmp_path / "work" / "runs").exists()
+
+
+def test_weights_of_another_net_or_kind_are_refused(cli: Cli, tmp_path: Path) -> None:
+    torch.save(reslab.build("resnet32", in_channels=1).state_dict(), tmp_path / "other.pth")
+    one_line(cli("train", "digits", "--net", "resnet20", "--weights", tmp_path / "other.pth"), 2, "another net's weights")
+    (tmp_path / "page.pth").write_text("<html>sign in</html>")
+    one_line(cli("train", "digits", "--weights", tmp_path / "page.pth"), 1, "is a web page")
+    assert list((tmp_path / "work").iterdir()) == []
+
+
+def test_output_folders_in_use_or_out_of_reach_are_refused(cli: Cli, tmp_path: Path) -> None:
+    (tmp_path / "used").mkdir()
+    (tmp_path / "used" / "thesis.txt").write_text("precious")
+    one_line(cli("train", "digits", "--out", tmp_path / "used"), 2, "must be a new or empty folder")
+    assert (tmp_path / "used" / "thesis.txt").read_text() == "precious"
+    one_line(cli("train", "digits", "--out", tmp_path / "used" / "thesis.txt" / "run"), 2, "--out must be writable")
+    one_line(cli("train", "digits", "--out", "/proc/run"), 2, "--out must be writable")
+
+
+@pytest.fixture(scope="module")
+def stopped(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run on a folder that failed in the middle, as a full disk would make it."""
+    root = tmp_path_factory.mktemp("made")
+    for c, (name, colour) in enumerate(COLOURS.items()):
+        for i in range(20):
+            draw(root / "photos" / name / f"{i}.png", colour, 100 * c + i)
+    with pytest.raises(reslab.WorkError):
+        reslab.train(root / "photos", out=root / "run", optimizer="sgd", lr=1000.0, warmup=0.0, momentum=1.0, epochs=300, schedule="cosine")
+    return root / "run"
+
+
+def test_resuming_something_else_is_refused(cli: Cli, stopped: Path, tmp_path: Path) -> None:
+    (tmp_path / "plain").mkdir()
+    one_line(cli("train", "--resume", tmp_path / "plain"), 2, "has no run.toml")
+    one_line(cli("train", "--resume", stopped, "--net", "resnet32"), 2, "keeps its net resnet20; received resnet32")
+    one_line(cli("train", "cifar10", "--resume", stopped), 2, "keeps its data")
+    one_line(cli("train", "--resume", stopped, "--lr", "0.5"), 2, "keeps its recipe; received lr 0.5")
+    draw(stopped.parent / "photos" / "red" / "3.png", (0, 0, 0), 12345)
+    one_line(cli("train", "--resume", stopped), 1, "has changed since")
+
+
+def test_finished_and_damaged_runs_are_not_resumed(cli: Cli, tmp_path: Path) -> None:
+    run = reslab.train("digits", out=tmp_path / "run", epochs=1)
+    one_line(cli("train", "--resume", run.path), 2, "a finished run cannot be resumed")
+    (run.model / "spec.json").unlink()
+    (run.path / "state" / "last.safetensors").write_bytes(b"\xff" * 64)
+    one_line(cli("train", "--resume", run.path), 1, "cannot be read as")
+    (run.path / "run.toml").write_text("spec = [")
+    one_line(cli("train", "--resume", run.path), 1, "cannot be read")
+
+
+def test_a_full_disk_is_one_line_and_the_last_good_state_is_kept(tmp_path: Path) -> None:
+    """A limit on file size stands in for the full disk: the state (2 MB) no longer fits, the records do."""
+
+    def limit() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1_500_000, 1_500_000))
+
+    out = tmp_path / "run"
+    command = [sys.executable, "-m", "reslab", "train", "digits", "--epochs", "2", "--out", str(out)]
+    done = subprocess.run(command, capture_output=True, text=True, preexec_fn=limit, timeout=200)
+    one_line(done, 1, "last.safetensors cannot be written: File too large; what was there is kept")
+    assert not list(out.rglob("*.tmp")), "nothing half-written may be left"
+
+
+def test_debug_adds_the_traceback(cli: Cli) -> None:
+    done = cli("train", "digits", "--net", "resnet19", "--debug")
+    assert done.returncode != 0
+    assert "Traceback" in done.stderr
+
+
+def test_missing_extra_is_named(tmp_path: Path) -> None:
+    code = (
+        "import sys; sys.modules['kornia'] = None; sys.modules['torch.utils.tensorboard'] = None\n"
+        "from reslab.cli import main; main(sys.argv[1:])"
+    )
+    for option, extra in ((["--jitter", "0.2"], "aug"), (["--tensorboard"], "tensorboard")):
+        call = [sys.executable, "-c", code, "train", "digits", "--randaugment", "0", *option, "--out", str(tmp_path / extra), "--epochs", "1"]
+        if extra == "aug":
+            call += ["--randaugment", "1"]
+        one_line(subprocess.run(call, capture_output=True, text=True, timeout=200), 1, f"pip install 'reslab[{extra}]'")
+
+
+def test_odd_names_train_predict_and_stay_on_their_line(cli: Cli, tmp_path: Path) -> None:
+    root = tmp_path / "my photos 🦊"
+    for c, (name, colour) in enumerate({"new\nline": (200, 40, 40), "[red]markup[/red]": (50, 70, 200)}.items()):
+        for i in range(12):
+            draw(root / name / f"{i}\t<i>.png", colour, 100 * c + i)
+    done = cli("train", root, "--epochs", "2", "--out", tmp_path / "run")
+    assert done.returncode == 0, done.stderr
+    shown = cli("predict", tmp_path / "run", root)
+    assert shown.returncode == 0, shown.stderr
+    assert "[red]markup[/red]" in shown.stdout
+    assert "new\\nline" in shown.stdout
+    assert set(json.loads((tmp_path / "run" / "model" / "classes.json").read_text())) == {"new\nline", "[red]markup[/red]"}
+
+
+def test_help_and_models_work(cli: Cli) -> None:
+    shown = cli("--help")
+    assert shown.returncode == 0
+    for verb in ("train", "check", "predict", "evaluate", "report", "models"):
+        assert verb in shown.stdout
+    table = cli("models")
+    assert "25,557,032" in table.stdout
+    assert Run("x").path == Path("x")

@@ -1,0 +1,158 @@
+"""The training loop, killed, interrupted, diverged and in two processes. Real processes and real digits."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
+
+import reslab
+from reslab.run import Run
+
+SHORT = ("--epochs", "3", "--batch-size", "32", "--seed", "7")
+
+
+def start(*arguments: str | Path, **environment: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "reslab", "train", *map(str, arguments)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        env={**os.environ, **environment},
+    )  # fmt: skip
+
+
+def saved_step(run: Path) -> int:
+    """The step that a crash now would resume from; -1 before the first state."""
+    try:
+        with safe_open(run / "state" / "last.safetensors", "pt") as held:
+            return int(json.loads(held.metadata()["reslab"])["step"])
+    except (OSError, SafetensorError):
+        return -1
+
+
+def wait_for_step(run: Path, step: int, process: subprocess.Popen[str]) -> None:
+    deadline = time.monotonic() + 90
+    while time.monotonic() < deadline and process.poll() is None and saved_step(run) < step:
+        time.sleep(0.01)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("whole") / "run"
+    reslab.train("digits", out=out, epochs=3, batch_size=32, seed=7)
+    return out
+
+
+def weights(run: Path) -> dict[str, torch.Tensor]:
+    return load_file(run / "model" / "weights.safetensors")
+
+
+def test_killed_and_resumed_equals_uninterrupted_bit_for_bit(uninterrupted: Path, tmp_path: Path, cli: Callable) -> None:
+    out = tmp_path / "run"
+    process = start("digits", "--out", out, *SHORT, "--save-every", "0")
+    wait_for_step(out, random.Random().randrange(3, 100), process)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL
+    assert not (out / "model").exists()
+    done = cli("train", "--resume", out)
+    assert done.returncode == 0, done.stderr
+    step = int(done.stdout.split("at step ")[1].split(" ")[0])
+    assert 0 <= step < 3 * 39
+    ours, theirs = weights(out), weights(uninterrupted)
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs), f"killed after step {step}"
+    assert Run(out).last("test")["top1"] == Run(uninterrupted).last("test")["top1"]
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_signals_finish_the_step_save_and_exit(number: int, status: int, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    process = start("digits", "--out", out, "--epochs", "400", "--batch-size", "32", "--save-every", "0")
+    wait_for_step(out, 5, process)
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == status
+    assert errors.count("\n") == 1
+    assert "the state is saved; continue with --resume" in errors
+    assert saved_step(out) >= max(5, *(r["step"] for r in Run(out).records("step")))
+
+
+def test_equal_seeds_give_equal_weights_and_others_do_not(uninterrupted: Path, tmp_path: Path) -> None:
+    again = reslab.train("digits", out=tmp_path / "again", epochs=3, batch_size=32, seed=7)
+    other = reslab.train("digits", out=tmp_path / "other", epochs=1, batch_size=32, seed=8)
+    ours, theirs = weights(again.path), weights(uninterrupted)
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    assert not torch.equal(weights(other.path)["conv1.weight"], theirs["conv1.weight"])
+
+
+def test_loss_that_is_not_finite_stops_before_the_step_and_keeps_the_state(tmp_path: Path) -> None:
+    with pytest.raises(reslab.WorkError, match=r"loss must be finite; it was (nan|inf) at step \d+ with lr .* try --lr") as caught:
+        reslab.train("digits", out=tmp_path / "run", optimizer="sgd", lr=1000.0, warmup=0.0, momentum=1.0, epochs=60, schedule="cosine")
+    assert "\n" not in str(caught.value)
+    held = load_file(tmp_path / "run" / "state" / "last.safetensors")
+    assert all(torch.isfinite(t).all() for name, t in held.items() if name.startswith("net."))
+    assert Run(tmp_path / "run").last("warning")["text"] == "loss is not finite"
+
+
+def test_every_option_of_a_step_trains(tmp_path: Path) -> None:
+    run = reslab.train(
+        "digits", out=tmp_path / "run", epochs=2, mixup=0.2, cutmix=1.0, ema=0.99, clip=1.0, label_smoothing=0.1, balance="weights", cutout=2,
+        optimizer="adamw", lr=0.003, schedule="cosine", low_resolution=0.5, patience=1, precision="bf16", zero_init=True,
+    )  # fmt: skip
+    assert run.last("test")["top1"] > 0.3
+    sampled = reslab.train("digits", out=tmp_path / "sampled", epochs=1, balance="sampling", normalize="pixel-mean", crop="resized", keep="last")
+    assert sampled.last("test")["n"] == 359
+
+
+def test_early_stopping_stops(tmp_path: Path) -> None:
+    run = reslab.train("digits", out=tmp_path / "run", epochs=200, patience=2, lr=0.0)
+    assert len(list(run.records("epoch"))) == 3
+
+
+def test_finetuning_starts_from_the_weights_and_freezing_keeps_the_trunk(uninterrupted: Path, tmp_path: Path) -> None:
+    file = uninterrupted / "model" / "weights.safetensors"
+    run = reslab.train("digits", out=tmp_path / "run", recipe="finetune", weights=str(file), freeze="trunk", epochs=1, seed=7)
+    before, after = weights(uninterrupted), weights(run.path)
+    assert all(torch.equal(before[name], after[name]) for name in before if not name.startswith("fc."))
+    assert not torch.equal(before["fc.weight"], after["fc.weight"])
+    assert run.last("test")["top1"] > 0.9
+
+
+def test_budget_picks_the_epochs_and_ends_in_time(tmp_path: Path) -> None:
+    started = time.monotonic()
+    run = reslab.train("digits", out=tmp_path / "run", budget=25)
+    assert 5 < time.monotonic() - started < 30
+    done = list(run.records("epoch"))
+    assert run.config["recipe"]["epochs"] >= len(done) - 1 >= 1
+    assert [r for r in run.records("step")][-1]["lr"] < 0.2 * run.config["recipe"]["lr"], "the schedule must end with the budget"
+    with pytest.raises(reslab.CallError, match="the budget must allow one epoch"):
+        reslab.train("digits", out=tmp_path / "short", budget=1)
+    assert not (tmp_path / "short").exists()
+
+
+def test_two_processes_share_the_batch_and_write_once(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "reslab", "train", "digits", "--out", str(out)]
+    done = subprocess.run([*command, "--epochs", "8", "--batch-size", "64"], capture_output=True, text=True, timeout=200, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr[-2000:]
+    run = Run(out)
+    assert len(list(run.records("epoch"))) == 8
+    assert run.last("val")["n"] == 179, "every image once"
+    assert run.config["hardware"]["processes"] == 2
+    assert run.last("test")["top1"] > 0.9
+
+
+def test_curves_for_tensorboard(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    run = reslab.train("digits", out=tmp_path / "run", epochs=2, tensorboard=True)
+    held = EventAccumulator(str(run.path / "tensorboard")).Reload()
+    assert [event.value for event in held.Scalars("val/top1")] == pytest.approx([r["top1"] for r in run.records("val")])

@@ -1,0 +1,81 @@
+import math
+
+import pytest
+import torch
+
+import reslab
+from reslab.train.optim import Average, lr_at, optimizer, orthogonal, set_lr
+from reslab.train.recipe import RECIPES, Recipe
+
+
+def test_schedules_start_peak_and_end_where_they_should() -> None:
+    one_cycle = Recipe(schedule="one-cycle", lr=1.0, warmup=0.25)
+    assert [round(lr_at(one_cycle, p), 6) for p in (0, 0.125, 0.25, 0.625, 1)] == [0, 0.5, 1, 0.5, 0]
+    cosine = Recipe(schedule="cosine", lr=2.0, warmup=0.0)
+    assert [round(lr_at(cosine, p), 6) for p in (0, 0.5, 1)] == [2, 1, 0]
+    paper = RECIPES["paper-cifar"]
+    assert [round(lr_at(paper, s / 64_000), 9) for s in (0, 31_999, 32_000, 47_999, 48_000, 63_999)] == [0.1, 0.1, 0.01, 0.01, 0.001, 0.001]
+    assert math.isclose(lr_at(RECIPES["paper-imagenet"], 0.4, drops=2), 0.001)
+
+
+def test_norms_and_biases_do_not_decay_unless_asked() -> None:
+    net = reslab.build("resnet20")
+    for recipe, decays in ((Recipe(optimizer="sgd"), False), (RECIPES["paper-cifar"], True)):
+        groups = optimizer(net, recipe).param_groups
+        flat = [g["weight_decay"] > 0 for g in groups for p in g["params"] if p.ndim == 1]
+        assert all(flat) if decays else not any(flat)
+        assert all(g["weight_decay"] > 0 for g in groups for p in g["params"] if p.ndim > 1)
+        assert sum(len(g["params"]) for g in groups) == len(list(net.parameters()))
+
+
+def test_trunk_learns_slower_and_frozen_not_at_all() -> None:
+    net = reslab.build("resnet20")
+    optim = optimizer(net, Recipe(optimizer="sgd", trunk_lr=0.1))
+    set_lr(optim, 0.5)
+    rates = {id(p): g["lr"] for g in optim.param_groups for p in g["params"]}
+    assert rates[id(net.fc.weight)] == 0.5
+    assert rates[id(net.conv1.weight)] == pytest.approx(0.05)
+    frozen = optimizer(net, Recipe(freeze="trunk"))
+    assert {id(p) for g in frozen.param_groups for p in g["params"]} == {id(net.fc.weight), id(net.fc.bias)}
+    assert not net.conv1.weight.requires_grad
+
+
+def test_orthogonal_updates_have_nearly_equal_singular_values() -> None:
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(16, 3, 3, 3), (32, 16, 3, 3), (32, 16, 3, 3), (64, 32, 1, 1), (8, 64, 1, 1)]
+    updates = [(torch.nn.Parameter(torch.zeros(s)), torch.randn(s, generator=generator)) for s in shapes]
+    for (_, before), (_, after) in zip(updates, orthogonal(list(updates)), strict=True):
+        values = torch.linalg.svdvals(after.reshape(len(after), -1))
+        assert after.shape == before.shape
+        assert 0.5 < values.min() <= values.max() < 1.3
+        u, _, v = torch.linalg.svd(before.reshape(len(before), -1), full_matrices=False)
+        assert torch.nn.functional.cosine_similarity(after.flatten(), (u @ v).flatten(), dim=0) > 0.97
+
+
+@pytest.mark.parametrize("name", ["sgd", "adamw", "muon"])
+def test_every_optimiser_lowers_a_loss(name: str) -> None:
+    torch.manual_seed(0)
+    net = reslab.build("resnet20", num_classes=4)
+    x, y = torch.randn(16, 3, 16, 16), torch.arange(16) % 4
+    optim = optimizer(net, Recipe(optimizer=name, lr=0.02 if name != "adamw" else 0.002))
+    set_lr(optim, 0.02 if name != "adamw" else 0.002)
+    losses = []
+    for _ in range(12):
+        loss = torch.nn.functional.cross_entropy(net(x), y)
+        optim.zero_grad()
+        loss.backward()
+        optim.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.5 * losses[0]
+
+
+def test_average_follows_the_weights_and_their_statistics() -> None:
+    net = torch.nn.Sequential(torch.nn.BatchNorm1d(2))
+    average = Average(net, 0.9)
+    with torch.no_grad():
+        net[0].weight.fill_(3)
+        net[0].running_mean.fill_(5)
+    for step in range(1, 200):
+        average.update(net, step)
+    assert torch.allclose(average.tensors["0.weight"], torch.tensor(3.0), atol=1e-3)
+    assert torch.allclose(average.tensors["0.running_mean"], torch.tensor(5.0), atol=1e-3)

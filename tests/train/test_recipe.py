@@ -1,0 +1,92 @@
+import shlex
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pytest
+
+from reslab.errors import CallError
+from reslab.train.recipe import RECIPES, Recipe, find_recipe, from_dict, helps, resolve
+
+
+def test_paper_cifar_is_the_papers_protocol() -> None:
+    """He et al. 2015, section 4.2: SGD, momentum 0.9, decay 1e-4 on all, 128 images, 0.1 / 10 at 32k and 48k of 64k steps."""
+    recipe = RECIPES["paper-cifar"]
+    want = {
+        "optimizer": "sgd", "momentum": 0.9, "nesterov": False, "weight_decay": 1e-4, "decay_all": True, "batch_size": 128, "lr": 0.1,
+        "schedule": "step", "steps": 64_000, "milestones": (0.5, 0.75), "warmup": 0.0, "pad": 4, "crop": "pad", "flip": "random",
+        "normalize": "pixel-mean", "label_smoothing": 0.0, "ema": 0.0, "mixup": 0.0, "keep": "last",
+    }  # fmt: skip
+    assert {name: asdict(recipe)[name] for name in want} == want
+    assert replace(RECIPES["paper-cifar-110"], warmup_lr=0.0) == recipe
+    assert RECIPES["paper-cifar-110"].warmup_lr == 0.01
+
+
+def test_paper_imagenet_is_the_papers_protocol() -> None:
+    """He et al. 2015, section 3.4: 256 images, 0.1 / 10 on plateau, decay 1e-4, short side in [256, 480], crop 224, colour."""
+    recipe = RECIPES["paper-imagenet"]
+    want = {"batch_size": 256, "lr": 0.1, "schedule": "plateau", "weight_decay": 1e-4, "crop": "scale", "image_size": 224, "lighting": 0.1, "steps": 600_000}
+    assert {name: asdict(recipe)[name] for name in want} == want
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_recipes_survive_being_written_and_typed(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from reslab import cli
+
+    assert from_dict(asdict(RECIPES[name])) == RECIPES[name]
+    caught = {}
+    monkeypatch.setattr("reslab.job.train", lambda *a, **k: caught.update(k) or _Done())
+    cli.app(["train", "digits", *shlex.split(RECIPES[name].as_call)])
+    assert find_recipe("quick", **{k: v for k, v in caught.items() if k in helps()}) == RECIPES[name]
+
+
+class _Done:
+    path = Path("x")
+
+    def last(self, kind: str) -> dict[str, float]:
+        figures = {f"{k}{e}": 0.5 for k in ("top1", "loss", "ece") for e in ("", "_low", "_high")}
+        return {"n": 1, **figures}
+
+
+def test_defaults_follow_the_data() -> None:
+    digits = resolve(Recipe(), train_images=1259, classes=10, image_size=8, upright=True)
+    assert (digits.flip, digits.pad, digits.crop, digits.batch_size, digits.epochs) == ("none", 1, "pad", 78, 60)
+    photos = resolve(Recipe(), train_images=50_000, classes=10, image_size=224, upright=False)
+    assert (photos.flip, photos.crop, photos.batch_size, photos.epochs) == ("alternate", "resized", 128, 28)
+    assert resolve(Recipe(flip="none", pad=2), 100, 2, 32, False).flip == "none"
+
+
+def test_a_batch_larger_than_the_data_is_refused() -> None:
+    with pytest.raises(CallError, match="batch_size 512, 100 images; lower --batch-size"):
+        resolve(Recipe(batch_size=512), 100, 2, 32, False)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"leraning_rate": 1.0}, "unknown recipe field 'leraning_rate'"),
+        ({"epoch": 3}, "did you mean 'epochs'"),
+        ({"lr": -1.0}, "lr must be from 0 to 1000; received -1"),
+        ({"lr": "fast"}, "lr"),
+        ({"epochs": 2.5}, "epochs"),
+        ({"optimizer": "adam"}, "optimizer"),
+        ({"nesterov": "maybe"}, "nesterov"),
+    ],
+)
+def test_wrong_fields_are_one_line(fields: dict[str, object], message: str) -> None:
+    with pytest.raises(CallError, match=message) as caught:
+        find_recipe("quick", **fields)
+    assert "\n" not in str(caught.value)
+
+
+def test_recipe_files(tmp_path: Path) -> None:
+    file = tmp_path / "mine.toml"
+    file.write_text("lr = 0.5\nepochs = 3\nflip = 'none'\n")
+    assert find_recipe(str(file), seed=4) == replace(Recipe(), lr=0.5, epochs=3, flip="none", seed=4)
+    for text, message in (("lrr = 1", "did you mean 'lr'"), ("lr = ", "must be TOML")):
+        file.write_text(text)
+        with pytest.raises(CallError, match=message):
+            find_recipe(str(file))
+    with pytest.raises(CallError, match="must be TOML"):
+        find_recipe(str(tmp_path / "none.toml"))
+    with pytest.raises(CallError, match="unknown recipe 'quik': did you mean 'quick'"):
+        find_recipe("quik")

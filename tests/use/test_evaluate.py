@@ -1,0 +1,65 @@
+"""Figures against scikit-learn, scipy and cases whose answer is known."""
+
+import numpy as np
+import pytest
+from scipy.stats import binomtest
+from sklearn.metrics import accuracy_score, f1_score, log_loss
+
+from reslab.use.evaluate import Outputs, ece, fit_temperature, score, softmax, wilson
+
+CLASSES = tuple("abcdefg")
+
+
+@pytest.fixture
+def out() -> Outputs:
+    rng = np.random.default_rng(0)
+    labels = rng.integers(0, 7, 400)
+    logits = rng.normal(size=(400, 7)) * 2
+    logits[np.arange(400), labels] += 3
+    return Outputs(logits, labels, np.arange(400))
+
+
+def test_figures_equal_those_of_scikit_learn(out: Outputs) -> None:
+    facts = score(out, CLASSES, temperature=1.0)
+    predicted = out.logits.argmax(1)
+    assert facts["top1"] == accuracy_score(out.labels, predicted)
+    assert facts["loss"] == pytest.approx(log_loss(out.labels, softmax(out.logits)))
+    assert [row["f1"] for row in facts["classes"]] == pytest.approx(f1_score(out.labels, predicted, average=None))
+    assert sum(count for _, _, count in facts["confusion"]) == facts["n"] == 400
+    top5 = np.mean([label in row for label, row in zip(out.labels, np.argsort(-out.logits, 1)[:, :5], strict=True)])
+    assert facts["top5"] == pytest.approx(top5)
+    for name in ("top1", "top5", "loss", "ece", "ece_before"):
+        assert facts[f"{name}_low"] <= facts[name] <= facts[f"{name}_high"] or name.startswith("ece")  # resampling biases ECE upwards
+
+
+@pytest.mark.parametrize(("successes", "n"), [(0, 10), (10, 10), (355, 360), (1, 3), (5000, 10_000)])
+def test_wilson_equals_scipys(successes: int, n: int) -> None:
+    want = binomtest(successes, n).proportion_ci(method="wilson")
+    assert wilson(successes, n) == pytest.approx((want.low, want.high), abs=1e-9)
+
+
+def test_bootstrap_interval_is_about_that_of_the_normal_approximation(out: Outputs) -> None:
+    facts = score(out, CLASSES, temperature=1.0)
+    losses = -np.log(softmax(out.logits)[np.arange(400), out.labels])
+    half = 1.96 * losses.std() / 20
+    assert facts["loss_high"] - facts["loss_low"] == pytest.approx(2 * half, rel=0.2)
+
+
+def test_calibration_error_of_known_cases() -> None:
+    right = np.array([True] * 8 + [False] * 2)
+    assert ece(np.full(10, 0.8), right) == pytest.approx(0)
+    assert ece(np.full(10, 1.0), right) == pytest.approx(0.2)
+    assert ece(np.array([1.0] * 8 + [0.0] * 2), right) == pytest.approx(0)
+
+
+def test_temperature_undoes_a_known_scaling() -> None:
+    rng = np.random.default_rng(1)
+    logits = rng.normal(size=(20_000, 5)) * 1.5
+    labels = np.array([rng.choice(5, p=p) for p in softmax(logits)])
+    for factor in (0.5, 1.0, 3.0):
+        assert fit_temperature(Outputs(logits * factor, labels, labels)) == pytest.approx(factor, rel=0.05)
+
+
+def test_without_mistakes_confidence_is_not_raised() -> None:
+    labels = np.arange(50) % 5
+    assert fit_temperature(Outputs(np.eye(5)[labels] * 4, labels, labels)) == pytest.approx(1.0, abs=0.01)
