@@ -1,6 +1,6 @@
 """The main job: `reslab train digits`, three seeds, each a whole process from typing to report.
 
-    python benchmarks/digits.py            about a minute and a half; asked: mean top-1 >= 98.5 %, under 60 s each
+python benchmarks/digits.py            about a minute and a half; asked: mean top-1 >= 98.5 %, under 60 s each
 """
 
 import statistics
@@ -14,6 +14,15 @@ if __name__ == "__main__":
     lines = []
     for seed, run in runs.items():
         test = run.last("test")
-        lines.append(f"seed {seed}: test top-1 {test['top1']:.2%} [{test['top1_low']:.2%}, {test['top1_high']:.2%}], n = {test['n']}; {run.seconds:.1f} s")
+        lines.append(
+            f"seed {seed}: test top-1 {test['top1']:.2%} [{test['top1_low']:.2%}, {test['top1_high']:.2%}], n = {test['n']}; {run.seconds:.1f} s"
+        )
     mean = statistics.mean(run.last("test")["top1"] for run in runs.values())
-    keep("digits", ["reslab train digits, from process start to report", *lines, f"mean top-1 {mean:.2%}, slowest {max(r.seconds for r in runs.values()):.1f} s"])
+    keep(
+        "digits",
+        [
+            "reslab train digits, from process start to report",
+            *lines,
+            f"mean top-1 {mean:.2%}, slowest {max(r.seconds for r in runs.values()):.1f} s",
+        ],
+    )

@@ -5,6 +5,7 @@ import glob
 import json
 import os
 import sys
+import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import fields, make_dataclass
 from dataclasses import field as dataclass_field
@@ -114,6 +115,8 @@ def predict(
     classifier = load(run)
     failed = False
     table = Table("image", "class", "probability", "next")
+    for column in table.columns:
+        column.overflow = "fold"
     rows: list[dict[str, Any]] = []
     for path, found in classifier.predict_each(paths):
         if isinstance(found, Prediction):
@@ -190,7 +193,7 @@ def main(tokens: list[str] | None = None) -> None:
         code = _complain("stopped", 130)
     except Exception as error:
         if debug:
-            raise
+            traceback.print_exc()
         code = _complain(*_explain(error))
     with contextlib.suppress(OSError):
         sys.stdout.flush()
@@ -237,7 +240,9 @@ def _expand(images: tuple[str, ...]) -> list[Path]:
         else:
             found.append(path)
     if not found:
-        raise CallError(f"predict needs image files; received {' '.join(map(shown, images)) or 'none'}, which names no image: give files, folders or patterns")
+        raise CallError(
+            f"predict needs image files; received {' '.join(map(shown, images)) or 'none'}, which names no image: give files, folders or patterns"
+        )
     return found
 
 
@@ -269,7 +274,7 @@ class _Watcher:
         if self.progress and (done % 64 == 0 or done >= total):
             self._show(what, done, total, "")
             if done >= total:
-                self.progress.update(self.tasks[what], visible=False)
+                self.progress.remove_task(self.tasks.pop(what))
 
     def _show(self, what: str, done: int, total: int, text: str) -> None:
         assert self.progress
@@ -322,9 +327,13 @@ def _print_checkup(name: str, n: int, found: "Checkup") -> None:
     for label, row in list(found.counts.items())[:100]:
         table.add_row(Text(shown(label)), *(str(row[part]) for part in parts))
     console.print(table)
-    console.print("  ".join(f"{axis} {low} / {mid} / {high} px" for axis, (low, mid, high) in found.sizes.items()) + " (smallest / median / largest)")
+    console.print(
+        "  ".join(f"{axis} {low} / {mid} / {high} px" for axis, (low, mid, high) in found.sizes.items()) + " (smallest / median / largest)"
+    )
     for finding in found.findings:
-        console.print(Text("problem  " if finding.is_problem else "note     ", style="red" if finding.is_problem else "yellow") + Text(finding.text))
+        console.print(
+            Text("problem  " if finding.is_problem else "note     ", style="red" if finding.is_problem else "yellow") + Text(finding.text)
+        )
     console.print("healthy" if found.is_healthy else "not healthy: the problems above make results untrustworthy")
 
 

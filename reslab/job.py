@@ -19,15 +19,15 @@ from reslab.data.source import Progress, open_images, silent
 from reslab.data.split import split, split_record
 from reslab.errors import CallError, WorkError, shown, unknown
 from reslab.nets.torch import ResNet
-from reslab.nets.weights import load_weights
+from reslab.nets.weights import load_weights, stem_of
 from reslab.report.page import write_report
 from reslab.run import Run, write_whole
 from reslab.spec import Spec
 from reslab.spec import spec as find_spec
 from reslab.train.board import Board
-from reslab.train.fit import Show, Training, plan_record
+from reslab.train.fit import Show, Training
 from reslab.train.hardware import Machine, machine
-from reslab.train.plan import Plan, epochs_within, make_plan
+from reslab.train.plan import Plan, fit_budget, make_plan
 from reslab.train.recipe import Recipe, find_recipe, resolve
 from reslab.train.recipe import from_dict as recipe_from_dict
 from reslab.use.classifier import Classifier, load
@@ -101,17 +101,25 @@ def _start(
 ) -> tuple[Training, _Job]:  # fmt: skip
     if isinstance(net, str):
         find_spec(net)  # a wrong name is said before any data is read
+    if recipe.weights:
+        stem_of(recipe.weights)
+    elif recipe.freeze != "none" or recipe.trunk_lr != 1:
+        raise CallError("fine-tuning (--recipe finetune, --freeze, --trunk-lr) starts from weights; received none: give --weights FILE")
     target = Path(out) if out else _free_folder(data, here)
     Run.check_free(target)
-    images = open_images(data, show.reading)
+    images = _open_in_turn(data, here, show)
     finding = cheap_check(images)
     for line in finding:
         show.say(line)
     images = split(images, recipe.seed)
-    recipe = resolve(recipe, len(images.split["train"]), len(images.classes), images.image_size, images.upright)
-    assert recipe.image_size is not None
-    net = net or ("resnet20" if recipe.image_size <= SMALL else "resnet18")
-    spec = find_spec(net).fit(recipe.image_size, images.channels, len(images.classes))
+    net = net or ("resnet20" if (recipe.image_size or images.image_size) <= SMALL else "resnet18")
+    if recipe.weights:
+        spec, size = _spec_of_weights(net, recipe, images)
+        images = replace(images, channels=spec.in_channels)
+    else:
+        size = recipe.image_size or images.image_size
+        spec = find_spec(net).fit(size, images.channels, len(images.classes))
+    recipe = resolve(recipe, len(images.split["train"]), size, images.upright, here.world)
     if recipe.zero_init is not None:
         spec = replace(spec, zero_init=recipe.zero_init)
     job = _prepare(images, spec, recipe, here, show)
@@ -120,14 +128,14 @@ def _start(
     if recipe.weights:
         show.say(f"weights: {load_weights(built, recipe.weights)}")
     plan, deadline = _plan(job, built, budget, started)
-    job.recipe = recipe = replace(recipe, epochs=plan.epochs)  # what a budget allows is part of how to repeat it
+    job.recipe = recipe = replace(recipe, precision=plan.precision)  # type: ignore[arg-type]
     run = Run(target, started)
     if here.is_writer:
         run.create()
         name = net if isinstance(net, str) else "custom"
         run.config = _config(job, name, str(data), plan, budget)
         write_whole(run.path / "split.json", _json(split_record(images, recipe.seed)))
-        run.record("plan", **plan_record(plan), budget=budget)
+        run.record("plan", **asdict(plan), budget=budget)
         for line in finding:
             run.record("warning", text=line)
     show.say(_sentence(job, net if isinstance(net, str) else "a custom net", plan))
@@ -149,18 +157,22 @@ def _resume(
         source, fingerprint = config["data"]["source"], config["data"]["fingerprint"]
     except (KeyError, TypeError, CallError) as error:
         raise WorkError(f"{shown(run.path / 'run.toml')} is damaged: {shown(str(error))}") from error
-    images = split(open_images(source, show.reading), kept.seed)
+    images = split(_open_in_turn(source, here, show), kept.seed)
+    if kept.weights:
+        images = replace(images, channels=spec.in_channels)
     if images.fingerprint() != fingerprint:
-        raise WorkError(f"a run resumes on the data it began with; {shown(source)} has changed since: restore it, or train into a new --out")
+        raise WorkError(
+            f"a run resumes on the data it began with; {shown(source)} has changed since: restore it, or train into a new --out"
+        )
     job = _prepare(images, spec, kept, here, show)
     built = here.place(ResNet(spec))
     total = seconds(budget) or config.get("budget")
     training = Training(built, job.parts["train"], job.parts["val"], job.preprocess, kept, plan, run, here, show)
     training.resume()
+    run.mend_log()
     run.start = started - training.progress.seconds
     training.deadline = started + total - training.progress.seconds - _reserve(job, plan) if total else None
-    steps = training.progress.epochs * plan.steps_per_epoch
-    show.say(f"resumed {shown(run.path)} at step {training.progress.step} of {steps}")
+    show.say(f"resumed {shown(run.path)} at step {training.progress.step} of {training.progress.steps}")
     return training, job
 
 
@@ -174,7 +186,7 @@ def _prepare(images: Images, spec: Spec, recipe: Recipe, here: Machine, show: Jo
     parts = {name: Batches(images, images.split[name], train_canvas if name == "train" else canvas, storage) for name in images.split}
     for name in ("train", "val"):
         parts[name].load(lambda done, name=name: show.reading(f"decoding {name}", done, len(images.split[name])))  # type: ignore[misc]
-    _check_readable(parts)
+    _check_readable(parts, recipe)
     mean, std = mean_and_std(parts["train"])
     means = torch.tensor(mean)
     if recipe.normalize == "pixel-mean":
@@ -185,7 +197,32 @@ def _prepare(images: Images, spec: Spec, recipe: Recipe, here: Machine, show: Jo
     return _Job(images, spec, recipe, preprocess, parts, f"{storage}: {why}", here, show)
 
 
-def _check_readable(parts: dict[str, Batches]) -> None:
+def _open_in_turn(data: str | Path, here: Machine, show: JobShow) -> Images:
+    """The images; of several processes the writer goes first, so that a download happens once."""
+    if not here.is_writer:
+        here.agree(0)
+    images = open_images(data, show.reading)
+    if here.is_writer:
+        here.agree(0)
+    return images
+
+
+def _spec_of_weights(net: str | Spec, recipe: Recipe, images: Images) -> tuple[Spec, int]:
+    """The net as the file has it, its stem and channels kept, and an image size that suits this stem."""
+    channels, kernel = stem_of(recipe.weights)
+    spec = find_spec(net, in_channels=channels, num_classes=len(images.classes))
+    if kernel != (3 if spec.stem == "conv3" else 7):
+        spec = replace(spec, stem="conv3" if kernel == 3 else "conv7-pool")
+    size = recipe.image_size or (images.image_size if images.image_size >= 4 * spec.reduction or spec.stem == "conv3" else 224)
+    spec.check_size(size)
+    return spec, size
+
+
+def _check_readable(parts: dict[str, Batches], recipe: Recipe) -> None:
+    if 0 < len(parts["train"].items) < (recipe.batch_size or 0):
+        raise CallError(
+            f"a batch must not be larger than the training data: batch_size {recipe.batch_size}, {len(parts['train'].items)} readable images"
+        )
     for name, part in parts.items():
         if not len(part.items):
             raise WorkError(f"the {name} images must be readable; none of {len(part.dropped)} is: `reslab check` lists them")
@@ -196,11 +233,12 @@ def _plan(job: _Job, net: ResNet, budget: float | None, started: float) -> tuple
     assert recipe.batch_size is not None
     batch = next(job.parts["train"].epoch(recipe.batch_size // job.machine.world or 1))
     x = job.preprocess(batch.pixels, job.machine.device).contiguous(memory_format=torch.channels_last)
-    plan = make_plan(net, x, recipe, len(job.parts["train"].items), len(job.parts["val"].items), job.machine)
+    macs = job.spec.cost(recipe.image_size).macs
+    plan = make_plan(net, x, recipe, len(job.parts["train"].items), len(job.parts["val"].items), macs, job.machine)
     deadline = None
     if budget:
         deadline = started + budget - _reserve(job, plan)
-        plan = replace(plan, epochs=epochs_within(plan, recipe, deadline - time.monotonic()))
+        plan = fit_budget(plan, recipe, deadline - time.monotonic())
     return job.machine.agree(plan), deadline
 
 
@@ -226,8 +264,9 @@ def _finish(job: _Job, training: Training) -> Run:
     test = outputs(found, job.parts["test"])
     seed, classes = job.recipe.seed, job.images.classes
     # The artefact is written last: a run with model/ is a finished run.
-    run.record("calibration", split="val", epoch=training.progress.best_epoch, **score(val, classes, found.temperature, seed))
-    run.record("test", **(scores := score(test, classes, found.temperature, seed)))
+    scores = score(val, classes, found.temperature, seed)
+    run.record("calibration", split="val", epoch=training.progress.best_epoch, **scores)
+    run.record("test", **score(test, classes, found.temperature, seed))
     for entry in mistakes(test, job.parts["test"], found.temperature):
         run.record("mistake", split="test", **entry)
     for part, out in (("val", val), ("test", test)):
@@ -253,7 +292,9 @@ def evaluate(run: str | Path, data: str | Path | None = None, reading: Progress 
     if data is None:
         images = split(images, config["recipe"]["seed"])
         if images.fingerprint() != config["data"]["fingerprint"]:
-            raise WorkError(f"the run's own test part needs the data it was trained on; {shown(images.source)} has changed: name other data")
+            raise WorkError(
+                f"the run's own test part needs the data it was trained on; {shown(images.source)} has changed: name other data"
+            )
         items = images.split["test"]
     else:
         for name in images.classes:
@@ -270,7 +311,9 @@ def evaluate(run: str | Path, data: str | Path | None = None, reading: Progress 
 
 def _config(job: _Job, net: str, data: str, plan: Plan, budget: float | None) -> dict[str, Any]:
     recipe, images = job.recipe, job.images
-    command = f"reslab train {shlex.quote(data)} --net {net} {recipe.as_call}".strip()
+    asked = replace(recipe, epochs=None, steps=None) if budget else recipe
+    length = f"--budget {budget:g}s " if budget else ""
+    command = f"reslab train {shlex.quote(data)} --net {net} {length}{asked.as_call}".strip()
     return {
         "command": shown(command),
         "net": net,
@@ -300,7 +343,9 @@ def _decisions(job: _Job) -> list[str]:
     lines = [
         f"images are {size} x {size} px, {'greyscale' if images.channels == 1 else 'colour'}",
         f"stem {spec.stem}: the last stage sees {-(-(size or 0) // spec.reduction)} px a side",
-        f"images are mirrored ({recipe.flip})" if recipe.flip != "none" else "images are not mirrored" + (": characters have a reading direction" if images.upright else ""),
+        f"images are mirrored ({recipe.flip})"
+        if recipe.flip != "none"
+        else "images are not mirrored" + (": characters have a reading direction" if images.upright else ""),
         f"crop {recipe.crop}" + (f" of {recipe.pad} px" if recipe.crop == "pad" else ""),
         f"pixels kept in {job.storage}",
     ]
@@ -310,11 +355,11 @@ def _decisions(job: _Job) -> list[str]:
 def _sentence(job: _Job, net: str, plan: Plan) -> str:
     cost, images, recipe = job.spec.cost(job.recipe.image_size), job.images, job.recipe
     sizes = " / ".join(f"{len(images.split[name]):,} {name}" for name in ("train", "val", "test"))
-    total = plan.epochs * plan.epoch_seconds(recipe)
+    total = plan.seconds(plan.steps, recipe.low_resolution or 0.0)
     return (
         f"{net}: {cost.params:,} parameters, {cost.macs / 1e6:,.1f} M multiply-adds at {recipe.image_size} px\n"
         f"{shown(images.name)}: {sizes}, {len(images.classes)} classes; {'; '.join(_decisions(job)[1:4])}\n"
-        f"{plan.epochs} epochs of {plan.steps_per_epoch} steps, {1000 * plan.step_seconds:.0f} ms a step in {plan.precision} "
+        f"{plan.steps:,} steps, {plan.steps_per_epoch} an epoch, {1000 * plan.step_seconds:.0f} ms each in {plan.precision} "
         f"({plan.reason}): about {duration(total)}"
     )
 
@@ -324,7 +369,9 @@ def _check_same(run: Run, config: dict[str, Any], data: Any, net: Any, out: Any,
     source = config.get("data", {}).get("source")
     given = str(Path(data).expanduser().resolve()) if data is not None and Path(data).expanduser().exists() else data
     if data is not None and source not in (str(data), str(given)):
-        raise CallError(f"a resumed run keeps its data {shown(str(source))}; received {shown(str(data))}: leave it out, or train into a new --out")
+        raise CallError(
+            f"a resumed run keeps its data {shown(str(source))}; received {shown(str(data))}: leave it out, or train into a new --out"
+        )
     if net is not None and net != config.get("net"):
         raise CallError(f"a resumed run keeps its net {config.get('net')}; received {net}: leave --net out, or train into a new --out")
     if out is not None and Path(out).resolve() != run.path.resolve():
@@ -332,7 +379,10 @@ def _check_same(run: Run, config: dict[str, Any], data: Any, net: Any, out: Any,
     if recipe != "quick":
         raise CallError("a resumed run keeps its recipe: leave --recipe out, or train into a new --out")
     for name, value in find_recipe("quick", **fields).__dict__.items():
-        if fields.get(name) is not None and config.get("recipe", {}).get(name) not in (value, list(value) if isinstance(value, tuple) else value):
+        if fields.get(name) is not None and config.get("recipe", {}).get(name) not in (
+            value,
+            list(value) if isinstance(value, tuple) else value,
+        ):
             raise CallError(f"a resumed run keeps its recipe; received {name} {value}: leave it out, or train into a new --out")
 
 

@@ -51,13 +51,13 @@ class Run:
     def config(self) -> dict[str, Any]:
         """run.toml: all needed to repeat the training."""
         try:
-            return tomllib.loads((self.path / "run.toml").read_text("utf-8"))
+            return tomllib.loads((self.path / "run.toml").read_text("utf-8", "surrogatepass"))
         except (OSError, ValueError) as error:
             raise WorkError(f"{shown(self.path / 'run.toml')} cannot be read: {shown(str(error))}") from error
 
     @config.setter
     def config(self, value: dict[str, Any]) -> None:
-        write_whole(self.path / "run.toml", tomli_w.dumps(_without_none(value)).encode())
+        write_whole(self.path / "run.toml", tomli_w.dumps(_without_none(value)).encode("utf-8", "surrogatepass"))
 
     @property
     def model(self) -> Path:
@@ -71,7 +71,16 @@ class Run:
             with (self.path / "log.jsonl").open("a", encoding="utf-8") as log:
                 log.write(line + "\n")
         except OSError as error:
-            raise WorkError(f"{shown(self.path / 'log.jsonl')} cannot be written: {error.strerror}; free some space and --resume") from error
+            raise WorkError(
+                f"{shown(self.path / 'log.jsonl')} cannot be written: {error.strerror}; free some space and --resume"
+            ) from error
+
+    def mend_log(self) -> None:
+        """Ends a line that a crash cut short, so that the next record does not run into it."""
+        log = self.path / "log.jsonl"
+        if log.exists() and not log.read_bytes().endswith(b"\n"):
+            with log.open("ab") as out:
+                out.write(b"\n")
 
     def records(self, *kinds: str) -> Iterator[Record]:
         """The records of the given kinds, or all, in order. A line that a crash cut short is passed over."""

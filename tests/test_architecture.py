@@ -11,9 +11,10 @@ import pytest
 import reslab
 
 PACKAGE = Path(reslab.__file__).parent
-LEAVES = {"errors", "run", "tensors"}
+LEAVES = {"errors", "interval", "run", "tensors"}
 MAY_IMPORT = {
     "errors": set(),
+    "interval": set(),
     "run": {"errors"},
     "tensors": {"errors", "run"},
     "spec": {"errors"},
@@ -60,7 +61,13 @@ def test_specs_need_the_standard_library_only(name: str) -> None:
     assert outside <= sys.stdlib_module_names
 
 
-@pytest.mark.parametrize("code", ["import reslab; reslab.spec('resnet50').cost()", "import sys; sys.argv = ['reslab', 'models']; from reslab.cli import app; app(['models'])"])
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import reslab; reslab.spec('resnet50').cost()",
+        "import sys; sys.argv = ['reslab', 'models']; from reslab.cli import app; app(['models'])",
+    ],
+)
 def test_import_loads_no_framework_until_it_is_used(code: str) -> None:
     done = subprocess.run(
         [sys.executable, "-c", f"{code}\nimport sys; print([m for m in ('torch', 'keras', 'sklearn', 'matplotlib') if m in sys.modules])"],

@@ -152,7 +152,7 @@ def test_a_full_disk_is_one_line_and_the_last_good_state_is_kept(tmp_path: Path)
 
 def test_debug_adds_the_traceback(cli: Cli) -> None:
     done = cli("train", "digits", "--net", "resnet19", "--debug")
-    assert done.returncode != 0
+    assert done.returncode == 2
     assert "Traceback" in done.stderr
 
 
@@ -162,7 +162,20 @@ def test_missing_extra_is_named(tmp_path: Path) -> None:
         "from reslab.cli import main; main(sys.argv[1:])"
     )
     for option, extra in ((["--jitter", "0.2"], "aug"), (["--tensorboard"], "tensorboard")):
-        call = [sys.executable, "-c", code, "train", "digits", "--randaugment", "0", *option, "--out", str(tmp_path / extra), "--epochs", "1"]
+        call = [
+            sys.executable,
+            "-c",
+            code,
+            "train",
+            "digits",
+            "--randaugment",
+            "0",
+            *option,
+            "--out",
+            str(tmp_path / extra),
+            "--epochs",
+            "1",
+        ]
         if extra == "aug":
             call += ["--randaugment", "1"]
         one_line(subprocess.run(call, capture_output=True, text=True, timeout=200), 1, f"pip install 'reslab[{extra}]'")

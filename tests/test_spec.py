@@ -13,7 +13,14 @@ PARAMS = {
     "resnet20": 269_722, "resnet32": 464_154, "resnet44": 658_586, "resnet56": 853_018, "resnet110": 1_727_962, "resnet1202": 19_421_274,
     "plain20": 269_722, "plain32": 464_154, "plain44": 658_586, "plain56": 853_018, "plain110": 1_727_962,
 }  # fmt: skip
-SHORTCUT_B = {"resnet20": 272_474, "resnet32": 466_906, "resnet44": 661_338, "resnet56": 855_770, "resnet110": 1_730_714, "resnet1202": 19_424_026}
+SHORTCUT_B = {
+    "resnet20": 272_474,
+    "resnet32": 466_906,
+    "resnet44": 661_338,
+    "resnet56": 855_770,
+    "resnet110": 1_730_714,
+    "resnet1202": 19_424_026,
+}
 GIGA_MACS = {"resnet18": 1.814, "resnet34": 3.664, "resnet50": 4.089, "resnet101": 7.801, "resnet152": 11.514}
 PAPER_GIGA_MACS = {"resnet50": 3.8, "resnet101": 7.6, "resnet152": 11.3}  # v1: the stride on the first 1x1
 

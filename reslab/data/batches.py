@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from reslab.data.decode import Unreadable
 from reslab.data.images import Images, Indices, read_many
+from reslab.errors import WorkError, shown
 
 MEMORY_SHARE = 0.25  # of the machine's memory, at most, for pixels
 
@@ -69,8 +70,9 @@ class Batches:
         return Batch(pixels, torch.from_numpy(self.images.labels[items]), torch.from_numpy(items))
 
     def _stream(self, chunks: list[Indices]) -> Iterator[Batch]:
+        images = self.images
         loader: DataLoader[Any] = DataLoader(
-            _Files(self.images, self.size),
+            _Files(images, self.size),
             batch_sampler=[self.items[chunk].tolist() for chunk in chunks],
             num_workers=self.workers,
             collate_fn=_collate,
@@ -78,15 +80,18 @@ class Batches:
         )
         for pixels, items, failed in loader:
             self.dropped.update({self.images.names[item]: reason for item, reason in failed})
-            if len(items):
-                yield self._batch(pixels, items)
+            if not len(items):
+                raise WorkError(
+                    f"images must stay readable; a whole batch is not, first {shown(images.names[failed[0][0]])}: {failed[0][1]}"
+                )
+            yield self._batch(pixels, items)
 
 
 def choose_storage(images: Images, size: int) -> tuple[Storage, str]:
     """Memory when the decoded pixels take at most a quarter of the machine's; and the sentence that says so."""
     need = len(images) * size * size * images.channels
     have = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    storage: Storage = "memory" if images.array is not None or need <= MEMORY_SHARE * have else "stream"
+    storage: Storage = "memory" if need <= MEMORY_SHARE * have else "stream"
     return storage, f"{need / 2**20:,.0f} MiB of pixels, {have / 2**30:.0f} GiB of memory"
 
 

@@ -15,15 +15,15 @@ from PIL import Image
 
 from reslab.data.decode import Unreadable
 from reslab.data.images import THREADS, Images
+from reslab.data.split import too_small_to_split
 from reslab.errors import shown
 
 NEAR_BITS = 3
 BANDS = 4  # of 16 bits: two hashes at most 3 bits apart agree in one of them
 HASH_SIDE = 32  # smaller images have too little structure for the hash to tell them apart
-MOST_SHARED = 50  # images that share a band of the hash, beyond which it says nothing of them
+MOST_SHARED = 5000  # images that share a band of the hash, beyond which it says nothing of them
 IMBALANCE = 10.0
 ODD_ASPECT = 3.0
-LISTED = 20
 
 Hashes = NDArray[np.uint64]
 
@@ -74,6 +74,8 @@ def _cheap(images: Images, broken: list[tuple[str, str]]) -> Iterable[Finding]:
         yield _finding("unreadable", True, f"{len(names)} file(s) left out: ", names)
     for note in images.notes:
         yield Finding("empty" if "empty" in note else "stray", "empty" in note, note, 1, [])
+    if too_small := too_small_to_split(images):
+        yield Finding("classes", True, too_small, 1, [])
     counts = np.bincount(images.labels, minlength=len(images.classes))
     if counts.max() > IMBALANCE * max(1, counts.min()):
         most, least = (shown(images.classes[int(i)]) for i in (counts.argmax(), counts.argmin()))
@@ -83,7 +85,12 @@ def _cheap(images: Images, broken: list[tuple[str, str]]) -> Iterable[Finding]:
     ratio = images.sizes.max(axis=1) / np.maximum(images.sizes.min(axis=1), 1)
     odd = np.flatnonzero(ratio > ODD_ASPECT)
     if len(odd):
-        yield _finding("aspect", False, f"{len(odd)} image(s) more than {ODD_ASPECT:g} times as long as wide, of which the middle is used: ", [shown(images.names[i]) for i in odd])
+        yield _finding(
+            "aspect",
+            False,
+            f"{len(odd)} image(s) more than {ODD_ASPECT:g} times as long as wide, of which the middle is used: ",
+            [shown(images.names[i]) for i in odd],
+        )
 
 
 def _exact(images: Images) -> Iterable[Finding]:
@@ -99,7 +106,13 @@ def _exact(images: Images) -> Iterable[Finding]:
     if leaks:
         yield _pairs(images, "leakage", True, f"{len(leaks)} image(s) in more than one of train, val and test: ", leaks)
     if within:
-        yield _pairs(images, "duplicates", False, f"{len(within)} image(s) more than once in a class; copies are kept on one side of the split: ", within)
+        yield _pairs(
+            images,
+            "duplicates",
+            False,
+            f"{len(within)} image(s) more than once in a class; copies are kept on one side of the split: ",
+            within,
+        )
 
 
 def _near(images: Images, hashes: Hashes) -> Iterable[Finding]:
@@ -128,7 +141,7 @@ def near_pairs(hashes: Hashes) -> list[tuple[int, int]]:
         bounds = np.flatnonzero(np.diff(keys[order], prepend=keys[order][:1] + np.uint64(1)))
         for group in np.split(order, bounds[1:]) if len(order) else []:
             group = group[hashes[group] != 0]
-            if 2 <= len(group) <= MOST_SHARED * 100:
+            if 2 <= len(group) <= MOST_SHARED:
                 found |= _close_in(hashes, group)
     return sorted(found)
 
@@ -165,7 +178,7 @@ def _hashes(images: Images, progress: Callable[[str, int, int], None]) -> tuple[
 
 def _finding(kind: str, is_problem: bool, text: str, names: list[str]) -> Finding:
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return Finding(kind, is_problem, text + ", ".join(names[:3]) + more, len(names), names[:LISTED])
+    return Finding(kind, is_problem, text + ", ".join(names[:3]) + more, len(names), names)
 
 
 def _pairs(images: Images, kind: str, is_problem: bool, text: str, groups: list[list[int]]) -> Finding:

@@ -7,16 +7,28 @@ The short side is scaled to `size` and the middle square kept. JPEG goes through
 import io
 import struct
 import warnings
+from functools import cache
 from typing import Any, NamedTuple
 
 import numpy as np
 import simplejpeg
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
+from PIL.Image import Transpose as Turn
 
 MAX_PIXELS = 89_478_485  # Pillow's own limit: a quarter of a GiB as RGB
 GREY_MODES = ("1", "L", "I", "F", "I;16", "I;16B", "I;16L", "I;16N")
 EXIF_ORIENTATION = 0x0112
+TURNS = {
+    2: Turn.FLIP_LEFT_RIGHT,
+    3: Turn.ROTATE_180,
+    4: Turn.FLIP_TOP_BOTTOM,
+    5: Turn.TRANSPOSE,
+    6: Turn.ROTATE_270,
+    7: Turn.TRANSVERSE,
+    8: Turn.ROTATE_90,
+}
+RUNS_PROGRAMS = ("EPS", "WMF", "PDF")  # Pillow hands these to Ghostscript or the system: not for files from outside
 
 Pixels = NDArray[np.uint8]
 
@@ -40,7 +52,7 @@ def read_header(data: bytes) -> Header:
     """Raises Unreadable for what is no image, a bomb, or a file that stops before its end."""
     with _open(data) as image:
         _check_whole(image, data)
-        turned = image.getexif().get(EXIF_ORIENTATION, 1) in (5, 6, 7, 8)
+        turned = _orientation(image) in (5, 6, 7, 8)
         width, height = image.size[::-1] if turned else image.size
         return Header(width, height, image.mode in GREY_MODES)
 
@@ -48,7 +60,7 @@ def read_header(data: bytes) -> Header:
 def decode(data: bytes, size: int, channels: int) -> Pixels:
     """uint8 (size, size, channels), channels 1 or 3. Raises Unreadable."""
     with _open(data) as image:
-        orientation = image.getexif().get(EXIF_ORIENTATION, 1)
+        orientation = _orientation(image)
         if image.format == "JPEG" and orientation == 1 and image.mode in ("L", "RGB"):
             try:
                 array = simplejpeg.decode_jpeg(data, "RGB" if channels == 3 else "GRAY", min_height=size, min_width=size)
@@ -59,7 +71,8 @@ def decode(data: bytes, size: int, channels: int) -> Pixels:
         try:
             if image.format == "JPEG":
                 image.draft(None, (size, size))
-            return _fit(_eight_bit(ImageOps.exif_transpose(image), channels), size, channels)
+            turn = TURNS.get(orientation)
+            return _fit(_eight_bit(image if turn is None else image.transpose(turn), channels), size, channels)
         except Exception as error:  # decoders raise many types on broken files
             raise Unreadable(_reason(error)) from error
 
@@ -70,11 +83,26 @@ def resize(pixels: Pixels, size: int) -> Pixels:
     return _fit(Image.fromarray(pixels[:, :, 0] if grey else pixels), size, pixels.shape[2])
 
 
+@cache
+def formats() -> tuple[str, ...]:
+    """The formats that Pillow reads by itself."""
+    Image.init()
+    return tuple(name for name in Image.OPEN if name not in RUNS_PROGRAMS)
+
+
+def _orientation(image: Image.Image) -> int:
+    """1 to 8 as EXIF counts; 1, upright, where the block is missing or broken."""
+    try:
+        return int(image.getexif().get(EXIF_ORIENTATION, 1))
+    except Exception:
+        return 1
+
+
 def _open(data: bytes) -> Image.Image:
     if not data:
         raise Unreadable("empty file (0 bytes)")
     try:
-        image: Image.Image = Image.open(io.BytesIO(data))
+        image: Image.Image = Image.open(io.BytesIO(data), formats=formats())
     except Image.DecompressionBombError as error:
         raise Unreadable(f"too many pixels: the limit is {MAX_PIXELS / 1e6:.0f} megapixels") from error
     except Exception as error:

@@ -38,12 +38,18 @@ def fetch(archive: Archive, folder: Path, progress: Callable[[str, int, int], No
                 f"{archive.name} is needed and could not be downloaded ({shown(str(reason))}): "
                 f"put {archive.url} into {shown(folder)}, or set RESLAB_DATA to the folder that has it"
             ) from error
+        if (found := _md5(part)) != archive.md5:
+            part.unlink()
+            raise WorkError(f"{archive.name} must have MD5 {archive.md5}; what came had {found} and was removed: run the command again")
         part.replace(target)
-    found = hashlib.md5(target.read_bytes(), usedforsecurity=False).hexdigest()
-    if found != archive.md5:
-        target.unlink()
-        raise WorkError(f"{shown(target)} must have MD5 {archive.md5}; it had {found} and was removed: run the command again")
+    elif (found := _md5(target)) != archive.md5:
+        raise WorkError(f"{shown(target)} must have MD5 {archive.md5}; it has {found}: remove it, and it will be downloaded")
     return target
+
+
+def _md5(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
 
 
 def _download(archive: Archive, part: Path, progress: Callable[[str, int, int], None]) -> None:

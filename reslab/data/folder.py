@@ -13,11 +13,19 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from reslab.data.decode import Header, Unreadable, read_header
+from reslab.data.decode import Header, Unreadable, formats, read_header
 from reslab.data.images import SPLITS, THREADS, Images, Problem, digest
 from reslab.errors import CallError, WorkError, shown
 
-SPLIT_FOLDERS = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "test": "test", "testing": "test"}
+SPLIT_FOLDERS = {
+    "train": "train",
+    "training": "train",
+    "val": "val",
+    "valid": "val",
+    "validation": "val",
+    "test": "test",
+    "testing": "test",
+}
 
 FOLDER_LINK = "a link to a folder; only links to files inside the tree are followed"
 
@@ -38,7 +46,7 @@ def from_folder(root: Path, progress: Callable[[int, int], None]) -> Images:
     """
     notes: list[str] = []
     problems: list[Problem] = []
-    parts = _parts(root)
+    parts = _parts(root, notes)
     items: list[Item] = []
     classes: set[str] = set()
     for declared, top in parts:
@@ -52,7 +60,9 @@ def from_folder(root: Path, progress: Callable[[int, int], None]) -> Images:
         if loose:
             notes.append(f"{loose} image(s) directly in {_name(top, root)} have no class folder and were left out")
     if not classes:
-        raise WorkError(f"a data folder has one sub-folder a class; {shown(root)} has none: put the images of each class into a folder of its own")
+        raise WorkError(
+            f"a data folder has one sub-folder a class; {shown(root)} has none: put the images of each class into a folder of its own"
+        )
     if not items:
         raise WorkError(f"no images were found below {shown(root)}: put files such as .jpg or .png into its class folders")
     empty = sorted(classes - {item.label for item in items}, key=_natural)
@@ -79,13 +89,17 @@ def from_csv(file: Path, progress: Callable[[int, int], None]) -> Images:
     for row in rows:
         name, label, declared = (row.get("path") or "").strip(), (row.get("label") or "").strip(), (row.get("split") or "").strip().lower()
         if not name or not label:
-            raise WorkError(f"every row of the CSV needs a path and a label; {shown(file)} has {shown(str(row.get('path')))!r},{shown(str(row.get('label')))!r}: fill them in")
+            raise WorkError(
+                f"every row of the CSV needs a path and a label; {shown(file)} has {shown(str(row.get('path')))!r},{shown(str(row.get('label')))!r}: fill them in"
+            )
         if declared and declared not in SPLIT_FOLDERS:
             raise WorkError(f"the column split may hold train, val or test; {shown(file)} has {shown(declared)!r}: correct it")
         items.append(Item(file.parent / name, name, label, SPLIT_FOLDERS.get(declared, "")))
     missing = [item.name for item in items if not item.path.is_file()]
     if missing:
-        raise WorkError(f"every path in the CSV must be a file; {len(missing)} of {len(items)} are not, first {shown(missing[0])!r}: paths are relative to {shown(file.parent)}")
+        raise WorkError(
+            f"every path in the CSV must be a file; {len(missing)} of {len(items)} are not, first {shown(missing[0])!r}: paths are relative to {shown(file.parent)}"
+        )
     return _read(file.stem, str(file), items, [], [], progress)
 
 
@@ -110,8 +124,12 @@ def _read(
                 headers.append(result[0])
                 digests.append(result[1])
     if not good:
-        raise WorkError(f"none of the {len(items)} files in {shown(source)} is a readable image; first {shown(problems[0].name)!r}: {problems[0].reason}")
+        raise WorkError(
+            f"none of the {len(items)} files in {shown(source)} is a readable image; first {shown(problems[0].name)!r}: {problems[0].reason}"
+        )
     classes = sorted({item.label for item in good}, key=_natural)
+    lost = sorted({item.label for item in items} - set(classes), key=_natural)
+    notes += [f"class {shown(label)} is empty: none of its files is readable" for label in lost]
     number = {label: index for index, label in enumerate(classes)}
     return Images(
         name=name,
@@ -140,16 +158,23 @@ def _open(item: Item) -> tuple[Header, str] | str:
         return str(error)
 
 
-def _parts(root: Path) -> list[tuple[str, Path]]:
-    """[(split, folder that holds the class folders)]. Only a tree whose sub-folders are all splits counts as split."""
+def _parts(root: Path, notes: list[str]) -> list[tuple[str, Path]]:
+    """[(split, folder that holds the class folders)]. A tree counts as split when it has train/, and val/ or test/ if anything."""
     try:
         folders = _subfolders(root)
     except OSError as error:
         raise CallError(f"{shown(root)} cannot be read ({error.strerror}): check its permissions") from error
     named = [(SPLIT_FOLDERS.get(folder.name.lower(), ""), folder) for folder in folders]
-    if named and all(part for part, _ in named) and any(part == "train" for part, _ in named) and any(_subfolders(f) for _, f in named):
-        return sorted(named, key=lambda pair: SPLITS.index(pair[0]))
-    return [("", root)]
+    splits = [(part, folder) for part, folder in named if part and _subfolders(folder) and not folder.is_symlink()]
+    parts = {part for part, _ in splits}
+    if "train" not in parts or (len(parts) == 1 and len(splits) < len(named)):
+        return [("", root)]  # a folder called train beside other folders, none of them val or test, is a class
+    notes += [
+        f"folder {shown(folder.name)} is none of train, val and test and was left out"
+        for part, folder in named
+        if (part, folder) not in splits
+    ]
+    return sorted(splits, key=lambda pair: SPLITS.index(pair[0]))
 
 
 def _subfolders(folder: Path) -> list[Path]:
@@ -173,7 +198,7 @@ def _image_files(folder: Path, root: Path, problems: list[Problem]) -> Iterator[
 
 
 def _looks_like_image(path: Path) -> bool:
-    return path.suffix.lower() in Image.registered_extensions()
+    return Image.registered_extensions().get(path.suffix.lower()) in formats()
 
 
 def _inside(path: Path, root: Path) -> bool:

@@ -10,9 +10,12 @@ import os
 import pickle
 import struct
 import tarfile
+import warnings
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,8 +29,12 @@ Progress = Callable[[str, int, int], None]
 Part = tuple[Pixels, NDArray[np.int64]]  # uint8 NHWC, labels
 
 CIFAR = {
-    "cifar10": Archive("cifar-10-python.tar.gz", "c58f30108f718f92721af3b95e74349a", "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz"),
-    "cifar100": Archive("cifar-100-python.tar.gz", "eb9058c3a382ffc7106e4002c42a8d85", "https://www.cs.toronto.edu/~kriz/cifar-100-python.tar.gz"),
+    "cifar10": Archive(
+        "cifar-10-python.tar.gz", "c58f30108f718f92721af3b95e74349a", "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz"
+    ),
+    "cifar100": Archive(
+        "cifar-100-python.tar.gz", "eb9058c3a382ffc7106e4002c42a8d85", "https://www.cs.toronto.edu/~kriz/cifar-100-python.tar.gz"
+    ),
 }
 CIFAR_FILES = {
     "cifar10": ("cifar-10-batches-py", [f"data_batch_{i}" for i in range(1, 6)], ["test_batch"], "batches.meta", b"label_names", b"labels"),
@@ -101,7 +108,9 @@ def _cifar(name: str, progress: Progress) -> Images:
             labels = np.concatenate([np.asarray(b[labels_key], dtype=np.int64) for b in batches])
             parts.append((part, (data.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1), labels)))
     except (OSError, KeyError, ValueError, pickle.UnpicklingError, EOFError, tarfile.TarError) as error:
-        raise WorkError(f"the copy of {name} in {shown(place or folder)} is damaged ({shown(repr(error))[:80]}): remove it and run again") from error
+        raise WorkError(
+            f"the copy of {name} in {shown(place or folder)} is damaged ({shown(repr(error))[:80]}): remove it and run again"
+        ) from error
     return _images(name, classes, parts)
 
 
@@ -123,11 +132,15 @@ def _mnist(name: str, progress: Progress) -> Images:
             with np.load(keras[0], allow_pickle=False) as held:
                 parts = [(p, (held[f"x_{p}"][..., None], held[f"y_{p}"].astype(np.int64))) for p in ("train", "test")]
         else:
-            files = [_copy(place, a.name) if place else fetch(a, _download_folder(a.name, MNIST_PLACES[name][0]), progress) for a in archives]
+            files = [
+                _copy(place, a.name) if place else fetch(a, _download_folder(a.name, MNIST_PLACES[name][0]), progress) for a in archives
+            ]
             arrays = [_idx(file) for file in files if file]
             parts = [(p, (arrays[i][..., None], arrays[i + 1].astype(np.int64))) for p, i in (("train", 0), ("test", 2))]
-    except (OSError, ValueError, KeyError, EOFError, struct.error) as error:
-        raise WorkError(f"the copy of {name} in {shown(place or 'the cache')} is damaged ({shown(repr(error))[:80]}): remove it and run again") from error
+    except (OSError, ValueError, KeyError, EOFError, struct.error, zlib.error, BadZipFile) as error:
+        raise WorkError(
+            f"the copy of {name} in {shown(place or 'the cache')} is damaged ({shown(repr(error))[:80]}): remove it and run again"
+        ) from error
     return _images(name, DIGITS if name == "mnist" else FASHION_CLASSES, parts, upright=name == "mnist")
 
 
@@ -156,7 +169,9 @@ def _images(name: str, classes: tuple[str, ...], parts: list[tuple[str, Part]], 
     array = np.ascontiguousarray(np.concatenate([data for _, (data, _) in parts]))
     labels = np.concatenate([labels for _, (_, labels) in parts])
     if len(array) != len(labels) or labels.min() < 0 or labels.max() >= len(classes):
-        raise WorkError(f"the copy of {name} is damaged: {len(array)} images, {len(labels)} labels up to {labels.max()}, {len(classes)} classes")
+        raise WorkError(
+            f"the copy of {name} is damaged: {len(array)} images, {len(labels)} labels up to {labels.max()}, {len(classes)} classes"
+        )
     return Images(
         name=name,
         classes=classes,
@@ -192,7 +207,9 @@ class _PlainUnpickler(pickle.Unpickler):
 
 
 def _unpickle(data: bytes) -> dict[bytes, Any]:
-    held = _PlainUnpickler(io.BytesIO(data), encoding="bytes").load()
+    with warnings.catch_warnings():  # batches pickled by old versions of numpy make new ones warn
+        warnings.simplefilter("ignore")
+        held = _PlainUnpickler(io.BytesIO(data), encoding="bytes").load()
     if not isinstance(held, dict):
         raise ValueError("a batch must hold a dict")
     return {key if isinstance(key, bytes) else str(key).encode(): value for key, value in held.items()}

@@ -27,7 +27,8 @@ def split(images: Images, seed: int) -> Images:
     undeclared = _declared(images, "")
     parts["train"] = np.sort(np.concatenate([parts["train"], undeclared]))
     fixed = {name for name in ("val", "test") if len(parts[name])}
-    _check_classes(images, parts["train"], need=3 - len(fixed))
+    if reason := too_small_to_split(images):
+        raise WorkError(reason)
     rng = np.random.default_rng([seed, 0x5911])
     if "test" not in fixed:
         parts["train"], parts["test"] = _take(images, parts["train"], TEST, None, rng)
@@ -51,22 +52,24 @@ def _declared(images: Images, name: str) -> Indices:
     return np.flatnonzero(np.asarray(images.declared, dtype="U5") == name).astype(np.int64)
 
 
-def _check_classes(images: Images, train: Indices, need: int) -> None:
-    counts = np.bincount(images.labels[train], minlength=len(images.classes))
+def too_small_to_split(images: Images) -> str:
+    """Why no split can be made, in the words of an error; empty when one can."""
     if len(images.classes) < 2:
         only = f"only {shown(images.classes[0])!r}" if images.classes else "none"
-        raise WorkError(f"a classifier needs two classes or more; received {only}: add a folder or label for each class")
+        return f"a classifier needs two classes or more; received {only}: add a folder or label for each class"
+    train = np.concatenate([_declared(images, "train"), _declared(images, "")])
+    need = 3 - sum(1 for name in ("val", "test") if len(_declared(images, name)))
+    counts = np.bincount(images.labels[train], minlength=len(images.classes))
     for label, count in enumerate(counts):
         if count < need:
-            raise WorkError(
+            return (
                 f"each class needs {need} images or more to train on (and to hold out for val and test); class "
                 f"{shown(images.classes[label])!r} has {count}: add images or remove the class"
             )
+    return ""
 
 
-def _take(
-    images: Images, items: Indices, fraction: float, most: int | None, rng: np.random.Generator
-) -> tuple[Indices, Indices]:
+def _take(images: Images, items: Indices, fraction: float, most: int | None, rng: np.random.Generator) -> tuple[Indices, Indices]:
     """Splits `items` in (kept, taken). Every class gives its share, at least one image and never its last."""
     groups: dict[str, list[int]] = defaultdict(list)
     for i in items:

@@ -83,6 +83,17 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
     return {re.sub(r"^(module\.|_orig_mod\.|model\.)+", "", str(name)): tensor for name, tensor in held.items()}
 
 
+def stem_of(file: str | Path) -> tuple[int, int]:
+    """The input channels and the kernel size of the first convolution in a weights file. Raises as `load_weights` does."""
+    found, _ = recognise(read_tensors(Path(file)))
+    first = found.get("conv1.weight")
+    if first is None or first.ndim != 4 or first.shape[1] not in (1, 3) or first.shape[2] not in (3, 7):
+        raise CallError(
+            f"the first convolution must be a conv1.weight of 3 or 7 px for 1 or 3 channels; {shown(file)} has none: give a residual net's weights"
+        )
+    return first.shape[1], first.shape[2]
+
+
 def recognise(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], str]:
     """The tensors under our names, and whose names they were."""
     if "linear.weight" in tensors:
@@ -121,4 +132,6 @@ def _unreadable(file: Path, start: bytes, error: Exception) -> str:
         return f"{shown(file)} is a web page, not weights: download the file itself"
     if isinstance(error, pickle.UnpicklingError):
         return f"{shown(file)} is not a plain weights file, and reading more could run code in it: ask for .safetensors"
-    return f"{shown(file)} cannot be read as weights (is it whole?): {shown(str(error).splitlines()[0] if str(error) else repr(error))[:120]}"
+    return (
+        f"{shown(file)} cannot be read as weights (is it whole?): {shown(str(error).splitlines()[0] if str(error) else repr(error))[:120]}"
+    )

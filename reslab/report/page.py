@@ -19,7 +19,9 @@ def write_report(run: Run) -> Path:
     test = run.last("test")
     if test is None:
         raise CallError(f"a report needs a finished run; {shown(run.path)} has no test result: `reslab train --resume {shown(run.path)}`")
-    environment = Environment(loader=PackageLoader("reslab", "report"), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment = Environment(
+        loader=PackageLoader("reslab", "report"), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
     environment.filters |= {"percent": _percent, "number": lambda n: f"{n:,}", "shown": shown}
     page = environment.get_template("page.html.j2").render(_facts(run, test))
     target = run.path / "report.html"
@@ -32,9 +34,9 @@ def _facts(run: Run, test: Record) -> dict[str, Any]:
     config = run.config
     classes = config["data"]["classes"]
     epochs, val, steps = list(run.records("epoch")), list(run.records("val")), list(run.records("step"))
-    plan = run.last("plan") or {}
-    mistakes = list(run.records("mistake"))
-    suspects = list(run.records("suspect"))
+    tested = _since_last(list(run.records()), "calibration")
+    mistakes = [r for r in tested if r["kind"] == "mistake"]
+    suspects = [r for r in tested if r["kind"] == "suspect"]
     return {
         "config": config,
         "classes": classes,
@@ -54,9 +56,14 @@ def _facts(run: Run, test: Record) -> dict[str, Any]:
         "seconds": max((r["time"] for r in run.records("end", "test")), default=0.0),
         "train_seconds": epochs[-1]["seconds"] if epochs else 0.0,
         "images_a_second": _speed(epochs, config),
-        "plan": plan,
         "weakest": min(test["classes"], key=lambda row: row["f1"]) if test["classes"] else None,
     }
+
+
+def _since_last(records: list[Record], kind: str) -> list[Record]:
+    """From the newest record of that kind on: a test that was cut short and repeated leaves its records twice."""
+    starts = [i for i, record in enumerate(records) if record["kind"] == kind]
+    return records[starts[-1] :] if starts else records
 
 
 def _matrix(test: Record, classes: int) -> list[list[dict[str, float]]]:
@@ -79,7 +86,7 @@ def _pairs(test: Record, classes: list[str], mistakes: list[Record]) -> list[dic
 
 
 def _speed(epochs: list[Record], config: dict[str, Any]) -> float:
-    images = sum(1 for _ in epochs) * config["plan"]["steps_per_epoch"] * config["recipe"]["batch_size"]
+    images = epochs[-1]["step"] * config["recipe"]["batch_size"] if epochs else 0
     return images / epochs[-1]["seconds"] if epochs else 0.0
 
 

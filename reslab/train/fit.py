@@ -9,9 +9,9 @@ import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import replace
 from types import FrameType
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -22,13 +22,14 @@ from reslab.data import augment
 from reslab.data.batches import Batch, Batches
 from reslab.data.images import Indices
 from reslab.data.preprocess import Preprocess
-from reslab.errors import CallError, WorkError
+from reslab.errors import WorkError
+from reslab.interval import share
 from reslab.run import Run
 from reslab.tensors import below, read_tensors, write_tensors
 from reslab.train.board import Board
 from reslab.train.hardware import Machine
 from reslab.train.optim import Average, lr_at, optimizer, set_lr
-from reslab.train.plan import Plan, epochs_within, low_size
+from reslab.train.plan import Plan, low_size
 from reslab.train.recipe import Recipe
 from reslab.train.state import Progress, load_state, save_state
 
@@ -67,25 +68,23 @@ class Training:
         self.recipe, self.plan, self.run, self.machine, self.show = recipe, plan, run, machine, show
         self.deadline = deadline  # time.monotonic() at which the training is to end, if it has a budget
         self.board: Board | None = None
-        self.shared = machine.share(net)
         self.optimizer = optimizer(net, recipe)
+        self.shared = machine.share(net)  # after the optimiser has frozen what is to be frozen
         self.average = Average(net, recipe.ema) if recipe.ema else None
-        self.progress = Progress(epochs=plan.epochs, gentle=recipe.warmup_lr > 0)
+        self.progress = Progress(steps=plan.steps, gentle=recipe.warmup_lr > 0)
         self.class_weights = self._class_weights() if recipe.balance == "weights" else None
         self.coins = torch.randint(0, 2, (len(train.images),), generator=seeded(recipe.seed, COIN))
         self.state_file = run.path / "state" / "last.safetensors"
         self.best_file = run.path / "state" / "best.safetensors"
         assert recipe.batch_size is not None and recipe.image_size is not None
         self.batch_size, self.image_size = recipe.batch_size, recipe.image_size
-        if self.batch_size % machine.world:
-            raise CallError(f"batch_size is shared out evenly; {self.batch_size} by {machine.world} processes does not go: change --batch-size")
 
     def resume(self) -> None:
         """Continues where the state file stopped."""
         self.progress = load_state(self.state_file, self.net, self.optimizer, self.average)
 
     def run_to_end(self) -> None:
-        """All epochs that are left; afterwards the net holds the weights to keep.
+        """All steps that are left; afterwards the net holds the weights to keep.
 
         Raises Interrupted after a signal and WorkError when the loss is not finite; both leave a state to resume from.
         """
@@ -95,13 +94,15 @@ class Training:
         if p.step == 0:
             self._save()
         with interrupts() as caught:
-            while p.step < self._steps():
-                epoch, done = divmod(p.step, self.plan.steps_per_epoch)
-                for batch in self._batches(epoch, done):
+            while (p.step < p.steps and not self._is_stale()) or p.seen:  # `seen` is 0 only after an epoch's end
+                epoch = (p.step - bool(p.seen)) // self.plan.steps_per_epoch
+                began, stop = time.monotonic() - p.step_seconds, 0
+                for batch in self._batches(epoch, p.step - epoch * self.plan.steps_per_epoch):
                     self._step(batch)
-                    p.seconds = time.monotonic() - start
+                    now = time.monotonic()
+                    p.seconds, p.step_seconds = now - start, now - began
                     stop = self._agree(caught)
-                    if stop or time.monotonic() - saved >= recipe.save_every:
+                    if stop or now - saved >= recipe.save_every:
                         self._save()
                         saved = time.monotonic()
                     if stop:
@@ -110,10 +111,17 @@ class Training:
                 p.seconds = time.monotonic() - start
                 self._save()
                 saved = time.monotonic()
-                if recipe.patience and p.stale_epochs >= recipe.patience:
-                    self.show.say(f"stopped early: {p.stale_epochs} epochs without a better val top-1")
-                    break
+                if stop := self._agree(caught):
+                    raise Interrupted(stop)
+        if self._is_stale():
+            self.show.say(f"stopped early: {p.stale_epochs} epochs without a better val top-1")
         self._take_weights()
+
+    def _epochs(self) -> int:
+        return replace(self.plan, steps=self.progress.steps).epochs
+
+    def _is_stale(self) -> bool:
+        return 0 < self.recipe.patience <= self.progress.stale_epochs
 
     def _step(self, batch: Batch) -> None:
         p, recipe = self.progress, self.recipe
@@ -128,11 +136,7 @@ class Training:
         loss = cross_entropy(logits.float(), targets, weight=self.class_weights, label_smoothing=recipe.label_smoothing)
         value = loss.item()
         if not math.isfinite(self.machine.total(value)[0]):
-            self.run.record("warning", text="loss is not finite", step=p.step, lr=lr)
-            raise WorkError(
-                f"the loss must be finite; it was {value} at step {p.step} with lr {lr:.3g}, before that step was taken: "
-                f"the last good state is kept; try --lr {recipe.lr / 10:.2g}, --clip 1 or --precision fp32"
-            )
+            raise self._diverged(f"the loss must be finite; it was {value}", lr)
         self.optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         if recipe.clip:
@@ -146,10 +150,18 @@ class Training:
         p.seen += len(x)
         self._tell(lr)
 
+    def _diverged(self, what: str, lr: float) -> WorkError:
+        if self.machine.is_writer:
+            self.run.record("warning", text="the training diverged", step=self.progress.step, lr=lr)
+        return WorkError(
+            f"{what} at step {self.progress.step} with lr {lr:.3g}; the step was not kept, the last good state is: "
+            f"train into a new --out with --lr {self.recipe.lr / 10:.2g}, --clip 1 or --precision fp32"
+        )
+
     def _batches(self, epoch: int, done: int) -> Iterator[Batch]:
         """What is left of an epoch, this process's share of each batch."""
         rank, world = self.machine.rank, self.machine.world
-        last = min(self.plan.steps_per_epoch, self._steps() - epoch * self.plan.steps_per_epoch)
+        last = min(self.plan.steps_per_epoch, self.progress.steps - epoch * self.plan.steps_per_epoch)
         order = self._order(epoch)[done * self.batch_size : last * self.batch_size]
         yield from self.train.epoch(self.batch_size // world, order[rank::world])
 
@@ -164,7 +176,7 @@ class Training:
 
     def _augmented(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Images (N, C, H, W), normalised and augmented, and targets (N, classes) as probabilities."""
-        recipe, size, device = self.recipe, self._size(self.progress.step // self.plan.steps_per_epoch), self.machine.device
+        recipe, size, device = self.recipe, self._size(self.progress.step), self.machine.device
         generator = seeded(recipe.seed, AUGMENT, self.progress.step, self.machine.rank)
         x = self.preprocess.unit(batch.pixels, device)
         x = augment.colour(x, recipe.jitter, recipe.randaugment, generator)
@@ -197,22 +209,17 @@ class Training:
         epoch = self.progress.step // self.plan.steps_per_epoch
         return (self.coins[items] + epoch) % 2 == 1
 
-    def _steps(self) -> int:
-        """How many there are in all. A replanned budget changes the epochs, so this is asked anew."""
-        whole = self.progress.epochs * self.plan.steps_per_epoch
-        return min(whole, self.recipe.steps or whole)
-
-    def _size(self, epoch: int) -> int:
-        low = epoch < round((self.recipe.low_resolution or 0) * self.progress.epochs)
+    def _size(self, step: int) -> int:
+        low = step < round((self.recipe.low_resolution or 0) * self.progress.steps)
         return low_size(self.image_size) if low else self.image_size
 
     def _lr(self) -> float:
         p = self.progress
-        if p.gentle and p.seen >= 100 * self.batch_size and 1 - p.correct / p.seen < GENTLE_ERROR:
-            p.gentle = False
         if p.gentle:
-            return self.recipe.warmup_lr
-        return lr_at(self.recipe, p.step / self._steps(), p.lr_drops)
+            _, correct, seen = self.machine.total(0, p.correct, p.seen)
+            enough = min(100, self.plan.steps_per_epoch - 1) * self.batch_size
+            p.gentle = seen < enough or 1 - correct / max(1, seen) >= GENTLE_ERROR
+        return self.recipe.warmup_lr if p.gentle else lr_at(self.recipe, p.step / p.steps, p.lr_drops)
 
     def _end_epoch(self, epoch: int) -> None:
         p = self.progress
@@ -226,62 +233,52 @@ class Training:
         if better:
             p.best_top1, p.best_epoch = val["top1"], epoch + 1
         if self.machine.is_writer:
-            if better and self.recipe.keep == "best":
+            if better and self.recipe.keep == "best" and math.isfinite(loss_sum):
                 write_tensors(self.best_file, {f"net.{name}": t for name, t in self._weights().items()})
-            self.run.record("epoch", epoch=epoch + 1, step=p.step, seconds=round(p.seconds, 3), image_size=self._size(epoch), **train)
+            self.run.record("epoch", epoch=epoch + 1, step=p.step, seconds=round(p.seconds, 3), image_size=self._size(p.step - 1), **train)
             self.run.record("val", epoch=epoch + 1, step=p.step, **val)
         if self.board:
             self.board.write("train", p.step, train)
             self.board.write("val", p.step, val)
-        self.show.epoch(epoch + 1, p.epochs, {"loss": train["loss"], "top1": train["top1"], "val_top1": val["top1"]})
+        self.show.epoch(epoch + 1, self._epochs(), {"loss": train["loss"], "top1": train["top1"], "val_top1": val["top1"]})
         if self.recipe.schedule == "plateau" and p.stale_epochs and p.stale_epochs % PLATEAU == 0:
             p.lr_drops += 1
         p.loss_sum, p.correct, p.seen = 0.0, 0.0, 0
-        self._replan(epoch + 1)
+        self._replan()
 
-    def _replan(self, done: int) -> None:
-        """Under a budget, counts again at the measured speed how many epochs fit: machines slow down and speed up."""
-        p = self.progress
-        if self.deadline is None or done >= p.epochs:
+    def _replan(self) -> None:
+        """Under a budget, counts again at the measured speed how many steps fit: machines slow down and speed up."""
+        p, low = self.progress, self.recipe.low_resolution or 0.0
+        if self.deadline is None or p.step >= p.steps:
             return
-        low = round((self.recipe.low_resolution or 0) * p.epochs)
-        planned = min(done, low) * self.plan.low_step_seconds + max(0, done - low) * self.plan.step_seconds
-        pace = (p.seconds - done * self.plan.val_seconds) / (planned * self.plan.steps_per_epoch)
-        left = self.deadline - time.monotonic()
-        each_low = self.plan.low_step_seconds * self.plan.steps_per_epoch * pace + self.plan.val_seconds
-        each = self.plan.step_seconds * self.plan.steps_per_epoch * pace + self.plan.val_seconds
-
-        def need(epochs: int) -> float:
-            lows = max(0, round((self.recipe.low_resolution or 0) * epochs) - done)
-            return lows * each_low + (epochs - done - lows) * each
-
-        epochs = p.epochs
-        while epochs > done + 1 and need(epochs) > left:
-            epochs -= 1
-        while need(epochs + 1) < left:
-            epochs += 1
-        epochs = self.machine.agree(epochs)
-        if epochs != p.epochs:
-            self.run.record("plan", epochs=epochs, reason=f"{pace:.2f} times the time that was planned")
-            p.epochs = epochs
+        planned = replace(self.plan, val_seconds=0.0).seconds(p.steps, low) - replace(self.plan, val_seconds=0.0).seconds(
+            p.steps, low, p.step
+        )
+        pace = max(0.01, p.step_seconds / planned)
+        steps = self.machine.agree(self.plan.steps_within(self.deadline - time.monotonic(), low, p.step, pace))
+        if self.machine.is_writer:
+            self.run.record("replan", steps=steps, pace=pace)
+        p.steps = steps
 
     def evaluate(self) -> dict[str, float]:
-        """Loss and top-1 on val, of the averaged weights where there are any. Every image is counted once."""
+        """Loss, top-1 and top-5 on val, of the averaged weights where there are any. Every image is counted once."""
         own = {name: t.clone() for name, t in self.net.state_dict().items()} if self.average else {}
         if self.average:
             self.net.load_state_dict(self.average.tensors)
         self.net.eval()
-        sums = torch.zeros(3, dtype=torch.float64)
+        sums = torch.zeros(4, dtype=torch.float64)
         positions = np.arange(len(self.val.items))[self.machine.rank :: self.machine.world]
         with torch.no_grad(), self.machine.autocast(self.plan.precision):
             for batch in self.val.epoch(2 * self.batch_size, positions):
                 logits = self.net(self.preprocess(batch.pixels, self.machine.device)).float().cpu()
-                right = (logits.argmax(1) == batch.labels).sum()
-                sums += torch.stack([cross_entropy(logits, batch.labels, reduction="sum"), right, torch.tensor(len(logits))])
+                found = logits.topk(min(5, logits.shape[1]), dim=1).indices == batch.labels[:, None]
+                loss = cross_entropy(logits, batch.labels, reduction="sum")
+                sums += torch.stack([loss, found[:, 0].sum(), found.sum(), torch.tensor(len(logits))])
         if self.average:
             self.net.load_state_dict(own)
-        loss, right, n = self.machine.total(*sums.tolist())
-        return {"loss": min(loss / n, 1e9) if math.isfinite(loss) else 1e9, "top1": right / n, "n": n}
+        total, right, top5, n = self.machine.total(*sums.tolist())
+        facts = {"loss": min(total / n, 1e9) if math.isfinite(total) else 1e9, "n": int(n), **share("top1", int(right), int(n))}
+        return facts | (share("top5", int(top5), int(n)) if logits.shape[1] > 5 else {})
 
     def _weights(self) -> dict[str, Tensor]:
         return self.average.tensors if self.average else self.net.state_dict()
@@ -295,6 +292,8 @@ class Training:
             self.net.load_state_dict(self.average.tensors)
 
     def _save(self) -> None:
+        if not all(torch.isfinite(t).all() for t in self.net.parameters()):
+            raise self._diverged("the weights must be finite; some are not", self.optimizer.param_groups[0]["lr"])
         if self.machine.is_writer:
             save_state(self.state_file, self.net, self.optimizer, self.average, self.progress)
 
@@ -316,7 +315,7 @@ class Training:
             if self.board:
                 self.board.write("step", p.step, facts)
         epoch, step = divmod(p.step - 1, self.plan.steps_per_epoch)
-        self.show.step(epoch + 1, p.epochs, step + 1, self.plan.steps_per_epoch, facts)
+        self.show.step(epoch + 1, self._epochs(), step + 1, self.plan.steps_per_epoch, facts)
 
 
 @contextmanager
@@ -343,8 +342,3 @@ def seeded(*numbers: int) -> Generator:
     """A generator of its own for each tuple of numbers."""
     state = np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0]
     return Generator().manual_seed(int(state >> np.uint64(1)))
-
-
-def plan_record(plan: Plan) -> dict[str, Any]:
-    """A plan as facts of a record."""
-    return {name: round(value, 5) if isinstance(value, float) else value for name, value in asdict(plan).items()}

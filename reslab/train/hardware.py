@@ -62,12 +62,11 @@ class Machine:
         """The context in which the net runs forward."""
         return torch.autocast(self.device.type, torch.bfloat16, enabled=precision == "bf16")
 
-    def precisions(self) -> list[str]:
-        """The ones worth timing: bf16 is emulated, and slow, where the hardware lacks it."""
+    def has_bf16(self) -> bool:
+        """Whether the hardware computes in bf16; elsewhere it is emulated, and slow."""
         if self.device.type == "cuda":
-            return ["fp32", "bf16"] if torch.cuda.is_bf16_supported(including_emulation=False) else ["fp32"]
-        has_bf16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-        return ["fp32", "bf16"] if has_bf16 else ["fp32"]
+            return torch.cuda.is_bf16_supported(including_emulation=False)
+        return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
     def describe(self) -> dict[str, Any]:
         """What a run records of the machine and its software."""

@@ -1,21 +1,24 @@
-"""Before epoch 1: a few steps are timed on a copy of the net, and the epochs that a budget allows are counted."""
+"""Before epoch 1: the precision is chosen, a few steps are timed on a copy of the net, and a budget is turned into steps."""
 
 import copy
+import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, interpolate
 
 from reslab.errors import CallError
 from reslab.train.hardware import Machine, synchronise
 from reslab.train.optim import optimizer
 from reslab.train.recipe import Recipe
 
-BF16_GAIN = 1.1  # bf16 must be this much faster to be worth its rounding
+BF16_GAIN = 1.3  # bf16 must multiply matrices this much faster to be worth its rounding
+BF16_MACS = 10e6  # and the net must have work enough for that to show
+MATRIX = 1024
 TIMED = 3
 
 
@@ -23,19 +26,34 @@ TIMED = 3
 class Plan:
     """What a training will do. Times are in seconds, measured on this machine just before."""
 
-    epochs: int
+    steps: int  # in all
     steps_per_epoch: int
     precision: str
-    step_seconds: float  # at full size
-    low_step_seconds: float  # at the reduced size of the first epochs
-    val_seconds: float  # one pass over val
     reason: str  # why this precision
+    step_seconds: float = 0.0  # at full size
+    low_step_seconds: float = 0.0  # at the reduced size that the training begins with
+    val_seconds: float = 0.0  # one pass over val
 
-    def epoch_seconds(self, recipe: Recipe) -> float:
-        """The mean over all epochs."""
-        low = recipe.low_resolution or 0.0
-        step = low * self.low_step_seconds + (1 - low) * self.step_seconds
-        return step * self.steps_per_epoch + self.val_seconds
+    @property
+    def epochs(self) -> int:
+        """How many epochs the steps begin."""
+        return math.ceil(self.steps / self.steps_per_epoch)
+
+    def seconds(self, steps: int, low: float, done: int = 0, pace: float = 1.0) -> float:
+        """The time of the steps from `done` to `steps`, the first `low` of all at the reduced size, val included."""
+        small = max(0, round(low * steps) - done)
+        train = small * self.low_step_seconds + (steps - done - small) * self.step_seconds
+        return pace * train + (steps - done) / self.steps_per_epoch * self.val_seconds
+
+    def steps_within(self, seconds: float, low: float, done: int = 0, pace: float = 1.0) -> int:
+        """The most steps in all, at least one more than `done`, that end in time."""
+        fits, too_many = done + 1, done + 2
+        while self.seconds(too_many, low, done, pace) <= seconds:
+            fits, too_many = too_many, 2 * too_many
+        while too_many - fits > 1:
+            middle = (fits + too_many) // 2
+            fits, too_many = (middle, too_many) if self.seconds(middle, low, done, pace) <= seconds else (fits, middle)
+        return fits
 
 
 def low_size(size: int) -> int:
@@ -43,44 +61,52 @@ def low_size(size: int) -> int:
     return max(1, size * 3 // 4 // 4 * 4 if size >= 16 else size * 3 // 4)
 
 
-def make_plan(net: nn.Module, x: Tensor, recipe: Recipe, train: int, val: int, machine: Machine) -> Plan:
-    """Times the training step on `x`, a normalised batch (N, C, H, W), in each precision that the machine has."""
-    times = {}
-    for precision in machine.precisions() if recipe.precision == "auto" else [recipe.precision]:
-        times[precision] = _time_step(net, x, recipe, precision, machine)
-    fastest = min(times, key=lambda p: times[p])
-    gain = times["fp32"] / times["bf16"] if len(times) == 2 else 0.0
-    precision = fastest if len(times) == 1 else ("bf16" if gain > BF16_GAIN else "fp32")
-    reason = f"bf16 runs at {gain:.2f} times the speed of fp32 here" if gain else "as asked" if recipe.precision != "auto" else "no fast bf16 here"
-    low = times[precision]
-    if recipe.low_resolution:
-        small = nn.functional.interpolate(x, size=low_size(x.shape[2]), mode="bilinear").contiguous(memory_format=torch.channels_last)
-        low = _time_step(net, small, recipe, precision, machine)
-    with torch.no_grad(), machine.autocast(precision):
-        forward = _time(lambda: net(x), x)
+def make_plan(net: nn.Module, x: Tensor, recipe: Recipe, train: int, val: int, macs: int, machine: Machine) -> Plan:
+    """Chooses the precision and times steps on `x`, a normalised batch (N, C, H, W) of this process's share."""
     assert recipe.epochs is not None and recipe.batch_size is not None
-    per_image = forward / len(x)
-    return Plan(recipe.epochs, train // recipe.batch_size, precision, times[precision], low, per_image * val / machine.world, reason)
+    precision, reason = (recipe.precision, "as asked") if recipe.precision != "auto" else _choose_precision(macs, machine)
+    per_epoch = train // recipe.batch_size
+    plan = Plan(recipe.steps or recipe.epochs * per_epoch, per_epoch, precision, reason)
+    full = low = _time_step(net, x, recipe, precision, machine)
+    if recipe.low_resolution:
+        small = interpolate(x, size=low_size(x.shape[2]), mode="bilinear").contiguous(memory_format=torch.channels_last)
+        low = _time_step(net, small, recipe, precision, machine)
+    twin = copy.deepcopy(net).eval()
+    with torch.no_grad(), machine.autocast(precision):
+        forward = _time(lambda: twin(x), x)
+    return replace(plan, step_seconds=full, low_step_seconds=low, val_seconds=forward / len(x) * val / machine.world)
 
 
-def epochs_within(plan: Plan, recipe: Recipe, seconds: float, done: int = 0) -> int:
-    """Epochs in all, when `done` are done and `seconds` remain. Raises CallError when not even one fits."""
-    each = plan.epoch_seconds(recipe)
-    epochs = done + int(seconds / each)
-    if epochs < 1:
+def fit_budget(plan: Plan, recipe: Recipe, seconds: float) -> Plan:
+    """The plan with as many steps as fit. Raises CallError when not even one epoch does."""
+    steps = plan.steps_within(seconds, recipe.low_resolution or 0.0)
+    if steps < plan.steps_per_epoch:
+        epoch = plan.seconds(plan.steps_per_epoch, recipe.low_resolution or 0.0)
         raise CallError(
-            f"the budget must allow one epoch: that takes about {each:.0f} s here and {max(0, seconds):.0f} s are left "
+            f"the budget must allow one epoch: that takes about {epoch:.0f} s here and {max(0, seconds):.0f} s are left "
             "after reading the data, the test and the report; raise --budget or choose a smaller net"
         )
-    return epochs
+    return replace(plan, steps=steps)
+
+
+def _choose_precision(macs: int, machine: Machine) -> tuple[str, str]:
+    """By the speed of a large matrix product, which differs by a factor between machines: noise does not change the choice."""
+    if not machine.has_bf16():
+        return "fp32", "no bf16 in this hardware"
+    if macs < BF16_MACS:
+        return "fp32", "the net is small"
+    times = []
+    for dtype in (torch.float32, torch.bfloat16):
+        a = torch.ones(MATRIX, MATRIX, dtype=dtype, device=machine.device)
+        times.append(_time(lambda a=a: a @ a, a))  # type: ignore[misc]
+    gain = times[0] / times[1]
+    return ("bf16" if gain > BF16_GAIN else "fp32"), f"bf16 multiplies matrices at {gain:.2g} times the speed of fp32 here"
 
 
 def _time_step(net: nn.Module, x: Tensor, recipe: Recipe, precision: str, machine: Machine) -> float:
-    twin = copy.deepcopy(net)
-    twin.train()
+    twin = copy.deepcopy(net).train()
     optim = optimizer(twin, recipe)
-    classes = twin(x[:2]).shape[1]
-    y = torch.arange(len(x), device=x.device) % classes
+    y = torch.arange(len(x), device=x.device) % 2
 
     def step() -> None:
         with machine.autocast(precision):

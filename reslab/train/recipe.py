@@ -4,6 +4,7 @@ A field that is None follows the data set; `resolve` fills it in, and the filled
 """
 
 import math
+import shlex
 from dataclasses import dataclass, fields, replace
 from functools import cache
 from pathlib import Path
@@ -35,7 +36,9 @@ class Help(NamedTuple):
 class Recipe:
     """Each field is a command-line option of the same name: `label_smoothing` is `--label-smoothing`."""
 
-    epochs: Annotated[int | None, Help("passes over the training images; by default about 1.4 million images, 15 to 60 passes", 1, 10**6)] = None
+    epochs: Annotated[
+        int | None, Help("passes over the training images; by default about 1.4 million images, 15 to 60 passes", 1, 10**6)
+    ] = None
     steps: Annotated[int | None, Help("steps in all, instead of whole epochs", 1, 10**9)] = None
     batch_size: Annotated[int | None, Help("images a step; by default 128, less for a small data set", 1, 10**6)] = None
     optimizer: Annotated[Optimizer, Help("SGD with momentum, AdamW, or Muon for the convolutions and SGD for the rest")] = "muon"
@@ -61,7 +64,9 @@ class Recipe:
     trunk_lr: Annotated[float, Help("learning rate of all but the head, as a share of lr", 0, 1e3)] = 1.0
     zero_init: Annotated[bool | None, Help("each residual branch starts at zero; by default as the net says")] = None
     image_size: Annotated[int | None, Help("pixels a side; by default what the images have, at most 224", 1, 4096)] = None
-    low_resolution: Annotated[float | None, Help("share of the epochs, the first, at 3/4 of the image size; by default half from 32 px up", 0, 1)] = None
+    low_resolution: Annotated[
+        float | None, Help("share of the epochs, the first, at 3/4 of the image size; by default half from 32 px up", 0, 1)
+    ] = None
     crop: Annotated[Crop | None, Help("pad and shift / random resized / He's scale jitter / none; by default by image size")] = None
     pad: Annotated[int | None, Help("pixels of shift; by default an eighth of the image", 0, 4096)] = None
     flip: Annotated[Flip | None, Help("mirror left to right at random, or every other epoch; by default not for digits and letters")] = None
@@ -73,7 +78,7 @@ class Recipe:
     precision: Annotated[Precision, Help("bf16 where it is faster")] = "auto"
     save_every: Annotated[float, Help("seconds of training that a crash may cost", 0, 1e6)] = 60.0
     storage: Annotated[Place, Help("pixels in memory, or decoded by workers as they are needed")] = "auto"
-    seed: Annotated[int, Help("of every random choice")] = 0
+    seed: Annotated[int, Help("of every random choice", 0, 2**63 - 1)] = 0
 
     def __post_init__(self) -> None:
         for name, help_ in helps().items():
@@ -93,7 +98,7 @@ class Recipe:
                 elif isinstance(value, tuple):
                     parts += [f"--{flag} {v}" for v in value]
                 else:
-                    parts.append(f"--{flag} {value}")
+                    parts.append(f"--{flag} {shlex.quote(str(value))}")
         return " ".join(parts)
 
 
@@ -115,7 +120,15 @@ RECIPES: dict[str, Recipe] = {
     "paper-cifar": replace(PAPER, steps=64_000, batch_size=128, schedule="step", crop="pad", pad=4, flip="random", normalize="pixel-mean"),
     # He 2015, section 3.4: 600k steps of 256, lr / 10 on plateau, short side in [256, 480], AlexNet's colour shift
     "paper-imagenet": replace(
-        PAPER, steps=600_000, batch_size=256, schedule="plateau", image_size=224, crop="scale", flip="random", normalize="pixel-mean", lighting=0.1
+        PAPER,
+        steps=600_000,
+        batch_size=256,
+        schedule="plateau",
+        image_size=224,
+        crop="scale",
+        flip="random",
+        normalize="pixel-mean",
+        lighting=0.1,
     ),
     "finetune": replace(
         QUICK, epochs=10, optimizer="sgd", lr=0.01, trunk_lr=0.1, schedule="cosine", warmup=0.1, weight_decay=1e-4, low_resolution=0.0
@@ -153,7 +166,10 @@ def from_dict(values: dict[str, Any]) -> Recipe:
     try:
         return converter.structure(values, Recipe)
     except cattrs.BaseValidationError as error:
-        first = cattrs.transform_error(error)[0]
+        for told in error.exceptions:
+            if isinstance(told, CallError):
+                raise told from None
+        first = cattrs.transform_error(error, format_exception=lambda e, _: str(e))[0]
         raise CallError(f"a recipe field cannot hold this: {first}; `reslab train --help` lists what each holds") from error
 
 
@@ -178,19 +194,23 @@ def _read_toml(path: Path) -> dict[str, Any]:
     return values
 
 
-def resolve(recipe: Recipe, train_images: int, classes: int, image_size: int, upright: bool) -> Recipe:
+def resolve(recipe: Recipe, train_images: int, image_size: int, upright: bool, processes: int = 1) -> Recipe:
     """The recipe with every field that follows the data filled in. Raises CallError for a batch that the data cannot fill."""
     size = recipe.image_size or image_size
-    batch = recipe.batch_size or max(2, min(128, train_images // 16))
+    batch = recipe.batch_size or max(2, min(128, train_images // 16)) // processes * processes or processes
+    if batch % processes:
+        raise CallError(f"batch_size is shared out evenly; {batch} by {processes} processes does not go: change --batch-size")
     if batch > train_images:
         raise CallError(f"a batch must not be larger than the training data: batch_size {batch}, {train_images} images; lower --batch-size")
-    epochs = recipe.epochs or max(15, min(60, round(1_400_000 / train_images)))
+    by_steps = math.ceil(recipe.steps / (train_images // batch)) if recipe.steps else None
+    epochs = recipe.epochs or by_steps or max(15, min(60, round(1_400_000 / train_images)))
     crop = recipe.crop or ("pad" if size <= 64 else "resized")
     return replace(
         recipe,
         image_size=size,
         batch_size=batch,
-        epochs=math.ceil(recipe.steps / (train_images // batch)) if recipe.steps else epochs,
+        epochs=epochs,
+        steps=None if recipe.epochs else recipe.steps,
         crop=crop,
         low_resolution=(0.5 if size >= 32 else 0.0) if recipe.low_resolution is None else recipe.low_resolution,
         pad=recipe.pad if recipe.pad is not None else (size // 8 if crop == "pad" else 0),

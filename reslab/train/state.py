@@ -22,7 +22,7 @@ class Progress:
     """How far a training is, and what it has seen. Sums run over the current epoch."""
 
     step: int = 0  # steps done since the beginning
-    epochs: int = 0  # planned in all
+    steps: int = 0  # planned in all
     best_top1: float = -1.0
     best_epoch: int = 0
     stale_epochs: int = 0  # since the last better val top-1
@@ -31,7 +31,8 @@ class Progress:
     loss_sum: float = 0.0
     correct: float = 0.0
     seen: int = 0
-    seconds: float = 0.0  # of training so far, over all sessions
+    seconds: float = 0.0  # since the training began, over all sessions
+    step_seconds: float = 0.0  # of these, in training steps
 
 
 def save_state(path: Path, net: nn.Module, optimizer: torch.optim.Optimizer, average: Average | None, progress: Progress) -> None:
@@ -56,7 +57,8 @@ def load_state(path: Path, net: nn.Module, optimizer: torch.optim.Optimizer, ave
             buffers.setdefault(int(index), {})[key] = tensor.contiguous(memory_format=_format(tensor))
         optimizer.load_state_dict({**optimizer.state_dict(), "state": buffers})
         if average:
-            average.tensors = below(tensors, "average.")
+            for name, tensor in below(tensors, "average.").items():
+                average.tensors[name].copy_(tensor)
     except (RuntimeError, KeyError, TypeError, ValueError) as error:
         raise WorkError(f"{shown(path)} is the state of another training: {shown(str(error).splitlines()[0])[:120]}") from error
     return progress

@@ -90,17 +90,20 @@ class Classifier:
         pixels = torch.stack([torch.from_numpy(d.copy()) for d in decoded])
         probabilities = (self.logits(pixels) / self.temperature).softmax(1)
         values, labels = probabilities.topk(min(TOP, len(self.classes)), dim=1)
-        tops = [[(self.classes[i], float(v)) for v, i in zip(vs, ls, strict=True)] for vs, ls in zip(values.tolist(), labels.tolist(), strict=True)]
+        tops = [
+            [(self.classes[i], float(v)) for v, i in zip(vs, ls, strict=True)]
+            for vs, ls in zip(values.tolist(), labels.tolist(), strict=True)
+        ]
         return [Prediction(top[0][0], top[0][1], top) for top in tops]
 
     def save(self, folder: Path, calibration: dict[str, Any] | None = None) -> None:
         """Writes the artefact; `calibration` are facts to keep beside the temperature."""
         write_tensors(folder / "weights.safetensors", self.net.state_dict())
         for name, value in (
-            ("spec", asdict(self.spec)),
             ("classes", self.classes),
             ("preprocess", self.preprocess.to_dict()),
             ("calibration", {"temperature": self.temperature, **(calibration or {})}),
+            ("spec", asdict(self.spec)),  # last: where it is, all is
         ):
             write_whole(folder / f"{name}.json", json.dumps(value, indent=1).encode())
 
@@ -121,7 +124,9 @@ def load(path: str | Path) -> Classifier:
     except (CallError, KeyError, TypeError, ValueError) as error:
         raise WorkError(f"the model in {shown(folder)} is damaged: {shown(str(error))}") from error
     if len(classes) != net.spec.num_classes or not 0 < temperature < 1e3:
-        raise WorkError(f"the model in {shown(folder)} is damaged: {len(classes)} class names, {net.spec.num_classes} outputs, temperature {temperature}")
+        raise WorkError(
+            f"the model in {shown(folder)} is damaged: {len(classes)} class names, {net.spec.num_classes} outputs, temperature {temperature}"
+        )
     try:
         net.load_state_dict(read_tensors(folder / "weights.safetensors")[0])
     except RuntimeError as error:

@@ -17,6 +17,7 @@ from sklearn.metrics import confusion_matrix, precision_recall_fscore_support, t
 
 from reslab.data.batches import Batches
 from reslab.data.decode import Pixels, Unreadable
+from reslab.interval import share, wilson
 from reslab.use.classifier import BATCH, Classifier
 
 BINS = 15  # of the reliability diagram and ECE, equal in width (Guo et al. 2017)
@@ -65,10 +66,10 @@ def score(out: Outputs, classes: tuple[str, ...], temperature: float, seed: int 
     right = predicted == out.labels
     raw, calibrated = softmax(out.logits), softmax(out.logits / temperature)
     losses = nll(out.logits / temperature, out.labels)
-    facts: dict[str, Any] = {"n": n, **_share("top1", int(right.sum()), n)}
+    facts: dict[str, Any] = {"n": n, **share("top1", int(right.sum()), n)}
     if len(classes) > 5:
         top5 = top_k_accuracy_score(out.labels, out.logits, k=5, normalize=False, labels=np.arange(len(classes)))
-        facts |= _share("top5", int(top5), n)
+        facts |= share("top5", int(top5), n)
     rng = np.random.default_rng(seed)
     resamples = rng.integers(0, n, (RESAMPLES, n))
     facts |= _bootstrap("loss", resamples, lambda rows: float(losses[rows].mean()))
@@ -133,7 +134,9 @@ def reliability(confidence: Floats, right: NDArray[np.bool_]) -> list[dict[str, 
     rows = []
     for b in np.unique(bins):
         inside = bins == b
-        rows.append({"bin": int(b), "n": int(inside.sum()), "confidence": float(confidence[inside].mean()), "top1": float(right[inside].mean())})
+        rows.append(
+            {"bin": int(b), "n": int(inside.sum()), "confidence": float(confidence[inside].mean()), "top1": float(right[inside].mean())}
+        )
     return rows
 
 
@@ -142,20 +145,6 @@ def ece(confidence: Floats, right: NDArray[np.bool_]) -> float:
     bins = np.minimum((confidence * BINS).astype(int), BINS - 1)
     gaps = np.bincount(bins, confidence, BINS) - np.bincount(bins, right, BINS)
     return float(np.abs(gaps).sum() / len(right))
-
-
-def wilson(successes: int, n: int) -> tuple[float, float]:
-    """Wilson's 95 % interval of a share (Wilson 1927)."""
-    if n == 0:
-        return 0.0, 1.0
-    z, p = 1.959963985, successes / n
-    middle, half = p + z * z / (2 * n), z * np.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    return max(0.0, float((middle - half) / (1 + z * z / n))), min(1.0, float((middle + half) / (1 + z * z / n)))
-
-
-def _share(name: str, successes: int, n: int) -> dict[str, float]:
-    low, high = wilson(successes, n)
-    return {name: successes / n, f"{name}_low": low, f"{name}_high": high}
 
 
 def _bootstrap(name: str, resamples: Ints, figure: Callable[[Ints], float]) -> dict[str, float]:

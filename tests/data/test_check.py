@@ -41,7 +41,13 @@ def test_each_fault_is_found_by_name(tmp_path: Path) -> None:
     found = check(open_images(root))
     assert kinds(found) == {"unreadable": 1, "empty": 1, "contradiction": 1, "duplicates": 1, "aspect": 1, "near": 1}
     text = " ".join(name for finding in found.findings for name in finding.names)
-    for named in ("red/cut.png (truncated", "red/2.png = red/again.png", "blue/2.png = green/from blue.png", "red/wide.png", "green/5.png = green/larger.png"):
+    for named in (
+        "red/cut.png (truncated",
+        "red/2.png = red/again.png",
+        "blue/2.png = green/from blue.png",
+        "red/wide.png",
+        "green/5.png = green/larger.png",
+    ):
         assert named in text
     assert not found.is_healthy
 

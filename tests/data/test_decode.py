@@ -28,7 +28,10 @@ def test_every_common_format_decodes_to_nearly_the_same(kind: str) -> None:
     assert np.abs(got.astype(int) - np.asarray(gradient()).astype(int)).mean() < 12
 
 
-@pytest.mark.parametrize(("mode", "kind"), [("L", "PNG"), ("P", "PNG"), ("CMYK", "JPEG"), ("CMYK", "TIFF"), ("1", "PNG"), ("LA", "PNG"), ("RGBA", "PNG"), ("L", "JPEG")])
+@pytest.mark.parametrize(
+    ("mode", "kind"),
+    [("L", "PNG"), ("P", "PNG"), ("CMYK", "JPEG"), ("CMYK", "TIFF"), ("1", "PNG"), ("LA", "PNG"), ("RGBA", "PNG"), ("L", "JPEG")],
+)
 @pytest.mark.parametrize("channels", [1, 3])
 def test_every_mode_becomes_eight_bit_grey_or_colour(mode: str, kind: str, channels: int) -> None:
     got = decode(encoded(gradient(mode), kind), 40, channels)
@@ -83,7 +86,12 @@ def bomb(width: int, height: int) -> bytes:
     def chunk(kind: bytes, body: bytes) -> bytes:
         return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
 
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)) + chunk(b"IDAT", zlib.compress(b"0" * 99)) + chunk(b"IEND", b"")
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
+        + chunk(b"IDAT", zlib.compress(b"0" * 99))
+        + chunk(b"IEND", b"")
+    )
 
 
 whole = encoded(gradient().resize((200, 200)), "JPEG")

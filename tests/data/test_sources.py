@@ -157,7 +157,8 @@ def fake_cifar() -> bytes:
     with tarfile.open(fileobj=held, mode="w:gz") as tar:
         files = {f"data_batch_{i}": 20 for i in range(1, 6)} | {"test_batch": 20}
         batches = {
-            name: {b"data": rng.integers(0, 256, (n, 3072), dtype=np.uint8), b"labels": [i % 10 for i in range(n)]} for name, n in files.items()
+            name: {b"data": rng.integers(0, 256, (n, 3072), dtype=np.uint8), b"labels": [i % 10 for i in range(n)]}
+            for name, n in files.items()
         }
         batches["batches.meta"] = {b"label_names": [f"c{i}".encode() for i in range(10)]}
         for name, value in batches.items():
@@ -229,9 +230,16 @@ def test_interrupted_download_is_resumed_and_checked(server: Server, tmp_path: P
 
 
 def test_corrupted_download_is_removed_and_said(server: Server, tmp_path: Path) -> None:
-    with pytest.raises(WorkError, match="must have MD5 0{32}; it had .* run the command again"):
+    with pytest.raises(WorkError, match="must have MD5 0{32}; what came had .* run the command again"):
         fetch(Archive("a.bin", "0" * 32, server.url), tmp_path, lambda *a: None)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_copy_with_another_checksum_is_refused_and_kept(tmp_path: Path) -> None:
+    (tmp_path / "a.bin").write_bytes(b"another mirror's")
+    with pytest.raises(WorkError, match="a.bin must have MD5 0{32}; it has"):
+        fetch(Archive("a.bin", "0" * 32, "http://127.0.0.1:9/a.bin"), tmp_path, lambda *a: None)
+    assert (tmp_path / "a.bin").exists()
 
 
 def test_offline_says_which_file_to_put_where(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -270,7 +278,10 @@ def test_mnist_is_read_as_torchvision_leaves_it(home: Path, packed: bool) -> Non
     folder.mkdir(parents=True)
     rng = np.random.default_rng(0)
     for part, n in (("train", 40), ("t10k", 20)):
-        for name, array in (("images-idx3", rng.integers(0, 256, (n, 28, 28), dtype=np.uint8)), ("labels-idx1", (np.arange(n) % 10).astype(np.uint8))):
+        for name, array in (
+            ("images-idx3", rng.integers(0, 256, (n, 28, 28), dtype=np.uint8)),
+            ("labels-idx1", (np.arange(n) % 10).astype(np.uint8)),
+        ):
             body, file = idx(array), folder / f"{part}-{name}-ubyte"
             file.with_name(file.name + ".gz").write_bytes(gzip.compress(body)) if packed else file.write_bytes(body)
     images = open_images("mnist")

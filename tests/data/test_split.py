@@ -57,7 +57,11 @@ def test_record_names_every_image_by_content() -> None:
 
 @pytest.mark.parametrize(
     ("labels", "message"),
-    [([0] * 9, "two classes or more; received only 'a'"), ([0] * 9 + [1], "class 'b' has 1: add images"), ([0] * 9 + [1, 1], "class 'b' has 2")],
+    [
+        ([0] * 9, "two classes or more; received only 'a'"),
+        ([0] * 9 + [1], "class 'b' has 1: add images"),
+        ([0] * 9 + [1, 1], "class 'b' has 2"),
+    ],
 )
 def test_classes_too_small_to_split_are_named(labels: list[int], message: str) -> None:
     with pytest.raises(WorkError, match=message):

@@ -67,7 +67,10 @@ def test_parameter_names_and_shapes_are_the_pinned_ones() -> None:
 
 def _names() -> dict[str, dict[str, list[int]]]:
     with torch.device("meta"):
-        return {name: {k: list(v.shape) for k, v in reslab.build(name).state_dict().items()} for name in ("resnet20", "plain20", "resnet18", "resnet50")}
+        return {
+            name: {k: list(v.shape) for k, v in reslab.build(name).state_dict().items()}
+            for name in ("resnet20", "plain20", "resnet18", "resnet50")
+        }
 
 
 def test_forward_returns_every_block_by_name() -> None:

@@ -10,7 +10,9 @@ from reslab.data.images import Images
 
 
 @pytest.mark.parametrize(("name", "file", "wrong"), [("resnet20", "resnet20-12fca82f.th", 827), ("resnet32", "resnet32-d509ac18.th", 737)])
-def test_published_cifar_weights_score_exactly_what_their_author_states(cifar: Images, published: Path, name: str, file: str, wrong: int) -> None:
+def test_published_cifar_weights_score_exactly_what_their_author_states(
+    cifar: Images, published: Path, name: str, file: str, wrong: int
+) -> None:
     net = reslab.build(name).eval().to(memory_format=torch.channels_last)
     loaded = reslab.load_weights(net, published / file)
     assert loaded.dialect == "akamaster"
@@ -76,9 +78,17 @@ def _truncated(path: Path, saved: Path) -> None:
         (lambda p, s: p.write_bytes(b""), reslab.WorkError, "cannot be read as weights"),
         (lambda p, s: p.write_bytes(b"\xff" * 8 + b"{" + b"x" * 50), reslab.WorkError, "cannot be read as weights"),
         (lambda p, s: torch.save([1, 2], p), reslab.WorkError, "holds named tensors"),
-        (lambda p, s: torch.save(reslab.build("resnet34").state_dict(), p), reslab.CallError, "another net's weights: first unexpected layer1.2"),
+        (
+            lambda p, s: torch.save(reslab.build("resnet34").state_dict(), p),
+            reslab.CallError,
+            "another net's weights: first unexpected layer1.2",
+        ),
         (lambda p, s: torch.save(reslab.build("resnet50").state_dict(), p), reslab.CallError, "another net's weights: first"),
-        (lambda p, s: torch.save(reslab.build("resnet18", in_channels=1).state_dict(), p), reslab.CallError, r"conv1.weight is \(64, 1, 7, 7\)"),
+        (
+            lambda p, s: torch.save(reslab.build("resnet18", in_channels=1).state_dict(), p),
+            reslab.CallError,
+            r"conv1.weight is \(64, 1, 7, 7\)",
+        ),
         (lambda p, s: torch.save(torch.load(s) | {"bn1.bias": torch.full((64,), float("nan"))}, p), reslab.WorkError, "not finite"),
         (lambda p, s: None, reslab.CallError, "must be a file"),
     ],

@@ -24,7 +24,16 @@ def test_paper_cifar_is_the_papers_protocol() -> None:
 def test_paper_imagenet_is_the_papers_protocol() -> None:
     """He et al. 2015, section 3.4: 256 images, 0.1 / 10 on plateau, decay 1e-4, short side in [256, 480], crop 224, colour."""
     recipe = RECIPES["paper-imagenet"]
-    want = {"batch_size": 256, "lr": 0.1, "schedule": "plateau", "weight_decay": 1e-4, "crop": "scale", "image_size": 224, "lighting": 0.1, "steps": 600_000}
+    want = {
+        "batch_size": 256,
+        "lr": 0.1,
+        "schedule": "plateau",
+        "weight_decay": 1e-4,
+        "crop": "scale",
+        "image_size": 224,
+        "lighting": 0.1,
+        "steps": 600_000,
+    }
     assert {name: asdict(recipe)[name] for name in want} == want
 
 
@@ -48,16 +57,16 @@ class _Done:
 
 
 def test_defaults_follow_the_data() -> None:
-    digits = resolve(Recipe(), train_images=1259, classes=10, image_size=8, upright=True)
+    digits = resolve(Recipe(), train_images=1259, image_size=8, upright=True)
     assert (digits.flip, digits.pad, digits.crop, digits.batch_size, digits.epochs) == ("none", 1, "pad", 78, 60)
-    photos = resolve(Recipe(), train_images=50_000, classes=10, image_size=224, upright=False)
+    photos = resolve(Recipe(), train_images=50_000, image_size=224, upright=False)
     assert (photos.flip, photos.crop, photos.batch_size, photos.epochs) == ("alternate", "resized", 128, 28)
-    assert resolve(Recipe(flip="none", pad=2), 100, 2, 32, False).flip == "none"
+    assert resolve(Recipe(flip="none", pad=2), 100, 32, False).flip == "none"
 
 
 def test_a_batch_larger_than_the_data_is_refused() -> None:
     with pytest.raises(CallError, match="batch_size 512, 100 images; lower --batch-size"):
-        resolve(Recipe(batch_size=512), 100, 2, 32, False)
+        resolve(Recipe(batch_size=512), 100, 32, False)
 
 
 @pytest.mark.parametrize(

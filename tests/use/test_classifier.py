@@ -50,7 +50,9 @@ def test_artefact_gives_the_training_time_logits_bit_for_bit_in_another_process(
         "clf = reslab.load(sys.argv[1])\n"
         "numpy.save(sys.argv[3], clf.logits(torch.from_numpy(numpy.load(sys.argv[2]))).numpy())"
     )
-    subprocess.run([sys.executable, "-c", code, tmp_path / "elsewhere", tmp_path / "pixels.npy", tmp_path / "logits.npy"], check=True, cwd=tmp_path)
+    subprocess.run(
+        [sys.executable, "-c", code, tmp_path / "elsewhere", tmp_path / "pixels.npy", tmp_path / "logits.npy"], check=True, cwd=tmp_path
+    )
     theirs = np.load(tmp_path / "logits.npy")
     ours = reslab.load(run.path).logits(torch.from_numpy(pixels)).numpy()
     assert np.array_equal(ours, theirs)
@@ -97,7 +99,10 @@ def test_evaluate_repeats_the_test_and_scores_other_data(run: Run, photos: Path,
     ("damage", "message"),
     [
         (lambda m: (m / "spec.json").write_text("{"), "cannot be read"),
-        (lambda m: (m / "spec.json").write_text('{"block": "basic", "depths": [1000000000], "widths": [1], "stem": "conv3"}'), "is damaged"),
+        (
+            lambda m: (m / "spec.json").write_text('{"block": "basic", "depths": [1000000000], "widths": [1], "stem": "conv3"}'),
+            "is damaged",
+        ),
         (lambda m: (m / "classes.json").write_text('["a"]'), "1 class names, 3 outputs"),
         (lambda m: (m / "weights.safetensors").write_bytes(b"\xff" * 100), "cannot be read as weights"),
         (lambda m: (m / "preprocess.json").write_text("{}"), "preprocessing"),

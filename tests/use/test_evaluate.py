@@ -5,7 +5,8 @@ import pytest
 from scipy.stats import binomtest
 from sklearn.metrics import accuracy_score, f1_score, log_loss
 
-from reslab.use.evaluate import Outputs, ece, fit_temperature, score, softmax, wilson
+from reslab.interval import wilson
+from reslab.use.evaluate import Outputs, ece, fit_temperature, score, softmax
 
 CLASSES = tuple("abcdefg")
 
