@@ -14,9 +14,7 @@ if __name__ == "__main__":
     lines = []
     for seed, run in runs.items():
         test = run.last("test")
-        lines.append(
-            f"seed {seed}: test top-1 {test['top1']:.2%} [{test['top1_low']:.2%}, {test['top1_high']:.2%}], n = {test['n']}; {run.seconds:.1f} s"
-        )
+        lines.append(f"seed {seed}: test top-1 {test['top1']:.2%} [{test['top1_low']:.2%}, {test['top1_high']:.2%}], n = {test['n']}; {run.seconds:.1f} s")
     mean = statistics.mean(run.last("test")["top1"] for run in runs.values())
     keep(
         "digits",

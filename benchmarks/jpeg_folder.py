@@ -41,6 +41,7 @@ if __name__ == "__main__":
         each = [b - a for a, b in zip([0.0, *took], took, strict=False)]
         lines.append(
             f"{name}: test top-1 {test['top1']:.2%} [{test['top1_low']:.2%}, {test['top1_high']:.2%}], n = {test['n']}; "
-            f"{run.records[0]['time']:.1f} s until the plan, {statistics.median(each):.1f} s an epoch (median), {run.seconds:.0f} s in all, {run.peak_gib:.2f} GiB"
+            f"{run.records[0]['time']:.1f} s until the plan, "
+            f"{statistics.median(each):.1f} s an epoch (median), {run.seconds:.0f} s in all, {run.peak_gib:.2f} GiB"
         )
     keep("jpeg_folder", lines)

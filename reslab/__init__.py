@@ -3,7 +3,7 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-import reslab.train  # the package is bound first, so that no later import can hide the function of the same name
+import reslab.train  # noqa: F401  # the package is bound first, so that no later import can hide the function of the same name
 from reslab.errors import CallError, WorkError
 from reslab.spec import FAMILY, Cost, Spec, spec
 

@@ -7,8 +7,8 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Iterator
-from dataclasses import fields, make_dataclass
 from dataclasses import field as dataclass_field
+from dataclasses import fields, make_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
@@ -183,7 +183,7 @@ def main(tokens: list[str] | None = None) -> None:
     """Runs a command line and exits. An error is one line on stderr; `--debug` adds the traceback."""
     tokens = list(sys.argv[1:] if tokens is None else tokens)
     debug = "--debug" in tokens
-    tokens = [token for token in tokens if token != "--debug"]
+    tokens = [word for word in tokens if word != "--debug"]
     try:
         status = app(tokens) if tokens else app(["--help"])
         sys.exit(status if isinstance(status, int) else 0)
@@ -236,13 +236,11 @@ def _expand(images: tuple[str, ...]) -> list[Path]:
         if path.is_dir():
             found += image_paths(path)
         elif not path.exists() and glob.has_magic(given):
-            found += sorted(Path(match) for match in glob.glob(str(path), recursive=True))
+            found += sorted(Path(match) for match in glob.glob(str(path), recursive=True))  # noqa: PTH207  # patterns may be absolute
         else:
             found.append(path)
     if not found:
-        raise CallError(
-            f"predict needs image files; received {' '.join(map(shown, images)) or 'none'}, which names no image: give files, folders or patterns"
-        )
+        raise CallError(f"predict needs image files; received {' '.join(map(shown, images)) or 'none'}, which names no image: give files, folders or patterns")
     return found
 
 
@@ -327,13 +325,9 @@ def _print_checkup(name: str, n: int, found: "Checkup") -> None:
     for label, row in list(found.counts.items())[:100]:
         table.add_row(Text(shown(label)), *(str(row[part]) for part in parts))
     console.print(table)
-    console.print(
-        "  ".join(f"{axis} {low} / {mid} / {high} px" for axis, (low, mid, high) in found.sizes.items()) + " (smallest / median / largest)"
-    )
+    console.print("  ".join(f"{axis} {low} / {mid} / {high} px" for axis, (low, mid, high) in found.sizes.items()) + " (smallest / median / largest)")
     for finding in found.findings:
-        console.print(
-            Text("problem  " if finding.is_problem else "note     ", style="red" if finding.is_problem else "yellow") + Text(finding.text)
-        )
+        console.print(Text("problem  " if finding.is_problem else "note     ", style="red" if finding.is_problem else "yellow") + Text(finding.text))
     console.print("healthy" if found.is_healthy else "not healthy: the problems above make results untrustworthy")
 
 

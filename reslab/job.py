@@ -10,7 +10,9 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
+from torch import nn
 
+from reslab.data.augment import require_kornia
 from reslab.data.batches import Batches, choose_storage, mean_and_std, mean_image
 from reslab.data.check import cheap_check
 from reslab.data.images import Images
@@ -24,7 +26,7 @@ from reslab.report.page import write_report
 from reslab.run import Run, write_whole
 from reslab.spec import Spec
 from reslab.spec import spec as find_spec
-from reslab.train.board import Board
+from reslab.train.board import Board, require_tensorboard
 from reslab.train.fit import Show, Training
 from reslab.train.hardware import Machine, machine
 from reslab.train.plan import Plan, fit_budget, make_plan
@@ -83,6 +85,8 @@ def train(
     Raises CallError for a wrong call, WorkError when the work fails, Interrupted after Ctrl-C or SIGTERM.
     """
     show = show or Silent()
+    if tensorboard:
+        require_tensorboard()
     started = time.monotonic()
     with machine() as here:
         if not here.is_writer:
@@ -101,6 +105,8 @@ def _start(
 ) -> tuple[Training, _Job]:  # fmt: skip
     if isinstance(net, str):
         find_spec(net)  # a wrong name is said before any data is read
+    if recipe.jitter or recipe.randaugment:
+        require_kornia()
     if recipe.weights:
         stem_of(recipe.weights)
     elif recipe.freeze != "none" or recipe.trunk_lr != 1:
@@ -161,9 +167,7 @@ def _resume(
     if kept.weights:
         images = replace(images, channels=spec.in_channels)
     if images.fingerprint() != fingerprint:
-        raise WorkError(
-            f"a run resumes on the data it began with; {shown(source)} has changed since: restore it, or train into a new --out"
-        )
+        raise WorkError(f"a run resumes on the data it began with; {shown(source)} has changed since: restore it, or train into a new --out")
     job = _prepare(images, spec, kept, here, show)
     built = here.place(ResNet(spec))
     total = seconds(budget) or config.get("budget")
@@ -220,15 +224,13 @@ def _spec_of_weights(net: str | Spec, recipe: Recipe, images: Images) -> tuple[S
 
 def _check_readable(parts: dict[str, Batches], recipe: Recipe) -> None:
     if 0 < len(parts["train"].items) < (recipe.batch_size or 0):
-        raise CallError(
-            f"a batch must not be larger than the training data: batch_size {recipe.batch_size}, {len(parts['train'].items)} readable images"
-        )
+        raise CallError(f"a batch must not be larger than the training data: batch_size {recipe.batch_size}, {len(parts['train'].items)} readable images")
     for name, part in parts.items():
         if not len(part.items):
             raise WorkError(f"the {name} images must be readable; none of {len(part.dropped)} is: `reslab check` lists them")
 
 
-def _plan(job: _Job, net: ResNet, budget: float | None, started: float) -> tuple[Plan, float | None]:
+def _plan(job: _Job, net: nn.Module, budget: float | None, started: float) -> tuple[Plan, float | None]:
     recipe = job.recipe
     assert recipe.batch_size is not None
     batch = next(job.parts["train"].epoch(recipe.batch_size // job.machine.world or 1))
@@ -272,8 +274,8 @@ def _finish(job: _Job, training: Training) -> Run:
     for part, out in (("val", val), ("test", test)):
         for entry in label_suspects(out, job.parts[part], found.temperature):
             run.record("suspect", split=part, **entry)
-    for part in job.parts.values():
-        for name, reason in part.dropped.items():
+    for batches in job.parts.values():
+        for name, reason in batches.dropped.items():
             run.record("warning", text=f"left out {shown(name)}: {reason}")
     found.save(run.model, {"n": len(val.labels), "split": "val", "top1": scores["top1"]})
     run.record("end")
@@ -292,9 +294,7 @@ def evaluate(run: str | Path, data: str | Path | None = None, reading: Progress 
     if data is None:
         images = split(images, config["recipe"]["seed"])
         if images.fingerprint() != config["data"]["fingerprint"]:
-            raise WorkError(
-                f"the run's own test part needs the data it was trained on; {shown(images.source)} has changed: name other data"
-            )
+            raise WorkError(f"the run's own test part needs the data it was trained on; {shown(images.source)} has changed: name other data")
         items = images.split["test"]
     else:
         for name in images.classes:
@@ -369,9 +369,7 @@ def _check_same(run: Run, config: dict[str, Any], data: Any, net: Any, out: Any,
     source = config.get("data", {}).get("source")
     given = str(Path(data).expanduser().resolve()) if data is not None and Path(data).expanduser().exists() else data
     if data is not None and source not in (str(data), str(given)):
-        raise CallError(
-            f"a resumed run keeps its data {shown(str(source))}; received {shown(str(data))}: leave it out, or train into a new --out"
-        )
+        raise CallError(f"a resumed run keeps its data {shown(str(source))}; received {shown(str(data))}: leave it out, or train into a new --out")
     if net is not None and net != config.get("net"):
         raise CallError(f"a resumed run keeps its net {config.get('net')}; received {net}: leave --net out, or train into a new --out")
     if out is not None and Path(out).resolve() != run.path.resolve():

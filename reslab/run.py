@@ -71,9 +71,7 @@ class Run:
             with (self.path / "log.jsonl").open("a", encoding="utf-8") as log:
                 log.write(line + "\n")
         except OSError as error:
-            raise WorkError(
-                f"{shown(self.path / 'log.jsonl')} cannot be written: {error.strerror}; free some space and --resume"
-            ) from error
+            raise WorkError(f"{shown(self.path / 'log.jsonl')} cannot be written: {error.strerror}; free some space and --resume") from error
 
     def mend_log(self) -> None:
         """Ends a line that a crash cut short, so that the next record does not run into it."""

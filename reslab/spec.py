@@ -78,7 +78,7 @@ class Spec:
     @property
     def reduction(self) -> int:
         """How many input pixels, along one side, make one pixel of the last stage."""
-        return STEM_STRIDE[self.stem] * 2 ** (len(self.depths) - 1)
+        return STEM_STRIDE[self.stem] << (len(self.depths) - 1)
 
     def fit(self, image_size: int, in_channels: int, num_classes: int) -> Self:
         """This network for images of that size: same blocks, and the stem that leaves 4 to 16 pixels a side at the end.
@@ -90,7 +90,7 @@ class Spec:
         def misfit(stem: Stem) -> float:
             side = image_size / replace(self, stem=stem).reduction
             outside = math.log2(side / 16) if side > 16 else math.log2(4 / side) if side < 4 else 0.0
-            return outside + (0.01 if stem != self.stem else 0)
+            return outside + 0.01 * abs(math.log2(STEM_STRIDE[stem] / STEM_STRIDE[self.stem]))  # of equals, the most like its own
 
         fitted = replace(self, stem=min(get_args(Stem), key=misfit), in_channels=in_channels, num_classes=num_classes)
         fitted.check_size(image_size)

@@ -157,10 +157,7 @@ def test_debug_adds_the_traceback(cli: Cli) -> None:
 
 
 def test_missing_extra_is_named(tmp_path: Path) -> None:
-    code = (
-        "import sys; sys.modules['kornia'] = None; sys.modules['torch.utils.tensorboard'] = None\n"
-        "from reslab.cli import main; main(sys.argv[1:])"
-    )
+    code = "import sys; sys.modules['kornia'] = None; sys.modules['torch.utils.tensorboard'] = None\nfrom reslab.cli import main; main(sys.argv[1:])"
     for option, extra in ((["--jitter", "0.2"], "aug"), (["--tensorboard"], "tensorboard")):
         call = [
             sys.executable,

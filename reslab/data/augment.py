@@ -134,17 +134,18 @@ def colour(x: Tensor, jitter: float, randaugment: int, generator: Generator) -> 
 
 @cache
 def _kornia_jitter(strength: float) -> Callable[[Tensor], Tensor]:
-    jitter: Callable[[Tensor], Tensor] = _kornia().ColorJitter(strength, strength, strength, strength / 4, p=1.0)
+    jitter: Callable[[Tensor], Tensor] = require_kornia().ColorJitter(strength, strength, strength, strength / 4, p=1.0)
     return jitter
 
 
 @cache
 def _kornia_randaugment(operations: int) -> Callable[[Tensor], Tensor]:
-    augment: Callable[[Tensor], Tensor] = _kornia().auto.RandAugment(n=operations, m=10)
+    augment: Callable[[Tensor], Tensor] = require_kornia().auto.RandAugment(n=operations, m=10)
     return augment
 
 
-def _kornia() -> Any:
+def require_kornia() -> Any:
+    """kornia's augmentations. Raises WorkError when the extra `aug` is not installed."""
     try:
         import kornia.augmentation
     except ImportError as error:

@@ -56,11 +56,10 @@ class Batches:
 
     def epoch(self, batch_size: int, order: Indices | None = None) -> Iterator[Batch]:
         """Batches in the given order of positions within this part; by default each once, in their own order."""
+        self.load()
         order = np.arange(len(self.items)) if order is None else order
         chunks = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
-        if self.storage == "memory":
-            self.load()
-            assert self._pixels is not None
+        if self._pixels is not None:
             for chunk in chunks:
                 yield self._batch(self._pixels[torch.from_numpy(chunk)], self.items[chunk])
         else:
@@ -81,9 +80,7 @@ class Batches:
         for pixels, items, failed in loader:
             self.dropped.update({self.images.names[item]: reason for item, reason in failed})
             if not len(items):
-                raise WorkError(
-                    f"images must stay readable; a whole batch is not, first {shown(images.names[failed[0][0]])}: {failed[0][1]}"
-                )
+                raise WorkError(f"images must stay readable; a whole batch is not, first {shown(images.names[failed[0][0]])}: {failed[0][1]}")
             yield self._batch(pixels, items)
 
 

@@ -29,12 +29,11 @@ Hashes = NDArray[np.uint64]
 
 
 class Finding(NamedTuple):
-    """One thing that was found. `names` are the files it is about, `count` how many there are."""
+    """One thing that was found. `names` are the files it is about, if any."""
 
     kind: str
     is_problem: bool
     text: str
-    count: int
     names: list[str]
 
 
@@ -73,14 +72,14 @@ def _cheap(images: Images, broken: list[tuple[str, str]]) -> Iterable[Finding]:
         names = [f"{shown(name)} ({reason})" for name, reason in unreadable]
         yield _finding("unreadable", True, f"{len(names)} file(s) left out: ", names)
     for note in images.notes:
-        yield Finding("empty" if "empty" in note else "stray", "empty" in note, note, 1, [])
+        yield Finding("empty" if "empty" in note else "stray", "empty" in note, note, [])
     if too_small := too_small_to_split(images):
-        yield Finding("classes", True, too_small, 1, [])
+        yield Finding("classes", True, too_small, [])
     counts = np.bincount(images.labels, minlength=len(images.classes))
     if counts.max() > IMBALANCE * max(1, counts.min()):
         most, least = (shown(images.classes[int(i)]) for i in (counts.argmax(), counts.argmin()))
         text = f"imbalance: {most} has {counts.max()} images, {least} {counts.min()}; --balance weights or sampling evens them"
-        yield Finding("imbalance", False, text, int(counts.min()), [])
+        yield Finding("imbalance", False, text, [])
     yield from _exact(images)
     ratio = images.sizes.max(axis=1) / np.maximum(images.sizes.min(axis=1), 1)
     odd = np.flatnonzero(ratio > ODD_ASPECT)
@@ -89,7 +88,7 @@ def _cheap(images: Images, broken: list[tuple[str, str]]) -> Iterable[Finding]:
             "aspect",
             False,
             f"{len(odd)} image(s) more than {ODD_ASPECT:g} times as long as wide, of which the middle is used: ",
-            [shown(images.names[i]) for i in odd],
+            [shown(images.names[int(i)]) for i in odd],
         )
 
 
@@ -117,7 +116,7 @@ def _exact(images: Images) -> Iterable[Finding]:
 
 def _near(images: Images, hashes: Hashes) -> Iterable[Finding]:
     if np.median(images.sizes.min(axis=1)) < HASH_SIDE:
-        yield Finding("near", False, f"near-duplicates were not looked for: below {HASH_SIDE} px the hash cannot tell images apart", 0, [])
+        yield Finding("near", False, f"near-duplicates were not looked for: below {HASH_SIDE} px the hash cannot tell images apart", [])
         return
     pairs = [(i, j) for i, j in near_pairs(hashes) if images.digests[i] != images.digests[j]]
     leaks = [[i, j] for i, j in pairs if images.declared[i] != images.declared[j]]
@@ -178,7 +177,7 @@ def _hashes(images: Images, progress: Callable[[str, int, int], None]) -> tuple[
 
 def _finding(kind: str, is_problem: bool, text: str, names: list[str]) -> Finding:
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return Finding(kind, is_problem, text + ", ".join(names[:3]) + more, len(names), names)
+    return Finding(kind, is_problem, text + ", ".join(names[:3]) + more, names)
 
 
 def _pairs(images: Images, kind: str, is_problem: bool, text: str, groups: list[list[int]]) -> Finding:
@@ -188,14 +187,10 @@ def _pairs(images: Images, kind: str, is_problem: bool, text: str, groups: list[
 def _counts(images: Images) -> dict[str, dict[str, int]]:
     parts = sorted(set(images.declared))
     declared = np.asarray(images.declared, dtype="U5")
-    return {
-        name: {part or "all": int(((images.labels == label) & (declared == part)).sum()) for part in parts}
-        for label, name in enumerate(images.classes)
-    }
+    return {name: {part or "all": int(((images.labels == label) & (declared == part)).sum()) for part in parts} for label, name in enumerate(images.classes)}
 
 
 def _sizes(images: Images) -> dict[str, list[int]]:
     return {
-        name: [int(column.min()), int(np.median(column)), int(column.max())]
-        for name, column in (("width", images.sizes[:, 0]), ("height", images.sizes[:, 1]))
+        name: [int(column.min()), int(np.median(column)), int(column.max())] for name, column in (("width", images.sizes[:, 0]), ("height", images.sizes[:, 1]))
     }

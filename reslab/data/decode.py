@@ -103,7 +103,7 @@ def _open(data: bytes) -> Image.Image:
         raise Unreadable("empty file (0 bytes)")
     try:
         image: Image.Image = Image.open(io.BytesIO(data), formats=formats())
-    except Image.DecompressionBombError as error:
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise Unreadable(f"too many pixels: the limit is {MAX_PIXELS / 1e6:.0f} megapixels") from error
     except Exception as error:
         raise Unreadable("not an image that Pillow reads") from error

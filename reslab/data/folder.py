@@ -5,6 +5,7 @@ Links are followed only to files inside the tree. What is no usable image is lef
 
 import csv
 import os
+import re
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -60,9 +61,7 @@ def from_folder(root: Path, progress: Callable[[int, int], None]) -> Images:
         if loose:
             notes.append(f"{loose} image(s) directly in {_name(top, root)} have no class folder and were left out")
     if not classes:
-        raise WorkError(
-            f"a data folder has one sub-folder a class; {shown(root)} has none: put the images of each class into a folder of its own"
-        )
+        raise WorkError(f"a data folder has one sub-folder a class; {shown(root)} has none: put the images of each class into a folder of its own")
     if not items:
         raise WorkError(f"no images were found below {shown(root)}: put files such as .jpg or .png into its class folders")
     empty = sorted(classes - {item.label for item in items}, key=_natural)
@@ -89,16 +88,16 @@ def from_csv(file: Path, progress: Callable[[int, int], None]) -> Images:
     for row in rows:
         name, label, declared = (row.get("path") or "").strip(), (row.get("label") or "").strip(), (row.get("split") or "").strip().lower()
         if not name or not label:
-            raise WorkError(
-                f"every row of the CSV needs a path and a label; {shown(file)} has {shown(str(row.get('path')))!r},{shown(str(row.get('label')))!r}: fill them in"
-            )
+            received = f"{shown(name)!r},{shown(label)!r}"
+            raise WorkError(f"every row of the CSV needs a path and a label; {shown(file)} has {received}: fill them in")
         if declared and declared not in SPLIT_FOLDERS:
             raise WorkError(f"the column split may hold train, val or test; {shown(file)} has {shown(declared)!r}: correct it")
         items.append(Item(file.parent / name, name, label, SPLIT_FOLDERS.get(declared, "")))
     missing = [item.name for item in items if not item.path.is_file()]
     if missing:
         raise WorkError(
-            f"every path in the CSV must be a file; {len(missing)} of {len(items)} are not, first {shown(missing[0])!r}: paths are relative to {shown(file.parent)}"
+            f"every path in the CSV must be a file; {len(missing)} of {len(items)} are not, first {shown(missing[0])!r}: "
+            f"paths are relative to {shown(file.parent)}"
         )
     return _read(file.stem, str(file), items, [], [], progress)
 
@@ -108,9 +107,7 @@ def image_paths(folder: Path) -> list[Path]:
     return list(_image_files(folder, folder, []))
 
 
-def _read(
-    name: str, source: str, items: list[Item], problems: list[Problem], notes: list[str], progress: Callable[[int, int], None]
-) -> Images:
+def _read(name: str, source: str, items: list[Item], problems: list[Problem], notes: list[str], progress: Callable[[int, int], None]) -> Images:
     headers: list[Header] = []
     digests: list[str] = []
     good: list[Item] = []
@@ -124,9 +121,7 @@ def _read(
                 headers.append(result[0])
                 digests.append(result[1])
     if not good:
-        raise WorkError(
-            f"none of the {len(items)} files in {shown(source)} is a readable image; first {shown(problems[0].name)!r}: {problems[0].reason}"
-        )
+        raise WorkError(f"none of the {len(items)} files in {shown(source)} is a readable image; first {shown(problems[0].name)!r}: {problems[0].reason}")
     classes = sorted({item.label for item in good}, key=_natural)
     lost = sorted({item.label for item in items} - set(classes), key=_natural)
     notes += [f"class {shown(label)} is empty: none of its files is readable" for label in lost]
@@ -169,11 +164,7 @@ def _parts(root: Path, notes: list[str]) -> list[tuple[str, Path]]:
     parts = {part for part, _ in splits}
     if "train" not in parts or (len(parts) == 1 and len(splits) < len(named)):
         return [("", root)]  # a folder called train beside other folders, none of them val or test, is a class
-    notes += [
-        f"folder {shown(folder.name)} is none of train, val and test and was left out"
-        for part, folder in named
-        if (part, folder) not in splits
-    ]
+    notes += [f"folder {shown(folder.name)} is none of train, val and test and was left out" for part, folder in named if (part, folder) not in splits]
     return sorted(splits, key=lambda pair: SPLITS.index(pair[0]))
 
 
@@ -212,6 +203,7 @@ def _name(path: Path, root: Path) -> str:
     return path.relative_to(root).as_posix()
 
 
-def _natural(name: str) -> tuple[bool, int, str]:
-    """Numbers by value and before words, so that class 10 comes after class 9."""
-    return (False, int(name), "") if name.isascii() and name.isdigit() and len(name) < 19 else (True, 0, name)
+def _natural(name: str) -> list[tuple[int, str]]:
+    """Numbers in names by value and before words, so that class 10 comes after class 9."""
+    parts = re.split(r"(\d{1,18})", name)
+    return [(int(part), "") if part.isascii() and part.isdigit() else (1 << 62, part) for part in parts if part]

@@ -82,9 +82,7 @@ def digest(data: bytes | memoryview) -> str:
     return hashlib.sha256(data).hexdigest()[:32]
 
 
-def read_many(
-    images: Images, items: Indices, size: int, progress: Callable[[int], None] = lambda done: None
-) -> tuple[Pixels, list[tuple[int, str]]]:
+def read_many(images: Images, items: Indices, size: int, progress: Callable[[int], None] = lambda done: None) -> tuple[Pixels, list[tuple[int, str]]]:
     """uint8 (len(items), size, size, channels), decoded in threads, and the positions that could not be, with reasons."""
     if images.array is not None and images.array.shape[1:3] == (size, size):
         whole = len(items) == len(images) and bool((items == np.arange(len(items))).all())

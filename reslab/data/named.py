@@ -29,12 +29,8 @@ Progress = Callable[[str, int, int], None]
 Part = tuple[Pixels, NDArray[np.int64]]  # uint8 NHWC, labels
 
 CIFAR = {
-    "cifar10": Archive(
-        "cifar-10-python.tar.gz", "c58f30108f718f92721af3b95e74349a", "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz"
-    ),
-    "cifar100": Archive(
-        "cifar-100-python.tar.gz", "eb9058c3a382ffc7106e4002c42a8d85", "https://www.cs.toronto.edu/~kriz/cifar-100-python.tar.gz"
-    ),
+    "cifar10": Archive("cifar-10-python.tar.gz", "c58f30108f718f92721af3b95e74349a", "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz"),
+    "cifar100": Archive("cifar-100-python.tar.gz", "eb9058c3a382ffc7106e4002c42a8d85", "https://www.cs.toronto.edu/~kriz/cifar-100-python.tar.gz"),
 }
 CIFAR_FILES = {
     "cifar10": ("cifar-10-batches-py", [f"data_batch_{i}" for i in range(1, 6)], ["test_batch"], "batches.meta", b"label_names", b"labels"),
@@ -108,9 +104,7 @@ def _cifar(name: str, progress: Progress) -> Images:
             labels = np.concatenate([np.asarray(b[labels_key], dtype=np.int64) for b in batches])
             parts.append((part, (data.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1), labels)))
     except (OSError, KeyError, ValueError, pickle.UnpicklingError, EOFError, tarfile.TarError) as error:
-        raise WorkError(
-            f"the copy of {name} in {shown(place or folder)} is damaged ({shown(repr(error))[:80]}): remove it and run again"
-        ) from error
+        raise WorkError(f"the copy of {name} in {shown(place or folder)} is damaged ({shown(repr(error))[:80]}): remove it and run again") from error
     return _images(name, classes, parts)
 
 
@@ -132,15 +126,11 @@ def _mnist(name: str, progress: Progress) -> Images:
             with np.load(keras[0], allow_pickle=False) as held:
                 parts = [(p, (held[f"x_{p}"][..., None], held[f"y_{p}"].astype(np.int64))) for p in ("train", "test")]
         else:
-            files = [
-                _copy(place, a.name) if place else fetch(a, _download_folder(a.name, MNIST_PLACES[name][0]), progress) for a in archives
-            ]
+            files = [_copy(place, a.name) if place else fetch(a, _download_folder(a.name, MNIST_PLACES[name][0]), progress) for a in archives]
             arrays = [_idx(file) for file in files if file]
             parts = [(p, (arrays[i][..., None], arrays[i + 1].astype(np.int64))) for p, i in (("train", 0), ("test", 2))]
     except (OSError, ValueError, KeyError, EOFError, struct.error, zlib.error, BadZipFile) as error:
-        raise WorkError(
-            f"the copy of {name} in {shown(place or 'the cache')} is damaged ({shown(repr(error))[:80]}): remove it and run again"
-        ) from error
+        raise WorkError(f"the copy of {name} in {shown(place or 'the cache')} is damaged ({shown(repr(error))[:80]}): remove it and run again") from error
     return _images(name, DIGITS if name == "mnist" else FASHION_CLASSES, parts, upright=name == "mnist")
 
 
@@ -169,9 +159,7 @@ def _images(name: str, classes: tuple[str, ...], parts: list[tuple[str, Part]], 
     array = np.ascontiguousarray(np.concatenate([data for _, (data, _) in parts]))
     labels = np.concatenate([labels for _, (_, labels) in parts])
     if len(array) != len(labels) or labels.min() < 0 or labels.max() >= len(classes):
-        raise WorkError(
-            f"the copy of {name} is damaged: {len(array)} images, {len(labels)} labels up to {labels.max()}, {len(classes)} classes"
-        )
+        raise WorkError(f"the copy of {name} is damaged: {len(array)} images, {len(labels)} labels up to {labels.max()}, {len(classes)} classes")
     return Images(
         name=name,
         classes=classes,

@@ -1,0 +1,1 @@
+"""Nets: Spec -> torch modules, and the weights of others."""

@@ -36,9 +36,9 @@ class ResNet(nn.Module):
         if spec.stem == "conv7-pool":
             self.maxpool = nn.MaxPool2d(3, stride=2, padding=1)
         for index, (depth, channels) in enumerate(zip(spec.depths, spec.widths, strict=True)):
-            stage = _stage(spec, width, channels, depth, stride=1 if index == 0 else 2)
-            width = stage[-1].out_channels
-            self.add_module(f"layer{index + 1}", stage)
+            blocks = _stage(spec, width, channels, depth, stride=1 if index == 0 else 2)
+            width = blocks[-1].out_channels
+            self.add_module(f"layer{index + 1}", nn.Sequential(*blocks))
         self.avgpool = nn.AdaptiveAvgPool2d(1)
         self.fc = nn.Linear(width, spec.num_classes)
         initialise(self)
@@ -67,13 +67,13 @@ class ResNet(nn.Module):
         return logits
 
 
-def _stage(spec: Spec, inputs: int, width: int, depth: int, stride: int) -> nn.Sequential:
+def _stage(spec: Spec, inputs: int, width: int, depth: int, stride: int) -> "list[BasicBlock | Bottleneck]":
     kind = BasicBlock if spec.block == "basic" else Bottleneck
     blocks: list[BasicBlock | Bottleneck] = []
     for index in range(depth):
         blocks.append(kind(spec, inputs, width, stride if index == 0 else 1))
         inputs = blocks[-1].out_channels
-    return nn.Sequential(*blocks)
+    return blocks
 
 
 class BasicBlock(nn.Module):

@@ -6,10 +6,10 @@ builds tensors and plain containers and runs nothing.
 
 import pickle
 import re
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from zipfile import BadZipFile
 
 import safetensors
 import safetensors.torch
@@ -63,15 +63,16 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
     if not file.is_file():
         raise CallError(f"weights must be a file; {shown(file)} is not one: give the path of a .safetensors, .pth or .th file")
     held: Any
+    start = b""
     try:
         with file.open("rb") as stream:
             start = stream.read(9)
         if start[8:9] == b"{":  # eight bytes of header length, then JSON
             held = safetensors.torch.load_file(file)
         else:
-            held = torch.load(file, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, safetensors.SafetensorError, BadZipFile, RuntimeError, OSError, EOFError) as error:
-        raise WorkError(_unreadable(file, start if "start" in locals() else b"", error)) from error
+            with warnings.catch_warnings():  # about odd pickles, which are refused anyway
+                warnings.simplefilter("ignore")
+                held = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # a forged pickle stream can raise anything
         raise WorkError(_unreadable(file, start, error)) from error
     for wrapper in WRAPPERS:
@@ -88,9 +89,7 @@ def stem_of(file: str | Path) -> tuple[int, int]:
     found, _ = recognise(read_tensors(Path(file)))
     first = found.get("conv1.weight")
     if first is None or first.ndim != 4 or first.shape[1] not in (1, 3) or first.shape[2] not in (3, 7):
-        raise CallError(
-            f"the first convolution must be a conv1.weight of 3 or 7 px for 1 or 3 channels; {shown(file)} has none: give a residual net's weights"
-        )
+        raise CallError(f"the first convolution must be a conv1.weight of 3 or 7 px for 1 or 3 channels; {shown(file)} has none: give a residual net's weights")
     return first.shape[1], first.shape[2]
 
 
@@ -112,8 +111,8 @@ def _check_match(file: Path, found: dict[str, Tensor], wanted: dict[str, Tensor]
     extra = [name for name in found if name not in wanted]
     shapes = [name for name in wanted if name in found and found[name].shape != wanted[name].shape]
     if missing or extra:
-        parts = [f"first missing {missing[0]}"] * bool(missing) + [f"first unexpected {shown(extra[0])}"] * bool(extra)
-        raise CallError(f"{shown(file)} ({dialect} names) holds another net's weights: {', '.join(parts)}; choose the net it was made with")
+        first = [f"first {what} {shown(names[0])}" for what, names in (("missing", missing), ("unexpected", extra)) if names]
+        raise CallError(f"{shown(file)} ({dialect} names) holds another net's weights: {', '.join(first)}; choose the net it was made with")
     if shapes:
         name = shapes[0]
         raise CallError(
@@ -132,6 +131,4 @@ def _unreadable(file: Path, start: bytes, error: Exception) -> str:
         return f"{shown(file)} is a web page, not weights: download the file itself"
     if isinstance(error, pickle.UnpicklingError):
         return f"{shown(file)} is not a plain weights file, and reading more could run code in it: ask for .safetensors"
-    return (
-        f"{shown(file)} cannot be read as weights (is it whole?): {shown(str(error).splitlines()[0] if str(error) else repr(error))[:120]}"
-    )
+    return f"{shown(file)} cannot be read as weights (is it whole?): {shown(str(error).splitlines()[0] if str(error) else repr(error))[:120]}"

@@ -1,0 +1,1 @@
+"""The page: records -> figures -> one offline HTML file."""

@@ -2,6 +2,7 @@
 
 import io
 import re
+from typing import Any
 
 import matplotlib
 from matplotlib.figure import Figure
@@ -11,7 +12,7 @@ from reslab.run import Record
 INK, MUTED, GRID = "#010101", "#020202", "#030303"
 SERIES = ("#040404", "#050505")
 VARIABLES = {INK: "--ink", MUTED: "--muted", GRID: "--line", SERIES[0]: "--first", SERIES[1]: "--second"}
-STYLE = {
+STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
     "svg.hashsalt": "reslab",  # equal records give an equal page
     "font.family": "sans-serif",
@@ -84,7 +85,7 @@ def confusion(matrix: list[tuple[int, int, int]], classes: list[str]) -> str:
         share = [count / totals[label] for label, _, count in matrix]
         x, y = [p for _, p, _ in matrix], [label for label, _, _ in matrix]
         side = 440 / len(classes)
-        axes.scatter(x, y, s=side**2, marker="s", c=SERIES[0], alpha=[max(0.04, s) for s in share], linewidths=0)
+        axes.scatter(x, y, s=side**2, marker="s", c=SERIES[0], alpha=[max(0.04, s) for s in share], linewidths=0)  # type: ignore[arg-type]
         axes.set_xlim(-0.5, len(classes) - 0.5)
         axes.set_ylim(len(classes) - 0.5, -0.5)
         axes.set_xlabel("predicted")

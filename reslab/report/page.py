@@ -19,9 +19,7 @@ def write_report(run: Run) -> Path:
     test = run.last("test")
     if test is None:
         raise CallError(f"a report needs a finished run; {shown(run.path)} has no test result: `reslab train --resume {shown(run.path)}`")
-    environment = Environment(
-        loader=PackageLoader("reslab", "report"), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
+    environment = Environment(loader=PackageLoader("reslab", "report"), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters |= {"percent": _percent, "number": lambda n: f"{n:,}", "shown": shown}
     page = environment.get_template("page.html.j2").render(_facts(run, test))
     target = run.path / "report.html"

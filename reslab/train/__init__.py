@@ -1,0 +1,1 @@
+"""Training: a recipe, a machine, a loop and its state."""

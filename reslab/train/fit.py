@@ -251,9 +251,7 @@ class Training:
         p, low = self.progress, self.recipe.low_resolution or 0.0
         if self.deadline is None or p.step >= p.steps:
             return
-        planned = replace(self.plan, val_seconds=0.0).seconds(p.steps, low) - replace(self.plan, val_seconds=0.0).seconds(
-            p.steps, low, p.step
-        )
+        planned = replace(self.plan, val_seconds=0.0).seconds(p.steps, low) - replace(self.plan, val_seconds=0.0).seconds(p.steps, low, p.step)
         pace = max(0.01, p.step_seconds / planned)
         steps = self.machine.agree(self.plan.steps_within(self.deadline - time.monotonic(), low, p.step, pace))
         if self.machine.is_writer:

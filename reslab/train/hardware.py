@@ -9,6 +9,7 @@ import platform
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -65,8 +66,8 @@ class Machine:
     def has_bf16(self) -> bool:
         """Whether the hardware computes in bf16; elsewhere it is emulated, and slow."""
         if self.device.type == "cuda":
-            return torch.cuda.is_bf16_supported(including_emulation=False)
-        return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+            return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+        return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
 
     def describe(self) -> dict[str, Any]:
         """What a run records of the machine and its software."""
@@ -118,8 +119,8 @@ def synchronise(x: Tensor) -> None:
 
 def _cpu_name() -> str:
     try:
-        with open("/proc/cpuinfo", encoding="utf-8") as info:
-            names = [line.split(":", 1)[1].strip() for line in info if line.startswith("model name")]
+        lines = Path("/proc/cpuinfo").read_text("utf-8").splitlines()
+        names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
         return f"{names[0]}, {len(os.sched_getaffinity(0))} cores"
     except (OSError, IndexError):
         return platform.processor() or platform.machine()

@@ -36,9 +36,7 @@ class Help(NamedTuple):
 class Recipe:
     """Each field is a command-line option of the same name: `label_smoothing` is `--label-smoothing`."""
 
-    epochs: Annotated[
-        int | None, Help("passes over the training images; by default about 1.4 million images, 15 to 60 passes", 1, 10**6)
-    ] = None
+    epochs: Annotated[int | None, Help("passes over the training images; by default about 1.4 million images, 15 to 60 passes", 1, 10**6)] = None
     steps: Annotated[int | None, Help("steps in all, instead of whole epochs", 1, 10**9)] = None
     batch_size: Annotated[int | None, Help("images a step; by default 128, less for a small data set", 1, 10**6)] = None
     optimizer: Annotated[Optimizer, Help("SGD with momentum, AdamW, or Muon for the convolutions and SGD for the rest")] = "muon"
@@ -64,9 +62,7 @@ class Recipe:
     trunk_lr: Annotated[float, Help("learning rate of all but the head, as a share of lr", 0, 1e3)] = 1.0
     zero_init: Annotated[bool | None, Help("each residual branch starts at zero; by default as the net says")] = None
     image_size: Annotated[int | None, Help("pixels a side; by default what the images have, at most 224", 1, 4096)] = None
-    low_resolution: Annotated[
-        float | None, Help("share of the epochs, the first, at 3/4 of the image size; by default half from 32 px up", 0, 1)
-    ] = None
+    low_resolution: Annotated[float | None, Help("share of the epochs, the first, at 3/4 of the image size; by default half from 32 px up", 0, 1)] = None
     crop: Annotated[Crop | None, Help("pad and shift / random resized / He's scale jitter / none; by default by image size")] = None
     pad: Annotated[int | None, Help("pixels of shift; by default an eighth of the image", 0, 4096)] = None
     flip: Annotated[Flip | None, Help("mirror left to right at random, or every other epoch; by default not for digits and letters")] = None
@@ -130,9 +126,7 @@ RECIPES: dict[str, Recipe] = {
         normalize="pixel-mean",
         lighting=0.1,
     ),
-    "finetune": replace(
-        QUICK, epochs=10, optimizer="sgd", lr=0.01, trunk_lr=0.1, schedule="cosine", warmup=0.1, weight_decay=1e-4, low_resolution=0.0
-    ),
+    "finetune": replace(QUICK, epochs=10, optimizer="sgd", lr=0.01, trunk_lr=0.1, schedule="cosine", warmup=0.1, weight_decay=1e-4, low_resolution=0.0),
 }
 # The same with lr 0.01 until the training error is below 80 %, as the paper trains 110 layers
 RECIPES["paper-cifar-110"] = replace(RECIPES["paper-cifar"], warmup_lr=0.01)
@@ -162,7 +156,8 @@ def from_dict(values: dict[str, Any]) -> Recipe:
     import cattrs
 
     converter = cattrs.Converter(forbid_extra_keys=True, prefer_attrib_converters=True)
-    converter.register_structure_hook_func(lambda t: t in (int, float, bool), _strict_number)
+    for kind in (int, float, bool):
+        converter.register_structure_hook(kind, _strict_number)
     try:
         return converter.structure(values, Recipe)
     except cattrs.BaseValidationError as error:

@@ -1,0 +1,1 @@
+"""Using what a training made: predicting and scoring."""

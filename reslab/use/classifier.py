@@ -90,10 +90,7 @@ class Classifier:
         pixels = torch.stack([torch.from_numpy(d.copy()) for d in decoded])
         probabilities = (self.logits(pixels) / self.temperature).softmax(1)
         values, labels = probabilities.topk(min(TOP, len(self.classes)), dim=1)
-        tops = [
-            [(self.classes[i], float(v)) for v, i in zip(vs, ls, strict=True)]
-            for vs, ls in zip(values.tolist(), labels.tolist(), strict=True)
-        ]
+        tops = [[(self.classes[i], float(v)) for v, i in zip(vs, ls, strict=True)] for vs, ls in zip(values.tolist(), labels.tolist(), strict=True)]
         return [Prediction(top[0][0], top[0][1], top) for top in tops]
 
     def save(self, folder: Path, calibration: dict[str, Any] | None = None) -> None:
@@ -124,11 +121,10 @@ def load(path: str | Path) -> Classifier:
     except (CallError, KeyError, TypeError, ValueError) as error:
         raise WorkError(f"the model in {shown(folder)} is damaged: {shown(str(error))}") from error
     if len(classes) != net.spec.num_classes or not 0 < temperature < 1e3:
-        raise WorkError(
-            f"the model in {shown(folder)} is damaged: {len(classes)} class names, {net.spec.num_classes} outputs, temperature {temperature}"
-        )
+        raise WorkError(f"the model in {shown(folder)} is damaged: {len(classes)} class names, {net.spec.num_classes} outputs, temperature {temperature}")
+    weights, _ = read_tensors(folder / "weights.safetensors")
     try:
-        net.load_state_dict(read_tensors(folder / "weights.safetensors")[0])
+        net.load_state_dict(weights)
     except RuntimeError as error:
         raise WorkError(f"the weights in {shown(folder)} are of another net than its spec.json") from error
     net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]

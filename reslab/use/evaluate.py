@@ -53,9 +53,7 @@ def fit_temperature(out: Outputs) -> float:
     """
     wrong = (out.logits.argmax(1) != out.labels).sum()
     low, high = (TEMPERATURES[0] if wrong >= FEW_MISTAKES else 1.0), TEMPERATURES[1]
-    result = minimize_scalar(
-        lambda t: float(nll(out.logits / np.exp(t), out.labels).mean()), bounds=(np.log(low), np.log(high)), method="bounded"
-    )
+    result = minimize_scalar(lambda t: float(nll(out.logits / np.exp(t), out.labels).mean()), bounds=(np.log(low), np.log(high)), method="bounded")
     return float(np.exp(result.x))
 
 
@@ -134,9 +132,7 @@ def reliability(confidence: Floats, right: NDArray[np.bool_]) -> list[dict[str, 
     rows = []
     for b in np.unique(bins):
         inside = bins == b
-        rows.append(
-            {"bin": int(b), "n": int(inside.sum()), "confidence": float(confidence[inside].mean()), "top1": float(right[inside].mean())}
-        )
+        rows.append({"bin": int(b), "n": int(inside.sum()), "confidence": float(confidence[inside].mean()), "top1": float(right[inside].mean())})
     return rows
 
 

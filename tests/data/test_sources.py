@@ -156,10 +156,7 @@ def fake_cifar() -> bytes:
     held = io.BytesIO()
     with tarfile.open(fileobj=held, mode="w:gz") as tar:
         files = {f"data_batch_{i}": 20 for i in range(1, 6)} | {"test_batch": 20}
-        batches = {
-            name: {b"data": rng.integers(0, 256, (n, 3072), dtype=np.uint8), b"labels": [i % 10 for i in range(n)]}
-            for name, n in files.items()
-        }
+        batches = {name: {b"data": rng.integers(0, 256, (n, 3072), dtype=np.uint8), b"labels": [i % 10 for i in range(n)]} for name, n in files.items()}
         batches["batches.meta"] = {b"label_names": [f"c{i}".encode() for i in range(10)]}
         for name, value in batches.items():
             body = pickle.dumps(value, protocol=2)
@@ -230,21 +227,21 @@ def test_interrupted_download_is_resumed_and_checked(server: Server, tmp_path: P
 
 
 def test_corrupted_download_is_removed_and_said(server: Server, tmp_path: Path) -> None:
-    with pytest.raises(WorkError, match="must have MD5 0{32}; what came had .* run the command again"):
+    with pytest.raises(WorkError, match=r"must have MD5 0{32}; what came had .* run the command again"):
         fetch(Archive("a.bin", "0" * 32, server.url), tmp_path, lambda *a: None)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_copy_with_another_checksum_is_refused_and_kept(tmp_path: Path) -> None:
     (tmp_path / "a.bin").write_bytes(b"another mirror's")
-    with pytest.raises(WorkError, match="a.bin must have MD5 0{32}; it has"):
+    with pytest.raises(WorkError, match=r"a.bin must have MD5 0{32}; it has"):
         fetch(Archive("a.bin", "0" * 32, "http://127.0.0.1:9/a.bin"), tmp_path, lambda *a: None)
     assert (tmp_path / "a.bin").exists()
 
 
 def test_offline_says_which_file_to_put_where(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(named.CIFAR, "cifar10", named.CIFAR["cifar10"]._replace(url="http://127.0.0.1:9/cifar-10-python.tar.gz"))
-    with pytest.raises(WorkError, match="cifar-10-python.tar.gz is needed .* put http.* into .*data, or set RESLAB_DATA"):
+    with pytest.raises(WorkError, match=r"cifar-10-python.tar.gz is needed .* put http.* into .*data, or set RESLAB_DATA"):
         open_images("cifar10")
 
 
@@ -294,5 +291,5 @@ def test_a_damaged_copy_is_one_line(home: Path) -> None:
     folder.mkdir(parents=True)
     for archive in named.MNIST["fashion-mnist"]:
         (folder / archive.name).write_bytes(b"not gzip")
-    with pytest.raises(WorkError, match="copy of fashion-mnist in .* is damaged"):
+    with pytest.raises(WorkError, match=r"copy of fashion-mnist in .* is damaged"):
         open_images("fashion-mnist")

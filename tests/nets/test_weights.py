@@ -10,9 +10,7 @@ from reslab.data.images import Images
 
 
 @pytest.mark.parametrize(("name", "file", "wrong"), [("resnet20", "resnet20-12fca82f.th", 827), ("resnet32", "resnet32-d509ac18.th", 737)])
-def test_published_cifar_weights_score_exactly_what_their_author_states(
-    cifar: Images, published: Path, name: str, file: str, wrong: int
-) -> None:
+def test_published_cifar_weights_score_exactly_what_their_author_states(cifar: Images, published: Path, name: str, file: str, wrong: int) -> None:
     net = reslab.build(name).eval().to(memory_format=torch.channels_last)
     loaded = reslab.load_weights(net, published / file)
     assert loaded.dialect == "akamaster"

@@ -50,9 +50,7 @@ def test_artefact_gives_the_training_time_logits_bit_for_bit_in_another_process(
         "clf = reslab.load(sys.argv[1])\n"
         "numpy.save(sys.argv[3], clf.logits(torch.from_numpy(numpy.load(sys.argv[2]))).numpy())"
     )
-    subprocess.run(
-        [sys.executable, "-c", code, tmp_path / "elsewhere", tmp_path / "pixels.npy", tmp_path / "logits.npy"], check=True, cwd=tmp_path
-    )
+    subprocess.run([sys.executable, "-c", code, tmp_path / "elsewhere", tmp_path / "pixels.npy", tmp_path / "logits.npy"], check=True, cwd=tmp_path)
     theirs = np.load(tmp_path / "logits.npy")
     ours = reslab.load(run.path).logits(torch.from_numpy(pixels)).numpy()
     assert np.array_equal(ours, theirs)
