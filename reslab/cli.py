@@ -179,6 +179,33 @@ def models() -> int:
     return 0
 
 
+@app.command
+def show(
+    name: Annotated[str, Parameter(help="a name that `reslab models` lists")],
+    /,
+    *,
+    image_size: Annotated[int | None, Parameter(help="pixels a side; by default what the net was published for")] = None,
+) -> int:
+    """One network, layer by layer: output shape, parameters, multiply-adds and their share."""
+    from reslab.spec import FAMILY, spec
+
+    net = spec(name)
+    size = image_size or FAMILY[name].image_size
+    net.check_size(size)
+    cost, layers = net.cost(size), list(net.layers(size))
+    largest = max(layer.macs for layer in layers)
+    table = Table("layer", "kind", "output", "parameters", "multiply-adds", "share", title=f"{name} at {size} px, {FAMILY[name].source}")
+    for column in table.columns[2:5]:
+        column.justify = "right"
+    for layer in layers:
+        bar = f"{'█' * round(16 * layer.macs / largest):16} {layer.macs / cost.macs:.1%}" if layer.macs else ""
+        shape = " x ".join(map(str, layer.shape))
+        table.add_row(layer.name, layer.kind, shape, f"{layer.params:,}" if layer.params else "", f"{layer.macs:,}" if layer.macs else "", bar)
+    _console().print(table)
+    print(f"{cost.params:,} parameters, {cost.macs:,} multiply-adds, {cost.activations:,} bytes of activations an image in fp32")
+    return 0
+
+
 def main(tokens: list[str] | None = None) -> None:
     """Runs a command line and exits. An error is one line on stderr; `--debug` adds the traceback."""
     tokens = list(sys.argv[1:] if tokens is None else tokens)

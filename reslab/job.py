@@ -2,7 +2,6 @@
 
 import json
 import re
-import shlex
 import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -19,6 +18,7 @@ from reslab.data.images import Images
 from reslab.data.preprocess import Preprocess
 from reslab.data.source import Progress, open_images, silent
 from reslab.data.split import split, split_record
+from reslab.describe import run_config, sentence
 from reslab.errors import CallError, WorkError, shown, unknown
 from reslab.nets.torch import ResNet
 from reslab.nets.weights import load_weights, stem_of
@@ -59,7 +59,7 @@ class Silent:
 
 
 @dataclass
-class _Job:
+class Job:
     """What both a fresh and a resumed training are made of."""
 
     images: Images
@@ -102,7 +102,7 @@ def train(
 
 def _start(
     data: str | Path, net: str | Spec | None, out: str | Path | None, recipe: Recipe, budget: float | None, here: Machine, show: JobShow, started: float
-) -> tuple[Training, _Job]:  # fmt: skip
+) -> tuple[Training, Job]:  # fmt: skip
     if isinstance(net, str):
         find_spec(net)  # a wrong name is said before any data is read
     if recipe.jitter or recipe.randaugment:
@@ -134,17 +134,18 @@ def _start(
     if recipe.weights:
         show.say(f"weights: {load_weights(built, recipe.weights)}")
     plan, deadline = _plan(job, built, budget, started)
-    job.recipe = recipe = replace(recipe, precision=plan.precision)  # type: ignore[arg-type]
+    recipe = replace(recipe, precision=plan.precision, epochs=None if budget else recipe.epochs)  # type: ignore[arg-type]
+    job.recipe = recipe
     run = Run(target, started)
     if here.is_writer:
         run.create()
         name = net if isinstance(net, str) else "custom"
-        run.config = _config(job, name, str(data), plan, budget)
+        run.config = run_config(job, name, str(data), plan, budget)
         write_whole(run.path / "split.json", _json(split_record(images, recipe.seed)))
         run.record("plan", **asdict(plan), budget=budget)
         for line in finding:
             run.record("warning", text=line)
-    show.say(_sentence(job, net if isinstance(net, str) else "a custom net", plan))
+    show.say(sentence(job, net if isinstance(net, str) else "a custom net", plan))
     here.agree(0)  # nobody trains before the folder exists
     training = Training(built, job.parts["train"], job.parts["val"], job.preprocess, recipe, plan, run, here, show, deadline)
     return training, job
@@ -152,7 +153,7 @@ def _start(
 
 def _resume(
     run: Run, data: Any, net: Any, out: Any, recipe: str | Recipe, fields: dict[str, Any], budget: Any, here: Machine, show: JobShow, started: float
-) -> tuple[Training, _Job]:  # fmt: skip
+) -> tuple[Training, Job]:  # fmt: skip
     config = run.config
     _check_same(run, config, data, net, out, recipe, fields)
     if (run.path / "model" / "spec.json").is_file():
@@ -180,7 +181,7 @@ def _resume(
     return training, job
 
 
-def _prepare(images: Images, spec: Spec, recipe: Recipe, here: Machine, show: JobShow) -> _Job:
+def _prepare(images: Images, spec: Spec, recipe: Recipe, here: Machine, show: JobShow) -> Job:
     size = recipe.image_size
     assert size is not None
     canvas = size if recipe.crop in ("pad", "none") else round(size * EVAL_MARGIN)
@@ -198,7 +199,7 @@ def _prepare(images: Images, spec: Spec, recipe: Recipe, here: Machine, show: Jo
         means = torch.nn.functional.interpolate(whole[None], size, mode="bilinear", antialias=True)[0] if whole.shape[1] != size else whole
         std = [1.0] * images.channels
     preprocess = Preprocess(size, canvas, images.channels, means, torch.tensor(std))
-    return _Job(images, spec, recipe, preprocess, parts, f"{storage}: {why}", here, show)
+    return Job(images, spec, recipe, preprocess, parts, f"{storage}: {why}", here, show)
 
 
 def _open_in_turn(data: str | Path, here: Machine, show: JobShow) -> Images:
@@ -230,7 +231,7 @@ def _check_readable(parts: dict[str, Batches], recipe: Recipe) -> None:
             raise WorkError(f"the {name} images must be readable; none of {len(part.dropped)} is: `reslab check` lists them")
 
 
-def _plan(job: _Job, net: nn.Module, budget: float | None, started: float) -> tuple[Plan, float | None]:
+def _plan(job: Job, net: nn.Module, budget: float | None, started: float) -> tuple[Plan, float | None]:
     recipe = job.recipe
     assert recipe.batch_size is not None
     batch = next(job.parts["train"].epoch(recipe.batch_size // job.machine.world or 1))
@@ -244,13 +245,13 @@ def _plan(job: _Job, net: nn.Module, budget: float | None, started: float) -> tu
     return job.machine.agree(plan), deadline
 
 
-def _reserve(job: _Job, plan: Plan) -> float:
+def _reserve(job: Job, plan: Plan) -> float:
     """Seconds for what follows the training: val and test in fp32, and the report."""
     held_out = len(job.parts["test"].items) + len(job.parts["val"].items)
     return REPORT_SECONDS + 2 * plan.val_seconds * held_out / len(job.parts["val"].items)
 
 
-def _finish(job: _Job, training: Training) -> Run:
+def _finish(job: Job, training: Training) -> Run:
     training.run_to_end()
     run = training.run
     if not job.machine.is_writer:
@@ -309,61 +310,6 @@ def evaluate(run: str | Path, data: str | Path | None = None, reading: Progress 
     return scores
 
 
-def _config(job: _Job, net: str, data: str, plan: Plan, budget: float | None) -> dict[str, Any]:
-    recipe, images = job.recipe, job.images
-    asked = replace(recipe, epochs=None, steps=None) if budget else recipe
-    length = f"--budget {budget:g}s " if budget else ""
-    command = f"reslab train {shlex.quote(data)} --net {net} {length}{asked.as_call}".strip()
-    return {
-        "command": shown(command),
-        "net": net,
-        "budget": budget,
-        "spec": asdict(job.spec),
-        "recipe": asdict(recipe),
-        "plan": asdict(plan),
-        "data": {
-            "source": str(Path(images.source).resolve()) if images.paths is not None else images.source,
-            "name": images.name,
-            "fingerprint": images.fingerprint(),
-            "images": len(images),
-            "classes": list(images.classes),
-            **{name: len(items) for name, items in images.split.items()},
-            "storage": job.storage,
-            "decisions": _decisions(job),
-        },
-        "hardware": job.machine.describe(),
-        "versions": _versions(),
-    }
-
-
-def _decisions(job: _Job) -> list[str]:
-    """What was chosen because of the data, in words."""
-    spec, recipe, images = job.spec, job.recipe, job.images
-    size = recipe.image_size
-    lines = [
-        f"images are {size} x {size} px, {'greyscale' if images.channels == 1 else 'colour'}",
-        f"stem {spec.stem}: the last stage sees {-(-(size or 0) // spec.reduction)} px a side",
-        f"images are mirrored ({recipe.flip})"
-        if recipe.flip != "none"
-        else "images are not mirrored" + (": characters have a reading direction" if images.upright else ""),
-        f"crop {recipe.crop}" + (f" of {recipe.pad} px" if recipe.crop == "pad" else ""),
-        f"pixels kept in {job.storage}",
-    ]
-    return lines + [f"weights from {shown(recipe.weights)}"] * bool(recipe.weights)
-
-
-def _sentence(job: _Job, net: str, plan: Plan) -> str:
-    cost, images, recipe = job.spec.cost(job.recipe.image_size), job.images, job.recipe
-    sizes = " / ".join(f"{len(images.split[name]):,} {name}" for name in ("train", "val", "test"))
-    total = plan.seconds(plan.steps, recipe.low_resolution or 0.0)
-    return (
-        f"{net}: {cost.params:,} parameters, {cost.macs / 1e6:,.1f} M multiply-adds at {recipe.image_size} px\n"
-        f"{shown(images.name)}: {sizes}, {len(images.classes)} classes; {'; '.join(_decisions(job)[1:4])}\n"
-        f"{plan.steps:,} steps, {plan.steps_per_epoch} an epoch, {1000 * plan.step_seconds:.0f} ms each in {plan.precision} "
-        f"({plan.reason}): about {duration(total)}"
-    )
-
-
 def _check_same(run: Run, config: dict[str, Any], data: Any, net: Any, out: Any, recipe: str | Recipe, fields: dict[str, Any]) -> None:
     """A resumed run keeps its data, net and recipe; saying otherwise is a mistake worth a word."""
     source = config.get("data", {}).get("source")
@@ -398,24 +344,11 @@ def seconds(budget: str | float | None) -> float | None:
     return total
 
 
-def duration(total: float) -> str:
-    """Seconds as a person says them."""
-    if total < 100:
-        return f"{total:.0f} s"
-    return f"{total / 60:.0f} min" if total < 6000 else f"{total / 3600:.1f} h"
-
-
 def _free_folder(data: str | Path, here: Machine) -> Path:
     """runs/NAME, or runs/NAME-2 and so on when that is taken."""
     name = re.sub(r"[^\w.-]+", "-", Path(data).expanduser().resolve().stem if Path(data).exists() else str(data)).strip("-.") or "run"
     numbered = [Path("runs") / name, *(Path("runs") / f"{name}-{i}" for i in range(2, 10_000))]
     return here.agree(next(path for path in numbered if not path.exists()))
-
-
-def _versions() -> dict[str, str]:
-    from importlib.metadata import version
-
-    return {name: version(name) for name in ("reslab", "torch", "numpy", "pillow", "scikit-learn", "simplejpeg", "safetensors")}
 
 
 def _json(value: Any) -> bytes:

@@ -23,7 +23,8 @@ MAY_IMPORT = {
     "use": LEAVES | {"spec", "nets", "data"},
     "train": LEAVES | {"spec", "nets", "data"},
     "report": LEAVES,
-    "job": LEAVES | {"spec", "nets", "data", "train", "use", "report"},
+    "describe": LEAVES | {"job", "train"},  # `job` only for its types
+    "job": LEAVES | {"spec", "nets", "data", "train", "use", "report", "describe"},
     "cli": LEAVES | {"spec", "nets", "data", "train", "use", "report", "job", "__init__"},
 }
 STANDARD_ONLY = ("spec", "errors")
@@ -95,6 +96,13 @@ def test_no_file_writes_a_pickle() -> None:
         assert "torch.save(" not in text.replace("safetensors.torch.save(", ""), path
         assert "pickle.dump" not in text, path
         assert "torch.load(" not in text or "weights_only=True" in text, path
+
+
+def test_devices_are_chosen_in_one_place() -> None:
+    for path in PACKAGE.rglob("*.py"):
+        text = path.read_text("utf-8")
+        assert ".cuda()" not in text, path
+        assert "torch.cuda." not in text or path.name == "hardware.py", path
 
 
 def test_version_is_the_packages() -> None:

@@ -68,6 +68,7 @@ class Training:
         self.recipe, self.plan, self.run, self.machine, self.show = recipe, plan, run, machine, show
         self.deadline = deadline  # time.monotonic() at which the training is to end, if it has a budget
         self.board: Board | None = None
+        self.logged = 0.0  # when the last `step` record was written
         self.optimizer = optimizer(net, recipe)
         self.shared = machine.share(net)  # after the optimiser has frozen what is to be frozen
         self.average = Average(net, recipe.ema) if recipe.ema else None
@@ -260,6 +261,7 @@ class Training:
 
     def evaluate(self) -> dict[str, float]:
         """Loss, top-1 and top-5 on val, of the averaged weights where there are any. Every image is counted once."""
+        self.machine.share_buffers(self.net)
         own = {name: t.clone() for name, t in self.net.state_dict().items()} if self.average else {}
         if self.average:
             self.net.load_state_dict(self.average.tensors)
@@ -307,8 +309,8 @@ class Training:
         p = self.progress
         facts = {"loss": p.loss_sum / p.seen, "top1": p.correct / p.seen, "lr": lr}
         now = time.monotonic()
-        if self.machine.is_writer and now - getattr(self, "_logged", 0.0) > LOG_SECONDS:
-            self._logged = now
+        if self.machine.is_writer and now - self.logged > LOG_SECONDS:
+            self.logged = now
             self.run.record("step", step=p.step, **facts)
             if self.board:
                 self.board.write("step", p.step, facts)

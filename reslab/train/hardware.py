@@ -43,6 +43,12 @@ class Machine:
             return net
         return nn.parallel.DistributedDataParallel(net, device_ids=[self.device.index] if self.device.type == "cuda" else None)
 
+    def share_buffers(self, net: nn.Module) -> None:
+        """Gives every process the writer's running statistics, so that all score the same net."""
+        if self.world > 1:
+            for buffer in net.buffers():
+                dist.broadcast(buffer, 0)
+
     def total(self, *values: float) -> list[float]:
         """Sums over all processes."""
         if self.world == 1:

@@ -90,6 +90,19 @@ def test_unfinished_run_has_no_report(tmp_path: Path) -> None:
         write_report(Run(tmp_path))
 
 
+def test_many_classes_become_a_map() -> None:
+    import xml.etree.ElementTree as ET
+
+    from reslab.report import figures
+
+    classes = [f"class $ {i} <&>" for i in range(100)]
+    svg = figures.confusion([(i, (i * 7) % 100, 1 + i % 5) for i in range(100)] + [(i, i, 30) for i in range(100)], classes)
+    root = ET.fromstring(svg)  # well-formed, so nothing of a name leaked into the markup
+    assert "class $ 0 <&>" in "".join(root.itertext())
+    assert "var(--first)" in svg
+    assert "#040404" not in svg
+
+
 @pytest.mark.parametrize("width", [390, 1200])
 def test_page_shows_in_a_real_browser_without_a_complaint(run: Run, width: int, tmp_path: Path) -> None:
     browser = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")

@@ -1,0 +1,80 @@
+"""What a run says of itself: run.toml, the choices that the data made, and the lines before epoch 1."""
+
+import shlex
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from reslab.errors import shown
+from reslab.train.plan import Plan, low_size
+
+if TYPE_CHECKING:
+    from reslab.job import Job
+
+PACKAGES = ("reslab", "torch", "numpy", "pillow", "scikit-learn", "simplejpeg", "safetensors")
+
+
+def run_config(job: "Job", net: str, data: str, plan: Plan, budget: float | None) -> dict[str, Any]:
+    """What run.toml holds. `data` is what was typed; `net` a name, or "custom"."""
+    recipe, images = job.recipe, job.images
+    length = f"--budget {budget:g}s " if budget else ""
+    command = f"reslab train {shlex.quote(data)} --net {net} {length}{recipe.as_call}".strip()
+    return {
+        "command": shown(command),
+        "net": net,
+        "budget": budget,
+        "spec": asdict(job.spec),
+        "recipe": asdict(recipe),
+        "plan": asdict(plan),
+        "data": {
+            "source": str(Path(images.source).resolve()) if images.paths is not None else images.source,
+            "name": images.name,
+            "fingerprint": images.fingerprint(),
+            "images": len(images),
+            "classes": list(images.classes),
+            **{name: len(items) for name, items in images.split.items()},
+            "storage": job.storage,
+            "decisions": _decisions(job),
+        },
+        "hardware": job.machine.describe(),
+        "versions": {name: version(name) for name in PACKAGES},
+    }
+
+
+def _decisions(job: "Job") -> list[str]:
+    """What was chosen because of the data, in words."""
+    spec, recipe, images = job.spec, job.recipe, job.images
+    size = recipe.image_size
+    lines = [
+        f"images are {size} x {size} px, {'greyscale' if images.channels == 1 else 'colour'}",
+        f"stem {spec.stem}: the last stage sees {-(-(size or 0) // spec.reduction)} px a side",
+        f"images are mirrored ({recipe.flip})"
+        if recipe.flip != "none"
+        else "images are not mirrored" + (": characters have a reading direction" if images.upright else ""),
+        f"crop {recipe.crop}" + (f" of {recipe.pad} px" if recipe.crop == "pad" else ""),
+        f"pixels kept in {job.storage}",
+    ]
+    if recipe.low_resolution:
+        lines.append(f"the first {recipe.low_resolution:.0%} of the steps see {low_size(size or 0)} px, which costs less")
+    return lines + [f"weights from {shown(recipe.weights)}"] * bool(recipe.weights)
+
+
+def sentence(job: "Job", net: str, plan: Plan) -> str:
+    """What will be done and how long it will take, for a person, before it begins."""
+    cost, images, recipe = job.spec.cost(job.recipe.image_size), job.images, job.recipe
+    sizes = " / ".join(f"{len(images.split[name]):,} {name}" for name in ("train", "val", "test"))
+    total = plan.seconds(plan.steps, recipe.low_resolution or 0.0)
+    return (
+        f"{net}: {cost.params:,} parameters, {cost.macs / 1e6:,.1f} M multiply-adds at {recipe.image_size} px\n"
+        f"{shown(images.name)}: {sizes}, {len(images.classes)} classes; {'; '.join(_decisions(job)[1:4])}\n"
+        f"{plan.steps:,} steps, {plan.steps_per_epoch} an epoch, {1000 * plan.step_seconds:.0f} ms each in {plan.precision} "
+        f"({plan.reason}): about {duration(total)}"
+    )
+
+
+def duration(total: float) -> str:
+    """Seconds as a person says them."""
+    if total < 100:
+        return f"{total:.0f} s"
+    return f"{total / 60:.0f} min" if total < 6000 else f"{total / 3600:.1f} h"
