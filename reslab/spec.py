@@ -24,7 +24,7 @@ Stride = Literal["v1", "v1.5"]
 Norm = Literal["batch", "none"]
 Size = int | tuple[int, int]
 
-EXPANSION = {"basic": 1, "bottleneck": 4}
+BOTTLENECK_EXPANSION = 4
 STEM_STRIDE = {"conv3": 1, "conv7": 2, "conv7-pool": 4}
 
 
@@ -42,6 +42,8 @@ class Spec:
     shortcut: Shortcut = "B"  # A: zero-padded identity, B: projection where shapes change, C: projection everywhere
     stride: Stride = "v1.5"  # where a bottleneck halves: its first 1x1 (v1, the paper) or its 3x3 (v1.5, torchvision)
     norm: Norm = "batch"  # "none" gives the convolutions biases instead
+    groups: int = 1  # of a bottleneck's 3x3 (ResNeXt, Xie et al. 2016, 1611.05431)
+    inner: int = 1  # channels of a bottleneck's 3x3, as a multiple of `widths` (wide ResNets, Zagoruyko & Komodakis 2016, 1605.07146)
     in_channels: int = 3
     num_classes: int = 1000
     zero_init: bool = False  # the last scale of each residual branch starts at zero (Goyal et al. 2017, section 5.1)
@@ -52,12 +54,16 @@ class Spec:
                 raise unknown(name, getattr(self, name), get_args(choices))
         for name in ("depths", "widths"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
-        counts = (*self.depths, *self.widths, self.in_channels, self.num_classes)
+        counts = (*self.depths, *self.widths, self.groups, self.inner, self.in_channels, self.num_classes)
         if not all(type(n) is int and n > 0 for n in counts) or sum(self.depths) > 5000 or max(counts) > 1 << 20:
             raise CallError(
-                "depths, widths, in_channels and num_classes must be whole numbers from 1 to 2^20 (5000 blocks in all); "
-                f"received {self.depths}, {self.widths}, {self.in_channels}, {self.num_classes}"
+                "depths, widths, groups, inner, in_channels and num_classes must be whole numbers from 1 to 2^20 (5000 blocks in all); "
+                f"received {self.depths}, {self.widths}, {self.groups}, {self.inner}, {self.in_channels}, {self.num_classes}"
             )
+        if self.block == "basic" and (self.groups, self.inner) != (1, 1):
+            raise CallError(f"groups and inner belong to bottleneck blocks; received {self.groups} and {self.inner} for basic ones")
+        if any(width * self.inner % self.groups for width in self.widths):
+            raise CallError(f"groups must divide the channels of each 3x3, {[w * self.inner for w in self.widths]}; received {self.groups}")
         if not self.depths or len(self.depths) != len(self.widths):
             raise CallError(f"depths and widths must have one entry a stage; received {self.depths} and {self.widths}")
         if self.zero_init and self.shortcut == "none":
@@ -153,9 +159,14 @@ def _cifar(n: int, shortcut: Shortcut = "A") -> Row:
     return Row(spec, 32, "He 2015, section 4.2")
 
 
-def _imagenet(block: Block, depths: tuple[int, ...], shortcut: Shortcut = "B") -> Row:
-    spec = Spec(block, depths, (64, 128, 256, 512), "conv7-pool", shortcut)
-    return Row(spec, 224, "He 2015, table 1" if block == "basic" else "He 2015, table 1; stride v1.5 as torchvision")
+def _imagenet(block: Block, depths: tuple[int, ...], source: str = "He 2015, table 1", **fields: Any) -> Row:
+    spec = Spec(block, depths, (64, 128, 256, 512), "conv7-pool", **fields)
+    return Row(spec, 224, source if block == "basic" else f"{source}; stride v1.5 as torchvision")
+
+
+def _resnext29(groups: int) -> Row:
+    spec = Spec("bottleneck", (3, 3, 3), (64, 128, 256), "conv3", groups=groups, inner=groups, num_classes=10)
+    return Row(spec, 32, "Xie 2016, table 7")
 
 
 FAMILY: dict[str, Row] = {
@@ -175,8 +186,14 @@ FAMILY: dict[str, Row] = {
     "resnet50": _imagenet("bottleneck", (3, 4, 6, 3)),
     "resnet101": _imagenet("bottleneck", (3, 4, 23, 3)),
     "resnet152": _imagenet("bottleneck", (3, 8, 36, 3)),
-    "plain18": _imagenet("basic", (2, 2, 2, 2), "none"),
-    "plain34": _imagenet("basic", (3, 4, 6, 3), "none"),
+    "plain18": _imagenet("basic", (2, 2, 2, 2), shortcut="none"),
+    "plain34": _imagenet("basic", (3, 4, 6, 3), shortcut="none"),
+    "wide_resnet50_2": _imagenet("bottleneck", (3, 4, 6, 3), "Zagoruyko & Komodakis 2016, table 8", inner=2),
+    "wide_resnet101_2": _imagenet("bottleneck", (3, 4, 23, 3), "Zagoruyko & Komodakis 2016; torchvision", inner=2),
+    "resnext50_32x4d": _imagenet("bottleneck", (3, 4, 6, 3), "Xie 2016, table 1", groups=32, inner=2),
+    "resnext101_32x8d": _imagenet("bottleneck", (3, 4, 23, 3), "Xie 2016; torchvision", groups=32, inner=4),
+    "resnext29_8x64d": _resnext29(8),
+    "resnext29_16x64d": _resnext29(16),
 }
 
 
@@ -216,8 +233,8 @@ class _Arithmetic:
     def block(self, name: str, width: int, stride: int) -> Iterator[Layer]:
         before = self.shape
         convs = block_convs(self.spec, width, stride)
-        for i, (channels, kernel, step) in enumerate(convs, start=1):
-            yield from self.conv(f"{name}conv{i}", f"{name}bn{i}", channels, kernel, step)
+        for i, (channels, kernel, step, groups) in enumerate(convs, start=1):
+            yield from self.conv(f"{name}conv{i}", f"{name}bn{i}", channels, kernel, step, groups)
             if i < len(convs):
                 yield self.same(f"{name}relu{i}", "relu")
         after = self.shape
@@ -231,10 +248,10 @@ class _Arithmetic:
             yield self.same(f"{name}add", "add")
         yield self.same(f"{name}relu{len(convs)}", "relu")
 
-    def conv(self, name: str, norm: str, channels: int, kernel: int, stride: int) -> Iterator[Layer]:
+    def conv(self, name: str, norm: str, channels: int, kernel: int, stride: int, groups: int = 1) -> Iterator[Layer]:
         inputs = self.shape[0]
         layer = self.window(name, f"conv{kernel}x{kernel}", kernel, stride, channels)
-        weights = kernel * kernel * inputs * channels
+        weights = kernel * kernel * inputs * channels // groups
         biases = channels if self.spec.norm == "none" else 0
         yield layer._replace(params=weights + biases, macs=weights * self.shape[1] * self.shape[2])
         if self.spec.norm == "batch":
@@ -250,12 +267,13 @@ class _Arithmetic:
         return Layer(name, kind, self.shape, 0, 0)
 
 
-def block_convs(spec: Spec, width: int, stride: int) -> list[tuple[int, int, int]]:
-    """The convolutions of a block's residual branch, as (channels, kernel, stride)."""
+def block_convs(spec: Spec, width: int, stride: int) -> list[tuple[int, int, int, int]]:
+    """The convolutions of a block's residual branch, as (channels, kernel, stride, groups)."""
     if spec.block == "basic":
-        return [(width, 3, stride), (width, 3, 1)]
+        return [(width, 3, stride, 1), (width, 3, 1, 1)]
     first, second = (stride, 1) if spec.stride == "v1" else (1, stride)
-    return [(width, 1, first), (width, 3, second), (width * EXPANSION["bottleneck"], 1, 1)]
+    inner = width * spec.inner
+    return [(inner, 1, first, 1), (inner, 3, second, spec.groups), (width * BOTTLENECK_EXPANSION, 1, 1, 1)]
 
 
 def shortcut_kind(spec: Spec, inputs: int, outputs: int, stride: int) -> Literal["identity", "pad", "projection"]:

@@ -11,6 +11,7 @@ from reslab.spec import FAMILY, Spec
 PARAMS = {
     "resnet18": 11_689_512, "resnet34": 21_797_672, "resnet50": 25_557_032, "resnet101": 44_549_160, "resnet152": 60_192_808,
     "resnet20": 269_722, "resnet32": 464_154, "resnet44": 658_586, "resnet56": 853_018, "resnet110": 1_727_962, "resnet1202": 19_421_274,
+    "wide_resnet50_2": 68_883_240, "resnext50_32x4d": 25_028_904, "resnext29_16x64d": 68_155_210,
     "plain20": 269_722, "plain32": 464_154, "plain44": 658_586, "plain56": 853_018, "plain110": 1_727_962,
 }  # fmt: skip
 SHORTCUT_B = {
@@ -21,7 +22,15 @@ SHORTCUT_B = {
     "resnet110": 1_730_714,
     "resnet1202": 19_424_026,
 }
-GIGA_MACS = {"resnet18": 1.814, "resnet34": 3.664, "resnet50": 4.089, "resnet101": 7.801, "resnet152": 11.514}
+GIGA_MACS = {
+    "resnet18": 1.814,
+    "resnet34": 3.664,
+    "resnet50": 4.089,
+    "resnet101": 7.801,
+    "resnet152": 11.514,
+    "wide_resnet50_2": 11.398,
+    "resnext50_32x4d": 4.230,
+}
 PAPER_GIGA_MACS = {"resnet50": 3.8, "resnet101": 7.6, "resnet152": 11.3}  # v1: the stride on the first 1x1
 
 
@@ -122,6 +131,8 @@ def test_spec_survives_json() -> None:
         (lambda: reslab.spec("resnet18", depths=(2, 2)), "one entry a stage"),
         (lambda: reslab.spec("resnet18", depths=(2, 2, 2, 10**9)), "whole numbers from 1"),
         (lambda: reslab.spec("plain18", zero_init=True), "zero_init needs a shortcut"),
+        (lambda: reslab.spec("resnet18", groups=2), "belong to bottleneck blocks"),
+        (lambda: reslab.spec("resnet50", groups=7), "groups must divide the channels"),
     ],
 )
 def test_wrong_specs_name_the_rule(call: object, message: str) -> None:

@@ -81,12 +81,12 @@ class BasicBlock(nn.Module):
 
     def __init__(self, spec: Spec, inputs: int, width: int, stride: int) -> None:
         super().__init__()
-        (c1, k1, s1), (c2, k2, s2) = block_convs(spec, width, stride)
+        (c1, *first), (c2, *second) = block_convs(spec, width, stride)
         self.out_channels = c2
-        self.conv1 = _conv(spec, inputs, c1, k1, s1)
+        self.conv1 = _conv(spec, inputs, c1, *first)
         self.bn1 = _norm(spec, c1)
         self.relu1 = nn.ReLU()
-        self.conv2 = _conv(spec, c1, c2, k2, s2)
+        self.conv2 = _conv(spec, c1, c2, *second)
         self.bn2 = _norm(spec, c2)
         self.downsample = _shortcut(spec, inputs, c2, stride)
         self.add = Add() if spec.shortcut != "none" else None
@@ -106,15 +106,15 @@ class Bottleneck(nn.Module):
 
     def __init__(self, spec: Spec, inputs: int, width: int, stride: int) -> None:
         super().__init__()
-        (c1, k1, s1), (c2, k2, s2), (c3, k3, s3) = block_convs(spec, width, stride)
+        (c1, *first), (c2, *second), (c3, *third) = block_convs(spec, width, stride)
         self.out_channels = c3
-        self.conv1 = _conv(spec, inputs, c1, k1, s1)
+        self.conv1 = _conv(spec, inputs, c1, *first)
         self.bn1 = _norm(spec, c1)
         self.relu1 = nn.ReLU()
-        self.conv2 = _conv(spec, c1, c2, k2, s2)
+        self.conv2 = _conv(spec, c1, c2, *second)
         self.bn2 = _norm(spec, c2)
         self.relu2 = nn.ReLU()
-        self.conv3 = _conv(spec, c2, c3, k3, s3)
+        self.conv3 = _conv(spec, c2, c3, *third)
         self.bn3 = _norm(spec, c3)
         self.downsample = _shortcut(spec, inputs, c3, stride)
         self.add = Add() if spec.shortcut != "none" else None
@@ -150,8 +150,8 @@ class PadShortcut(nn.Module):
         return F.pad(x[:, :, :: self.stride, :: self.stride], self.pad)
 
 
-def _conv(spec: Spec, inputs: int, outputs: int, kernel: int, stride: int) -> nn.Conv2d:
-    return nn.Conv2d(inputs, outputs, kernel, stride, padding=kernel // 2, bias=spec.norm == "none")
+def _conv(spec: Spec, inputs: int, outputs: int, kernel: int, stride: int, groups: int = 1) -> nn.Conv2d:
+    return nn.Conv2d(inputs, outputs, kernel, stride, padding=kernel // 2, groups=groups, bias=spec.norm == "none")
 
 
 def _norm(spec: Spec, channels: int) -> nn.BatchNorm2d | None:

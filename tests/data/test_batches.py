@@ -1,9 +1,11 @@
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 
 from reslab.data.batches import Batches, choose_storage, mean_and_std, mean_image
+from reslab.data.images import Images
 from reslab.data.preprocess import Preprocess
 from reslab.data.source import open_images
 
@@ -17,6 +19,16 @@ def test_memory_and_stream_give_the_same_batches(folder: Path) -> None:
     for a, b in zip(memory, stream, strict=True):
         assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
     assert memory[0].pixels.shape == (16, 20, 20, 3)
+
+
+def test_images_in_memory_are_decoded_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    images, decoded = open_images(folder), []
+    pixels = Images.pixels
+    monkeypatch.setattr(Images, "pixels", lambda self, index, size: decoded.append(index) or pixels(self, index, size))
+    batches = Batches(images, np.arange(72), 24, "memory")
+    for _ in range(3):
+        assert sum(len(b.items) for b in batches.epoch(16)) == 72
+    assert sorted(decoded) == list(range(72))
 
 
 def test_files_that_break_later_are_dropped_and_named_in_both_storages(folder: Path) -> None:

@@ -24,7 +24,7 @@ def torchvision_models():  # type: ignore[no-untyped-def]
     del library
 
 
-@pytest.mark.parametrize("name", ["resnet18", "resnet50"])
+@pytest.mark.parametrize("name", ["resnet18", "resnet50", "wide_resnet50_2", "resnext50_32x4d"])
 @pytest.mark.parametrize("size", [64, 97])
 @pytest.mark.parametrize("train", [False, True], ids=["eval", "train"])
 def test_equals_torchvision_with_random_weights_and_statistics(torchvision_models, name: str, size: int, train: bool) -> None:
