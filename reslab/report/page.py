@@ -47,7 +47,7 @@ def _facts(run: Run, test: Record) -> dict[str, Any]:
         "per_class": sorted(test["classes"], key=lambda row: row["f1"])[:LISTED_CLASSES],
         "pairs": _pairs(test, classes, mistakes),
         "worst": [m for m in mistakes if m["why"] == "worst"],
-        "suspects": sorted(suspects, key=lambda s: s["label_probability"] - s["probability"])[:24],
+        "suspects": sorted(suspects, key=lambda s: s["label_probability"] - s["probability"])[:12],
         "warnings": list(dict.fromkeys(w["text"] for w in run.records("warning"))),
         "epochs": epochs,
         "best_epoch": (run.last("calibration") or {}).get("epoch"),
@@ -89,4 +89,4 @@ def _speed(epochs: list[Record], config: dict[str, Any]) -> float:
 
 
 def _percent(share: float, digits: int = 1) -> str:
-    return f"{100 * share:.{digits}f} %"
+    return f"{100 * share:.{digits}f}\N{NO-BREAK SPACE}%"
