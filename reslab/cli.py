@@ -296,7 +296,7 @@ class _Watcher:
             print(text, flush=True)
 
     def reading(self, what: str, done: int, total: int) -> None:
-        if self.progress and (done % 64 == 0 or done >= total):
+        if self.progress:
             self._show(what, done, total, "")
             if done >= total:
                 self.progress.remove_task(self.tasks.pop(what))

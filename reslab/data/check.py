@@ -6,7 +6,6 @@ worth knowing. Near-duplicates are images whose 64-bit difference hash (Krawetz 
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -14,7 +13,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from reslab.data.decode import Unreadable
-from reslab.data.images import THREADS, Images
+from reslab.data.images import Images, in_threads
 from reslab.data.split import too_small_to_split
 from reslab.errors import shown
 
@@ -169,9 +168,7 @@ def _hashes(images: Images, progress: Callable[[str, int, int], None]) -> tuple[
         except Unreadable as error:
             broken.append((images.names[i], str(error)))
 
-    with ThreadPoolExecutor(THREADS) as pool:
-        for done, _ in enumerate(pool.map(look, range(len(images)), chunksize=64), start=1):
-            progress("looking", done, len(images))
+    in_threads(look, len(images), lambda done, n: progress("looking", done, n))
     return sorted(broken), hashes
 
 

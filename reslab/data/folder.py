@@ -7,7 +7,6 @@ import csv
 import os
 import re
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,7 +14,7 @@ import numpy as np
 from PIL import Image
 
 from reslab.data.decode import Header, Unreadable, formats, read_header
-from reslab.data.images import SPLITS, THREADS, Images, Problem, digest
+from reslab.data.images import SPLITS, Images, Problem, digest, in_threads
 from reslab.errors import CallError, WorkError, shown
 
 SPLIT_FOLDERS = {
@@ -111,15 +110,13 @@ def _read(name: str, source: str, items: list[Item], problems: list[Problem], no
     headers: list[Header] = []
     digests: list[str] = []
     good: list[Item] = []
-    with ThreadPoolExecutor(THREADS) as pool:
-        for done, (item, result) in enumerate(zip(items, pool.map(_open, items, chunksize=64), strict=True), start=1):
-            progress(done, len(items))
-            if isinstance(result, str):
-                problems.append(Problem(item.name, result))
-            else:
-                good.append(item)
-                headers.append(result[0])
-                digests.append(result[1])
+    for item, result in zip(items, in_threads(lambda i: _open(items[i]), len(items), progress), strict=True):
+        if isinstance(result, str):
+            problems.append(Problem(item.name, result))
+        else:
+            good.append(item)
+            headers.append(result[0])
+            digests.append(result[1])
     if not good:
         raise WorkError(f"none of the {len(items)} files in {shown(source)} is a readable image; first {shown(problems[0].name)!r}: {problems[0].reason}")
     classes = sorted({item.label for item in good}, key=_natural)

@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,9 +14,11 @@ from numpy.typing import NDArray
 from reslab.data.decode import Pixels, Unreadable, decode, resize
 
 SPLITS = ("train", "val", "test")
+SLICE = 64  # images that a thread takes at a time
 THREADS = 4  # decoding and hashing leave the interpreter lock, reading waits for the disk
 
 Indices = NDArray[np.int64]
+T = TypeVar("T")
 
 
 class Problem(NamedTuple):
@@ -82,6 +84,20 @@ def digest(data: bytes | memoryview) -> str:
     return hashlib.sha256(data).hexdigest()[:32]
 
 
+def in_threads(work: Callable[[int], T], n: int, progress: Callable[[int, int], None]) -> list[T]:
+    """[work(0), ..., work(n - 1)], in threads, a slice at a time: to hand over one small image costs more than to read it."""
+    results: list[T] = []
+
+    def part(start: int) -> list[T]:
+        return [work(i) for i in range(start, min(start + SLICE, n))]
+
+    with ThreadPoolExecutor(THREADS) as pool:
+        for done in pool.map(part, range(0, n, SLICE)):
+            results += done
+            progress(len(results), n)
+    return results
+
+
 def read_many(images: Images, items: Indices, size: int, progress: Callable[[int], None] = lambda done: None) -> tuple[Pixels, list[tuple[int, str]]]:
     """uint8 (len(items), size, size, channels), decoded in threads, and the positions that could not be, with reasons."""
     if images.array is not None and images.array.shape[1:3] == (size, size):
@@ -96,7 +112,5 @@ def read_many(images: Images, items: Indices, size: int, progress: Callable[[int
         except Unreadable as error:
             failed.append((position, str(error)))
 
-    with ThreadPoolExecutor(THREADS) as pool:
-        for done, _ in enumerate(pool.map(fill, range(len(items)), chunksize=64), start=1):
-            progress(done)
+    in_threads(fill, len(items), lambda done, n: progress(done))
     return out, sorted(failed)
