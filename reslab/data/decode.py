@@ -67,6 +67,8 @@ def decode(data: bytes, size: int, channels: int) -> Pixels:
             except ValueError:
                 pass  # simplejpeg is strict; Pillow reads what is merely odd and refuses what is broken
             else:
+                if array.shape[:2] == (size, size):
+                    return array
                 return _fit(Image.fromarray(array if channels == 3 else array[:, :, 0]), size, channels)
         try:
             if image.format == "JPEG":
