@@ -63,7 +63,7 @@ def decode(data: bytes, size: int, channels: int) -> Pixels:
         orientation = _orientation(image)
         if image.format == "JPEG" and orientation == 1 and image.mode in ("L", "RGB"):
             try:
-                array = simplejpeg.decode_jpeg(data, "RGB" if channels == 3 else "GRAY", min_height=size, min_width=size)
+                array: Pixels = simplejpeg.decode_jpeg(data, "RGB" if channels == 3 else "GRAY", min_height=size, min_width=size)
             except ValueError:
                 pass  # simplejpeg is strict; Pillow reads what is merely odd and refuses what is broken
             else:
