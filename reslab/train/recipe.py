@@ -126,7 +126,7 @@ RECIPES: dict[str, Recipe] = {
         normalize="pixel-mean",
         lighting=0.1,
     ),
-    "finetune": replace(QUICK, epochs=10, optimizer="sgd", lr=0.01, trunk_lr=0.1, schedule="cosine", warmup=0.1, weight_decay=1e-4, low_resolution=0.0),
+    "finetune": replace(QUICK, epochs=15, optimizer="sgd", lr=0.05, trunk_lr=0.3, schedule="cosine", warmup=0.1, weight_decay=1e-4, low_resolution=0.0),
 }
 # The same with lr 0.01 until the training error is below 80 %, as the paper trains 110 layers
 RECIPES["paper-cifar-110"] = replace(RECIPES["paper-cifar"], warmup_lr=0.01)
