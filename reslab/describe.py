@@ -1,21 +1,37 @@
-"""What a run says of itself: run.toml, the choices that the data made, and the lines before epoch 1."""
+"""What a training is made of, and what it says of itself: run.toml, the choices that the data made, and the lines before epoch 1."""
 
 import shlex
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from reslab.data.batches import Batches
+from reslab.data.images import Images
+from reslab.data.preprocess import Preprocess
 from reslab.errors import shown
+from reslab.spec import Spec
+from reslab.train.hardware import Machine
 from reslab.train.plan import Plan, low_size
-
-if TYPE_CHECKING:
-    from reslab.job import Job
+from reslab.train.recipe import Recipe
 
 PACKAGES = ("reslab", "torch", "numpy", "pillow", "scikit-learn", "simplejpeg", "safetensors")
 
 
-def run_config(job: "Job", net: str, data: str, plan: Plan, budget: float | None) -> dict[str, Any]:
+@dataclass
+class Job:
+    """What both a fresh and a resumed training are made of."""
+
+    images: Images
+    spec: Spec
+    recipe: Recipe
+    preprocess: Preprocess
+    parts: dict[str, Batches]
+    storage: str  # which was chosen, and why
+    machine: Machine
+
+
+def run_config(job: Job, net: str, data: str, plan: Plan, budget: float | None) -> dict[str, Any]:
     """What run.toml holds. `data` is what was typed; `net` a name, or "custom"."""
     recipe, images = job.recipe, job.images
     length = f"--budget {budget:g}s " if budget else ""
@@ -42,7 +58,7 @@ def run_config(job: "Job", net: str, data: str, plan: Plan, budget: float | None
     }
 
 
-def _decisions(job: "Job") -> list[str]:
+def _decisions(job: Job) -> list[str]:
     """What was chosen because of the data, in words."""
     spec, recipe, images = job.spec, job.recipe, job.images
     size = recipe.image_size
@@ -60,7 +76,7 @@ def _decisions(job: "Job") -> list[str]:
     return lines + [f"weights from {shown(recipe.weights)}"] * bool(recipe.weights)
 
 
-def sentence(job: "Job", net: str, plan: Plan) -> str:
+def sentence(job: Job, net: str, plan: Plan) -> str:
     """What will be done and how long it will take, for a person, before it begins."""
     cost, images, recipe = job.spec.cost(job.recipe.image_size), job.images, job.recipe
     sizes = " / ".join(f"{len(images.split[name]):,} {name}" for name in ("train", "val", "test"))

@@ -3,7 +3,7 @@
 import json
 import re
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -18,7 +18,7 @@ from reslab.data.images import Images
 from reslab.data.preprocess import Preprocess
 from reslab.data.source import Progress, open_images, silent
 from reslab.data.split import split, split_record
-from reslab.describe import run_config, sentence
+from reslab.describe import Job, run_config, sentence
 from reslab.errors import CallError, WorkError, shown, unknown
 from reslab.nets.torch import ResNet
 from reslab.nets.weights import load_weights, stem_of
@@ -58,20 +58,6 @@ class Silent:
     def reading(self, what: str, done: int, total: int) -> None: ...
 
 
-@dataclass
-class Job:
-    """What both a fresh and a resumed training are made of."""
-
-    images: Images
-    spec: Spec
-    recipe: Recipe
-    preprocess: Preprocess
-    parts: dict[str, Batches]
-    storage: str
-    machine: Machine
-    show: JobShow
-
-
 def train(
     data: str | Path | None = None, net: str | Spec | None = None, out: str | Path | None = None, *, resume: str | Path | None = None,
     recipe: str | Recipe = "quick", budget: str | float | None = None, tensorboard: bool = False, show: JobShow | None = None,
@@ -97,7 +83,7 @@ def train(
             training, job = _resume(Run.open(resume), data, net, out, recipe, fields, budget, here, show, started)
         if tensorboard and here.is_writer:
             training.board = Board(training.run.path / "tensorboard")
-        return _finish(job, training)
+        return _finish(job, training, show)
 
 
 def _start(
@@ -199,7 +185,7 @@ def _prepare(images: Images, spec: Spec, recipe: Recipe, here: Machine, show: Jo
         means = torch.nn.functional.interpolate(whole[None], size, mode="bilinear", antialias=True)[0] if whole.shape[1] != size else whole
         std = [1.0] * images.channels
     preprocess = Preprocess(size, canvas, images.channels, means, torch.tensor(std))
-    return Job(images, spec, recipe, preprocess, parts, f"{storage}: {why}", here, show)
+    return Job(images, spec, recipe, preprocess, parts, f"{storage}: {why}", here)
 
 
 def _open_in_turn(data: str | Path, here: Machine, show: JobShow) -> Images:
@@ -251,14 +237,13 @@ def _reserve(job: Job, plan: Plan) -> float:
     return REPORT_SECONDS + 2 * plan.val_seconds * held_out / len(job.parts["val"].items)
 
 
-def _finish(job: Job, training: Training) -> Run:
+def _finish(job: Job, training: Training, show: JobShow) -> Run:
     training.run_to_end()
     run = training.run
     if not job.machine.is_writer:
         return run
     net = training.net
     assert isinstance(net, ResNet)
-    show = job.show
     show.say("testing")
     found = Classifier(net.eval(), job.images.classes, job.preprocess)
     val = outputs(found, job.parts["val"])

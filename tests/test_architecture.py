@@ -23,7 +23,7 @@ MAY_IMPORT = {
     "use": LEAVES | {"spec", "nets", "data"},
     "train": LEAVES | {"spec", "nets", "data"},
     "report": LEAVES,
-    "describe": LEAVES | {"job", "train"},  # `job` only for its types
+    "describe": LEAVES | {"spec", "data", "train"},
     "job": LEAVES | {"spec", "nets", "data", "train", "use", "report", "describe"},
     "cli": LEAVES | {"spec", "nets", "data", "train", "use", "report", "job", "__init__"},
 }
