@@ -190,7 +190,9 @@ def show(
     from reslab.spec import FAMILY, spec
 
     net = spec(name)
-    size = image_size or FAMILY[name].image_size
+    size = FAMILY[name].image_size if image_size is None else image_size
+    if not 1 <= size <= 4096:
+        raise CallError(f"--image-size must be from 1 to 4096; received {size}")
     net.check_size(size)
     cost, layers = net.cost(size), list(net.layers(size))
     largest = max(layer.macs for layer in layers)
@@ -238,7 +240,7 @@ def _explain(error: Exception) -> tuple[str, int]:
     if (number := getattr(error, "signal", None)) is not None:  # Interrupted; its module loads torch
         return f"{error}; continue with --resume", 128 + int(number)
     if isinstance(error, OSError):
-        return f"{error.strerror or error}: {shown(str(error.filename or ''))}", 1
+        return f"{error.strerror or error}" + (f": {shown(str(error.filename))}" if error.filename else ""), 1
     return f"unexpected {type(error).__name__}: {shown(str(error))[:300]}; --debug shows where", 1
 
 
@@ -263,7 +265,7 @@ def _expand(images: tuple[str, ...]) -> list[Path]:
         if path.is_dir():
             found += image_paths(path)
         elif not path.exists() and glob.has_magic(given):
-            found += sorted(Path(match) for match in glob.glob(str(path), recursive=True))  # noqa: PTH207  # patterns may be absolute
+            found += sorted(Path(match) for match in glob.glob(str(path), recursive=True)) or [path]  # noqa: PTH207  # patterns may be absolute
         else:
             found.append(path)
     if not found:

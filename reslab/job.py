@@ -150,7 +150,10 @@ def _resume(
         source, fingerprint = config["data"]["source"], config["data"]["fingerprint"]
     except (KeyError, TypeError, CallError) as error:
         raise WorkError(f"{shown(run.path / 'run.toml')} is damaged: {shown(str(error))}") from error
-    images = split(_open_in_turn(source, here, show), kept.seed)
+    try:
+        images = split(_open_in_turn(source, here, show), kept.seed)
+    except CallError as error:
+        raise WorkError(f"a run resumes on the data it began with; {shown(source)} is gone: move it back, or train into a new --out") from error
     if kept.weights:
         images = replace(images, channels=spec.in_channels)
     if images.fingerprint() != fingerprint:

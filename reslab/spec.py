@@ -107,7 +107,7 @@ class Spec:
         if image_size < self.reduction:
             raise CallError(
                 f"this net halves an image down to 1/{self.reduction}, so it needs at least {self.reduction} px a side; "
-                f"received {image_size} px: use larger images or a net with fewer stages, such as resnet20"
+                f"received {image_size} px: give a larger --image-size, or take a net with fewer stages"
             )
 
     def layers(self, image_size: Size) -> Iterator["Layer"]:

@@ -77,7 +77,7 @@ class Batches:
             collate_fn=_collate,
             worker_init_fn=_quiet_worker,
         )
-        for pixels, items, failed in loader:
+        for pixels, items, failed in _alive(loader):
             self.dropped.update({self.images.names[item]: reason for item, reason in failed})
             if not len(items):
                 raise WorkError(f"images must stay readable; a whole batch is not, first {shown(images.names[failed[0][0]])}: {failed[0][1]}")
@@ -111,9 +111,20 @@ def _collate(samples: list[tuple[int, Any]]) -> tuple[Tensor, Indices, list[tupl
     return pixels, np.array([item for item, _ in good], dtype=np.int64), failed
 
 
+def _alive(loader: DataLoader[Any]) -> Iterator[Any]:
+    """The loader's batches; that a worker was killed is an error in our words."""
+    try:
+        yield from loader
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise WorkError("a process that decodes images was killed, perhaps for want of memory; --resume continues, --batch-size needs less") from error
+
+
 def _quiet_worker(_: int) -> None:
-    """Ctrl-C reaches the whole process group; only the main process answers it."""
+    """Ctrl-C and SIGTERM reach the whole process group; only the main process answers them, and ends its workers."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     torch.set_num_threads(1)
 
 

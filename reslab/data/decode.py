@@ -34,6 +34,8 @@ Pixels = NDArray[np.uint8]
 
 # Our own limit is applied to every image, so Pillow's warning at the same limit says nothing new.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+# What Pillow warns of in odd files, such as broken EXIF, is either harmless or becomes an Unreadable.
+warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
 
 
 class Unreadable(Exception):

@@ -3,9 +3,9 @@
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
+from jinja2 import Environment, PackageLoader, StrictUndefined, UndefinedError
 
-from reslab.errors import CallError, shown
+from reslab.errors import CallError, WorkError, shown
 from reslab.report import figures
 from reslab.run import Record, Run, write_whole
 
@@ -21,7 +21,10 @@ def write_report(run: Run) -> Path:
         raise CallError(f"a report needs a finished run; {shown(run.path)} has no test result: `reslab train --resume {shown(run.path)}`")
     environment = Environment(loader=PackageLoader("reslab", "report"), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters |= {"percent": _percent, "number": lambda n: f"{n:,}", "shown": shown}
-    page = environment.get_template("page.html.j2").render(_facts(run, test))
+    try:
+        page = environment.get_template("page.html.j2").render(_facts(run, test))
+    except (LookupError, TypeError, ValueError, ArithmeticError, StopIteration, UndefinedError) as error:
+        raise WorkError(f"the records in {shown(run.path)} are damaged: {shown(repr(error))[:120]}; restore log.jsonl and run.toml") from error
     target = run.path / "report.html"
     write_whole(target, page.encode("utf-8", "backslashreplace"))
     return target

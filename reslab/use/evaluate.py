@@ -24,7 +24,7 @@ BINS = 15  # of the reliability diagram and ECE, equal in width (Guo et al. 2017
 RESAMPLES = 500
 SHOWN = 24  # worst mistakes, and suspected label errors, kept with a thumbnail
 THUMBNAIL = 96
-TEMPERATURES = (0.25, 8.0)
+TEMPERATURES = (0.25, 100.0)
 FEW_MISTAKES = 10  # that many wrong answers are needed to tell that a net is not confident enough
 
 Floats = NDArray[np.float64]
@@ -47,7 +47,7 @@ def outputs(classifier: Classifier, batches: Batches) -> Outputs:
 
 
 def fit_temperature(out: Outputs) -> float:
-    """The temperature that makes val likeliest (Guo et al. 2017, section 4.2), within 0.25 to 8.
+    """The temperature that makes val likeliest (Guo et al. 2017, section 4.2), within 0.25 to 100.
 
     With hardly a mistake in val, the likeliest is absolute certainty; then confidence is only ever lowered.
     """

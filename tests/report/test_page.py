@@ -90,6 +90,17 @@ def test_unfinished_run_has_no_report(tmp_path: Path) -> None:
         write_report(Run(tmp_path))
 
 
+@pytest.mark.parametrize(("find", "put"), [('"confusion"', '"confused"'), ('"loss": ', '"loss": 1e999, "l": '), ('"n": ', '"n": "many", "m": ')])
+def test_damaged_records_are_one_line(run: Run, find: str, put: str, tmp_path: Path) -> None:
+    damaged = tmp_path / "run"
+    shutil.copytree(run.path, damaged)
+    log = damaged / "log.jsonl"
+    log.write_text(log.read_text().replace(find, put))
+    with pytest.raises(reslab.WorkError, match=r"records in .* are damaged") as caught:
+        write_report(Run(damaged))
+    assert "\n" not in str(caught.value)
+
+
 def test_many_classes_become_a_map() -> None:
     import xml.etree.ElementTree as ET
 

@@ -74,6 +74,12 @@ def test_predict_reports_what_it_cannot_read_and_does_the_rest(run: Run, photos:
     assert (good.returncode, "red" in good.stdout, good.stderr) == (0, True, "")
 
 
+def test_a_pattern_that_matches_nothing_is_reported(run: Run, photos: Path, cli: Callable) -> None:
+    done = cli("predict", run.path, photos / "red" / "1.png", "no such*.png", "--json")
+    assert done.returncode == 1
+    assert [row.get("label", row.get("error")) for row in json.loads(done.stdout)] == ["red", "No such file or directory"]
+
+
 def test_predict_api_names_the_unreadable_file(run: Run, tmp_path: Path) -> None:
     (tmp_path / "x.png").write_bytes(b"")
     with pytest.raises(reslab.WorkError, match=r"x\.png is not: empty file"):
