@@ -1,6 +1,6 @@
 """A folder of 60,000 small JPEGs in train/ and test/, made from CIFAR-10, against CIFAR-10 itself: same path, same accuracy.
 
-    python benchmarks/jpeg_folder.py [EPOCHS]        two trainings of 8 epochs, interleaved with nothing else running
+    python benchmarks/jpeg_folder.py [EPOCHS]        two trainings of 8 epochs, one after the other
 
 JPEG at quality 95 changes the pixels a little. Decoding happens once: the time of an epoch must be that of the arrays.
 """

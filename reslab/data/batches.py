@@ -118,7 +118,7 @@ def _alive(loader: DataLoader[Any]) -> Iterator[Any]:
     except RuntimeError as error:
         if "DataLoader worker" not in str(error):
             raise
-        raise WorkError("a process that decodes images was killed, perhaps for want of memory; --resume continues, --batch-size needs less") from error
+        raise WorkError("a process that decodes images was killed, perhaps for want of memory; free some and --resume") from error
 
 
 def _quiet_worker(_: int) -> None:
