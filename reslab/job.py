@@ -33,7 +33,7 @@ from reslab.train.plan import Plan, fit_budget, make_plan
 from reslab.train.recipe import Recipe, find_recipe, resolve
 from reslab.train.recipe import from_dict as recipe_from_dict
 from reslab.use.classifier import Classifier, load
-from reslab.use.evaluate import fit_temperature, label_suspects, mistakes, outputs, score
+from reslab.use.evaluate import fit_temperature, label_suspects, mistakes, outputs, score, sure_above
 
 REPORT_SECONDS = 10.0  # kept back from a budget for the report and what surrounds it
 SMALL = 64  # pixels a side up to which a CIFAR net is the default
@@ -250,13 +250,14 @@ def _finish(job: Job, training: Training, show: JobShow) -> Run:
     show.say("testing")
     found = Classifier(net.eval(), job.images.classes, job.preprocess)
     val = outputs(found, job.parts["val"])
-    found = replace(found, temperature=fit_temperature(val))
+    temperature = fit_temperature(val)
+    found = replace(found, temperature=temperature, sure=sure_above(val, temperature))
     job.parts["test"].load()
     test = outputs(found, job.parts["test"])
     seed, classes = job.recipe.seed, job.images.classes
     # The artefact is written last: a run with model/ is a finished run.
     scores = score(val, classes, found.temperature, seed)
-    run.record("calibration", split="val", epoch=training.progress.best_epoch, **scores)
+    run.record("calibration", split="val", epoch=training.progress.best_epoch, sure=found.sure, **scores)
     run.record("test", **score(test, classes, found.temperature, seed))
     for entry in mistakes(test, job.parts["test"], found.temperature):
         run.record("mistake", split="test", **entry)

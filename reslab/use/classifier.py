@@ -43,6 +43,7 @@ class Classifier:
     classes: tuple[str, ...]
     preprocess: Preprocess
     temperature: float = 1.0  # logits are divided by it: Guo et al. 2017 (1706.04599)
+    sure: float = 0.5  # an answer with less calibrated probability deserves "not sure"
 
     @property
     def spec(self) -> Spec:
@@ -72,21 +73,26 @@ class Classifier:
         paths = iter(Path(image) for image in images)
         with ThreadPoolExecutor(THREADS) as pool:
             while chunk := list(islice(paths, BATCH)):
-                decoded = list(pool.map(self._decode, chunk))
+                decoded = list(pool.map(self._read, chunk))
                 good = [d for d in decoded if not isinstance(d, str)]
-                predictions = iter(self._predict(good) if good else [])
+                predictions = iter(self.predict_pixels(good) if good else [])
                 for path, d in zip(chunk, decoded, strict=True):
                     yield path, d if isinstance(d, str) else next(predictions)
 
-    def _decode(self, path: Path) -> Pixels | str:
+    def decode(self, image: bytes) -> Pixels:
+        """The content of an image file -> uint8 (canvas, canvas, C). Raises Unreadable, which says why."""
+        return decode(image, self.preprocess.canvas, self.preprocess.channels)
+
+    def _read(self, path: Path) -> Pixels | str:
         try:
-            return decode(path.read_bytes(), self.preprocess.canvas, self.preprocess.channels)
+            return self.decode(path.read_bytes())
         except OSError as error:
             return error.strerror or "cannot be read"
         except Unreadable as error:
             return str(error)
 
-    def _predict(self, decoded: Sequence[Pixels]) -> list[Prediction]:
+    def predict_pixels(self, decoded: Sequence[Pixels]) -> list[Prediction]:
+        """The classes of images that `decode` gave, in order; at least one, and all go through the net at once."""
         pixels = torch.stack([torch.from_numpy(d.copy()) for d in decoded])
         probabilities = (self.logits(pixels) / self.temperature).softmax(1)
         values, labels = probabilities.topk(min(TOP, len(self.classes)), dim=1)
@@ -99,7 +105,7 @@ class Classifier:
         for name, value in (
             ("classes", self.classes),
             ("preprocess", self.preprocess.to_dict()),
-            ("calibration", {"temperature": self.temperature, **(calibration or {})}),
+            ("calibration", {"temperature": self.temperature, "sure": self.sure, **(calibration or {})}),
             ("spec", asdict(self.spec)),  # last: where it is, all is
         ):
             write_whole(folder / f"{name}.json", json.dumps(value, indent=1).encode())
@@ -116,19 +122,21 @@ def load(path: str | Path) -> Classifier:
     held = {name: _json(folder / f"{name}.json") for name in ("spec", "classes", "preprocess", "calibration")}
     try:
         net = ResNet(Spec.from_dict(held["spec"]))
-        temperature = float(held["calibration"]["temperature"])
+        temperature, sure = float(held["calibration"]["temperature"]), float(held["calibration"].get("sure", 0.5))
         classes = tuple(str(name) for name in held["classes"])
     except (CallError, KeyError, TypeError, ValueError) as error:
         raise WorkError(f"the model in {shown(folder)} is damaged: {shown(str(error))}") from error
-    if len(classes) != net.spec.num_classes or not 0 < temperature < 1e3:
-        raise WorkError(f"the model in {shown(folder)} is damaged: {len(classes)} class names, {net.spec.num_classes} outputs, temperature {temperature}")
+    if len(classes) != net.spec.num_classes or not 0 < temperature < 1e3 or not 0 <= sure <= 1:
+        raise WorkError(
+            f"the model in {shown(folder)} is damaged: {len(classes)} class names, {net.spec.num_classes} outputs, temperature {temperature}, sure {sure}"
+        )
     weights, _ = read_tensors(folder / "weights.safetensors")
     try:
         net.load_state_dict(weights)
     except RuntimeError as error:
         raise WorkError(f"the weights in {shown(folder)} are of another net than its spec.json") from error
     net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    return Classifier(net.eval(), classes, Preprocess.from_dict(held["preprocess"]), temperature)
+    return Classifier(net.eval(), classes, Preprocess.from_dict(held["preprocess"]), temperature, sure)
 
 
 def _json(file: Path) -> Any:

@@ -25,6 +25,7 @@ RESAMPLES = 500
 SHOWN = 24  # worst mistakes, and suspected label errors, kept with a thumbnail
 THUMBNAIL = 96
 TEMPERATURES = (0.25, 100.0)
+SURE = 0.95  # the share of right answers that "sure" stands for
 FEW_MISTAKES = 10  # that many wrong answers are needed to tell that a net is not confident enough
 
 Floats = NDArray[np.float64]
@@ -55,6 +56,18 @@ def fit_temperature(out: Outputs) -> float:
     low, high = (TEMPERATURES[0] if wrong >= FEW_MISTAKES else 1.0), TEMPERATURES[1]
     result = minimize_scalar(lambda t: float(nll(out.logits / np.exp(t), out.labels).mean()), bounds=(np.log(low), np.log(high)), method="bounded")
     return float(np.exp(result.x))
+
+
+def sure_above(out: Outputs, temperature: float) -> float:
+    """The lowest calibrated probability above which 95 % of the answers are right (Geifman & El-Yaniv 2017, 1705.08500).
+
+    At least one half, whatever the accuracy: below it an answer is likelier wrong than right.
+    """
+    confidence = softmax(out.logits / temperature).max(1)
+    order = np.argsort(-confidence, kind="stable")
+    right = (out.logits.argmax(1) == out.labels)[order]
+    enough = np.flatnonzero(np.cumsum(right) >= SURE * np.arange(1, len(right) + 1))
+    return max(0.5, float(confidence[order][enough[-1]])) if len(enough) else 1.0
 
 
 def score(out: Outputs, classes: tuple[str, ...], temperature: float, seed: int = 0) -> dict[str, Any]:

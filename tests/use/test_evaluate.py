@@ -6,7 +6,7 @@ from scipy.stats import binomtest
 from sklearn.metrics import accuracy_score, f1_score, log_loss
 
 from reslab.interval import wilson
-from reslab.use.evaluate import Outputs, ece, fit_temperature, score, softmax
+from reslab.use.evaluate import Outputs, ece, fit_temperature, score, softmax, sure_above
 
 CLASSES = tuple("abcdefg")
 
@@ -64,3 +64,18 @@ def test_temperature_undoes_a_known_scaling() -> None:
 def test_without_mistakes_confidence_is_not_raised() -> None:
     labels = np.arange(50) % 5
     assert fit_temperature(Outputs(np.eye(5)[labels] * 4, labels, labels)) == pytest.approx(1.0, abs=0.01)
+
+
+def test_answers_above_the_sure_threshold_are_right_95_times_in_100(out: Outputs) -> None:
+    threshold = sure_above(out, temperature=1.0)
+    confidence, right = softmax(out.logits).max(1), out.logits.argmax(1) == out.labels
+    assert right[confidence >= threshold].mean() >= 0.95
+    below = np.sort(confidence[confidence < threshold])[::-1]
+    assert all(right[confidence >= lower].mean() < 0.95 for lower in below), "no lower threshold would do"
+
+
+def test_sure_is_never_below_one_half_and_nothing_is_sure_when_nothing_is_right(out: Outputs) -> None:
+    perfect = Outputs(out.logits, out.logits.argmax(1), out.items)
+    assert sure_above(perfect, temperature=50.0) == 0.5
+    wrong = Outputs(out.logits, out.logits.argmin(1), out.items)
+    assert sure_above(wrong, temperature=1.0) == 1.0
