@@ -5,7 +5,8 @@ from typing import TYPE_CHECKING, Any
 
 import reslab.train  # noqa: F401  # the package is bound first, so that no later import can hide the function of the same name
 from reslab.errors import CallError, WorkError
-from reslab.spec import FAMILY, Cost, Spec, spec
+from reslab.family import FAMILY, spec
+from reslab.spec import Cost, Spec
 
 if TYPE_CHECKING:
     from reslab.job import train

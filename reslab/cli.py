@@ -167,7 +167,7 @@ def report(run: Annotated[Path, Parameter(help="a run folder")], /) -> int:
 @app.command
 def models() -> int:
     """The family as a table."""
-    from reslab.spec import FAMILY
+    from reslab.family import FAMILY
 
     table = Table("net", "parameters", "multiply-adds", "at", "source")
     for column in table.columns[1:4]:
@@ -187,7 +187,7 @@ def show(
     image_size: Annotated[int | None, Parameter(help="pixels a side; by default what the net was published for")] = None,
 ) -> int:
     """One network, layer by layer: output shape, parameters, multiply-adds and their share."""
-    from reslab.spec import FAMILY, spec
+    from reslab.family import FAMILY, spec
 
     net = spec(name)
     size = FAMILY[name].image_size if image_size is None else image_size

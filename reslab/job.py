@@ -20,12 +20,12 @@ from reslab.data.source import Progress, open_images, silent
 from reslab.data.split import split, split_record
 from reslab.describe import Job, run_config, sentence
 from reslab.errors import CallError, WorkError, shown, unknown
+from reslab.family import spec as find_spec
 from reslab.nets.torch import ResNet
 from reslab.nets.weights import load_weights, stem_of
 from reslab.report.page import write_report
 from reslab.run import Run, write_whole
 from reslab.spec import Spec
-from reslab.spec import spec as find_spec
 from reslab.train.board import Board, require_tensorboard
 from reslab.train.fit import Show, Training
 from reslab.train.hardware import Machine, machine

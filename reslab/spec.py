@@ -1,73 +1,175 @@
 """What a residual network is, as data. Standard library only; both frameworks' nets and all counts derive from it.
 
-A residual network is a stem, a few stages of equal blocks, and a linear head. A block computes relu(F(x) + shortcut(x)):
+A residual network is a stem, a few stages of equal blocks, and a head. A block computes relu(F(x) + shortcut(x)):
 
     basic       F = 3x3 - 3x3                  He et al. 2015 (1512.03385), figure 5 left
     bottleneck  F = 1x1 - 3x3 - 1x1 (4 times wider)                         figure 5 right
 
-Its plain twin leaves the shortcut out and keeps the rest. The nets of the paper's table 1 (ImageNet) and section 4.2
-(CIFAR: depth 6n + 2, three stages of n blocks, 16-32-64 channels) are the rows of `FAMILY`.
+Its plain twin leaves the shortcut out and keeps the rest. What was published since changes one part of this each, and
+each is a field of `Spec`. `layout.py` spells a Spec out, layer by layer; `family.py` has the published networks.
 """
 
 import dataclasses
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any, Literal, NamedTuple, Self, get_args
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Self, get_args
 
 from reslab.errors import CallError, unknown
 
-Block = Literal["basic", "bottleneck"]
-Stem = Literal["conv3", "conv7", "conv7-pool"]
-Shortcut = Literal["A", "B", "C", "none"]
-Stride = Literal["v1", "v1.5"]
-Norm = Literal["batch", "none"]
+if TYPE_CHECKING:
+    from reslab.layout import Layer
+
+Block = Literal["basic", "bottleneck", "skip"]
+Shortcut = Literal["A", "B", "C", "D", "none"]
+Stride = Literal["v1", "v1.5", "last", "none"]
+Order = Literal["original", "bn-after-add", "relu-before-add", "relu-preact", "preact"]
+Carry = Literal["identity", "scaling", "exclusive-gate", "shortcut-gate", "dropout"]
+Norm = Literal["batch", "group", "none"]
+Bias = Literal["auto", "unnormed", "all"]
+Init = Literal["he", "fixup", "skipinit", "rezero"]
 Size = int | tuple[int, int]
 
-BOTTLENECK_EXPANSION = 4
-STEM_STRIDE = {"conv3": 1, "conv7": 2, "conv7-pool": 4}
+FLAT_SIZE = 1000  # of the hidden layer behind a flattened map
+
+
+class Conv(NamedTuple):
+    """A convolution, padded so that stride 1 keeps the size."""
+
+    outputs: int
+    kernel: int
+    stride: int
+    groups: int = 1
+
+
+class Pool(NamedTuple):
+    """A max-pool. `fill` is what its padding holds: zeros matter when no ReLU came before."""
+
+    kernel: int
+    stride: int
+    padding: int
+    fill: Literal["lowest", "zero"] = "lowest"
+
+
+class Stem(NamedTuple):
+    """What comes before the first stage. Channels are parts of the stem's width."""
+
+    convs: tuple[tuple[float, int, int], ...]  # (part of the width, kernel, stride)
+    pool: Pool | None = None
+    conv_pool: bool = False  # a 3x3 convolution of stride 2 pools (ResNet-RS)
+    activated: bool = True  # norm and ReLU follow; a pre-activation net may leave both to its first block
+
+    @property
+    def stride(self) -> int:
+        return math.prod(stride for _, _, stride in self.convs) * (self.pool.stride if self.pool else 2 if self.conv_pool else 1)
+
+
+_DEEP = ((0.5, 3, 2), (0.5, 3, 1), (1.0, 3, 1))
+STEMS: dict[str, Stem] = {
+    "conv3": Stem(((1.0, 3, 1),)),  # He 2015, section 4.2
+    "conv3-pool": Stem(((1.0, 3, 1),), Pool(2, 2, 0)),  # the SkipBlock network
+    "conv7": Stem(((1.0, 7, 2),)),
+    "conv7-pool": Stem(((1.0, 7, 2),), Pool(3, 2, 1)),  # He 2015, table 1
+    "conv7-pool-valid": Stem(((1.0, 7, 2),), Pool(3, 2, 0)),  # the teaching ResNet-50 in Keras
+    "raw7-pool": Stem(((1.0, 7, 2),), Pool(3, 2, 1), activated=False),  # pre-activation nets in timm
+    "raw7-zeropool": Stem(((1.0, 7, 2),), Pool(3, 2, 1, "zero"), activated=False),  # Keras Applications, V2
+    "deep-pool": Stem(_DEEP, Pool(3, 2, 1)),  # ResNet-C and -D: He et al. 2018 (1812.01187), figure 2b
+    "deep-conv": Stem(_DEEP, conv_pool=True),  # ResNet-RS: Bello et al. 2021 (2103.07579)
+}
 
 
 @dataclass(frozen=True)
 class Spec:
     """One network. Sizes are in pixels, (height, width); tensors are NCHW.
 
-    Raises CallError (a ValueError) for a field that cannot be.
+    Raises CallError (a ValueError) for a field, or fields together, that cannot be.
     """
 
     block: Block
     depths: tuple[int, ...]  # blocks in each stage; every stage but the first halves the resolution
-    widths: tuple[int, ...]  # channels of each stage's 3x3 convolutions; the stem has widths[0]
-    stem: Stem  # 3x3 / 7x7 stride 2 / 7x7 stride 2 and 3x3 max-pool stride 2
-    shortcut: Shortcut = "B"  # A: zero-padded identity, B: projection where shapes change, C: projection everywhere
-    stride: Stride = "v1.5"  # where a bottleneck halves: its first 1x1 (v1, the paper) or its 3x3 (v1.5, torchvision)
-    norm: Norm = "batch"  # "none" gives the convolutions biases instead
+    widths: tuple[int, ...]  # channels of each stage's 3x3 convolutions
+    stem: str  # a row of STEMS
+    shortcut: Shortcut = "B"  # A: zero-padded identity, B: projection where shapes change, C: projection everywhere, D: B behind a 2x2 average pool
+    stride: Stride = "v1.5"  # what halves: a bottleneck's first 1x1 (v1, the paper), its 3x3 (v1.5), the 3x3 of a stage's last block (Keras V2), nothing
+    order: Order = "original"  # of convolution, norm, ReLU and addition: He et al. 2016 (1603.05027), figure 4
+    carry: Carry = "identity"  # what happens to the shortcut's signal: He et al. 2016, table 1
+    norm: Norm = "batch"  # group: Wu & He 2018 (1803.08494)
+    bias: Bias = "auto"  # convolutions with a bias: those of nets without norm (auto), those that no norm follows (unnormed), all
+    init: Init = "he"  # for nets without norm: Zhang 2019 (1901.09321), De & Smith 2020 (2002.10444), Bachlechner 2020 (2003.04887)
     groups: int = 1  # of a bottleneck's 3x3 (ResNeXt, Xie et al. 2016, 1611.05431)
     inner: int = 1  # channels of a bottleneck's 3x3, as a multiple of `widths` (wide ResNets, Zagoruyko & Komodakis 2016, 1605.07146)
+    stem_width: int = 0  # channels of the stem; 0: widths[0]
+    squeeze: int = 0  # squeeze-and-excitation through 1/squeeze of the channels (Hu et al. 2017, 1709.01507); 0: none
+    antialias: bool = False  # blur before every subsampling but the stem's convolution (Zhang 2019, 1904.11486)
+    dropout: float = 0.0  # before a block's last convolution (wide ResNets)
+    drop_path: float = 0.0  # chance that the last block's branch is left out in training, linear in depth (Huang et al. 2016, 1603.09382)
+    gate_bias: float = -6.0  # of the gates in `carry`, at the start
+    eps: float = 1e-5  # added to a variance by the norms
+    flatten: int = 0  # image size whose last map is flattened into a hidden layer of 1000; 0: the map is averaged
     in_channels: int = 3
     num_classes: int = 1000
     zero_init: bool = False  # the last scale of each residual branch starts at zero (Goyal et al. 2017, section 5.1)
 
     def __post_init__(self) -> None:
-        for name, choices in (("block", Block), ("stem", Stem), ("shortcut", Shortcut), ("stride", Stride), ("norm", Norm)):
-            if getattr(self, name) not in get_args(choices):
-                raise unknown(name, getattr(self, name), get_args(choices))
         for name in ("depths", "widths"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
+        self._check_values()
+        if self.block == "skip":
+            self._check_skip()
+        else:
+            self._check_together()
+
+    def _check_values(self) -> None:
+        literals = (Block, Shortcut, Stride, Order, Carry, Norm, Bias, Init)
+        for name, choices in zip(("block", "shortcut", "stride", "order", "carry", "norm", "bias", "init"), map(get_args, literals), strict=True):
+            if getattr(self, name) not in choices:
+                raise unknown(name, getattr(self, name), choices)
+        if self.stem not in STEMS:
+            raise unknown("stem", self.stem, STEMS)
         counts = (*self.depths, *self.widths, self.groups, self.inner, self.in_channels, self.num_classes)
         if not all(type(n) is int and n > 0 for n in counts) or sum(self.depths) > 5000 or max(counts) > 1 << 20:
             raise CallError(
                 "depths, widths, groups, inner, in_channels and num_classes must be whole numbers from 1 to 2^20 (5000 blocks in all); "
                 f"received {self.depths}, {self.widths}, {self.groups}, {self.inner}, {self.in_channels}, {self.num_classes}"
             )
+        if not all(type(n) is int and 0 <= n <= 1 << 16 for n in (self.stem_width, self.squeeze, self.flatten)):
+            raise CallError(f"stem_width, squeeze and flatten must be whole numbers from 0; received {self.stem_width}, {self.squeeze}, {self.flatten}")
+        if not (0 <= self.dropout < 1 and 0 <= self.drop_path < 1 and 0 < self.eps < 1 and abs(self.gate_bias) < 100):
+            raise CallError(
+                "dropout and drop_path must be at least 0 and below 1, eps between 0 and 1, gate_bias between -100 and 100; "
+                f"received {self.dropout}, {self.drop_path}, {self.eps}, {self.gate_bias}"
+            )
+        if not self.depths or len(self.depths) != len(self.widths):
+            raise CallError(f"depths and widths must have one entry a stage; received {self.depths} and {self.widths}")
+
+    def _check_together(self) -> None:
         if self.block == "basic" and (self.groups, self.inner) != (1, 1):
             raise CallError(f"groups and inner belong to bottleneck blocks; received {self.groups} and {self.inner} for basic ones")
         if any(width * self.inner % self.groups for width in self.widths):
             raise CallError(f"groups must divide the channels of each 3x3, {[w * self.inner for w in self.widths]}; received {self.groups}")
-        if not self.depths or len(self.depths) != len(self.widths):
-            raise CallError(f"depths and widths must have one entry a stage; received {self.depths} and {self.widths}")
-        if self.zero_init and self.shortcut == "none":
-            raise CallError("zero_init needs a shortcut: a plain net whose branches start at zero computes nothing")
+        if self.shortcut == "none" and (self.zero_init or self.init != "he" or self.drop_path or self.carry != "identity"):
+            raise CallError("zero_init, init, drop_path and carry need a shortcut: a plain net without its branches computes nothing; received shortcut none")
+        if self.init != "he" and (self.norm != "none" or self.zero_init):
+            raise CallError(f"init {self.init} is for norm none, without zero_init; received norm {self.norm}, zero_init {self.zero_init}")
+        if self.init == "fixup" and self.order != "original":
+            raise CallError(f"init fixup is defined for order original; received {self.order}")
+        if self.antialias and self.order != "original":
+            raise CallError(f"antialias is defined for order original; received {self.order}")
+        if not STEMS[self.stem].activated and self.order not in ("preact", "relu-preact"):
+            raise CallError(f"stem {self.stem} leaves its activation to pre-activation blocks; received order {self.order}")
+
+    def _check_skip(self) -> None:
+        """The SkipBlock network has its own order and sizes; what it does not know must be left as it is."""
+        own = ("block", "depths", "widths", "stem", "shortcut", "stride", "norm", "bias", "eps", "flatten", "in_channels", "num_classes")
+        for f in dataclasses.fields(self):
+            if f.name not in own and getattr(self, f.name) != f.default:
+                raise CallError(f"skip blocks have no {f.name}; received {getattr(self, f.name)}: leave it at {f.default}")
+        allowed = {"stem": ("conv3", "conv3-pool"), "shortcut": ("B", "none"), "stride": ("v1.5", "none"), "norm": ("batch", "none")}
+        for name, choices in allowed.items():
+            if getattr(self, name) not in choices:
+                raise CallError(f"{name} of skip blocks must be {' or '.join(choices)}; received {getattr(self, name)}")
+        if any(wide not in (narrow, 2 * narrow) for narrow, wide in zip(self.widths, self.widths[1:], strict=False)):
+            raise CallError(f"each stage of skip blocks must have as many channels as the one before, or twice; received {self.widths}")
 
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> Self:
@@ -79,12 +181,12 @@ class Spec:
         try:
             return cls(**fields)
         except TypeError as error:
-            raise CallError(f"a Spec needs {', '.join(known[:4])}; received {', '.join(fields) or 'nothing'}") from error
+            raise CallError(f"a Spec needs {', '.join(known[:4])} of their types; received {', '.join(fields) or 'nothing'}") from error
 
     @property
     def reduction(self) -> int:
         """How many input pixels, along one side, make one pixel of the last stage."""
-        return STEM_STRIDE[self.stem] << (len(self.depths) - 1)
+        return STEMS[self.stem].stride << (0 if self.stride == "none" else len(self.depths) - 1)
 
     def fit(self, image_size: int, in_channels: int, num_classes: int) -> Self:
         """This network for images of that size: same blocks, and the stem that leaves 4 to 16 pixels a side at the end.
@@ -93,34 +195,44 @@ class Spec:
         Raises CallError when even the smallest stem reduces an image to less than a pixel.
         """
 
-        def misfit(stem: Stem) -> float:
+        def misfit(stem: str) -> float:
             side = image_size / replace(self, stem=stem).reduction
             outside = math.log2(side / 16) if side > 16 else math.log2(4 / side) if side < 4 else 0.0
-            return outside + 0.01 * abs(math.log2(STEM_STRIDE[stem] / STEM_STRIDE[self.stem]))  # of equals, the most like its own
+            return outside + 0.01 * abs(math.log2(STEMS[stem].stride / STEMS[self.stem].stride))  # of equals, the most like its own
 
-        fitted = replace(self, stem=min(get_args(Stem), key=misfit), in_channels=in_channels, num_classes=num_classes)
+        stems = ("conv3", "conv3-pool") if self.block == "skip" else ("conv3", "conv7", "conv7-pool")
+        fitted = replace(self, stem=min((self.stem, *stems), key=misfit), in_channels=in_channels, num_classes=num_classes)
+        if self.flatten:
+            fitted = replace(fitted, flatten=image_size)
         fitted.check_size(image_size)
         return fitted
 
     def check_size(self, image_size: int) -> None:
-        """Raises CallError when the last stage would see less than one pixel."""
+        """Raises CallError when the last stage would see less than one pixel, or a flattened map another size."""
         if image_size < self.reduction:
             raise CallError(
                 f"this net halves an image down to 1/{self.reduction}, so it needs at least {self.reduction} px a side; "
                 f"received {image_size} px: give a larger --image-size, or take a net with fewer stages"
             )
+        self._check_flat(image_size)
+
+    def _check_flat(self, image_size: Size) -> None:
+        if self.flatten and image_size not in (self.flatten, (self.flatten, self.flatten)):
+            raise CallError(f"this net flattens its last map, which fixes the image size at {self.flatten} px; received {image_size}: set flatten to it")
 
     def layers(self, image_size: Size) -> Iterator["Layer"]:
-        """Every leaf module of the built net in the order it runs, with what it costs for one image."""
-        height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
-        return _Arithmetic(self, (self.in_channels, height, width)).net()
+        """Every leaf module of the built net in the order it runs, with its inputs and what it costs for one image."""
+        from reslab.layout import layers
+
+        self._check_flat(image_size)
+        return iter(layers(self, image_size))
 
     def cost(self, image_size: Size | None = None) -> "Cost":
-        """Parameters, multiply-accumulates (convolutions and the head) and fp32 bytes of every layer's output.
+        """Parameters, multiply-accumulates (convolutions and linear layers) and fp32 bytes of every layer's output.
 
         All for one image; by arithmetic alone. `image_size` defaults to 32 for a conv3 stem and to 224 otherwise.
         """
-        layers = list(self.layers(image_size or (32 if self.stem == "conv3" else 224)))
+        layers = list(self.layers(image_size or self.flatten or (32 if self.stem == "conv3" else 224)))
         return Cost(
             params=sum(layer.params for layer in layers),
             macs=sum(layer.macs for layer in layers),
@@ -134,152 +246,3 @@ class Cost(NamedTuple):
     params: int
     macs: int
     activations: int  # bytes
-
-
-class Layer(NamedTuple):
-    """One leaf module: its name in the net, what it is, and what it costs for one image."""
-
-    name: str
-    kind: str
-    shape: tuple[int, ...]  # of its output: (C, H, W), or (features,)
-    params: int
-    macs: int
-
-
-class Row(NamedTuple):
-    """One published network: the spec, the image size it was published for, and where."""
-
-    spec: Spec
-    image_size: int
-    source: str
-
-
-def _cifar(n: int, shortcut: Shortcut = "A") -> Row:
-    spec = Spec("basic", (n, n, n), (16, 32, 64), "conv3", shortcut, num_classes=10)
-    return Row(spec, 32, "He 2015, section 4.2")
-
-
-def _imagenet(block: Block, depths: tuple[int, ...], source: str = "He 2015, table 1", **fields: Any) -> Row:
-    spec = Spec(block, depths, (64, 128, 256, 512), "conv7-pool", **fields)
-    return Row(spec, 224, source if block == "basic" else f"{source}; stride v1.5 as torchvision")
-
-
-def _resnext29(groups: int) -> Row:
-    spec = Spec("bottleneck", (3, 3, 3), (64, 128, 256), "conv3", groups=groups, inner=groups, num_classes=10)
-    return Row(spec, 32, "Xie 2016, table 7")
-
-
-FAMILY: dict[str, Row] = {
-    "resnet20": _cifar(3),
-    "resnet32": _cifar(5),
-    "resnet44": _cifar(7),
-    "resnet56": _cifar(9),
-    "resnet110": _cifar(18),
-    "resnet1202": _cifar(200),
-    "plain20": _cifar(3, "none"),
-    "plain32": _cifar(5, "none"),
-    "plain44": _cifar(7, "none"),
-    "plain56": _cifar(9, "none"),
-    "plain110": _cifar(18, "none"),
-    "resnet18": _imagenet("basic", (2, 2, 2, 2)),
-    "resnet34": _imagenet("basic", (3, 4, 6, 3)),
-    "resnet50": _imagenet("bottleneck", (3, 4, 6, 3)),
-    "resnet101": _imagenet("bottleneck", (3, 4, 23, 3)),
-    "resnet152": _imagenet("bottleneck", (3, 8, 36, 3)),
-    "plain18": _imagenet("basic", (2, 2, 2, 2), shortcut="none"),
-    "plain34": _imagenet("basic", (3, 4, 6, 3), shortcut="none"),
-    "wide_resnet50_2": _imagenet("bottleneck", (3, 4, 6, 3), "Zagoruyko & Komodakis 2016, table 8", inner=2),
-    "wide_resnet101_2": _imagenet("bottleneck", (3, 4, 23, 3), "Zagoruyko & Komodakis 2016; torchvision", inner=2),
-    "resnext50_32x4d": _imagenet("bottleneck", (3, 4, 6, 3), "Xie 2016, table 1", groups=32, inner=2),
-    "resnext101_32x8d": _imagenet("bottleneck", (3, 4, 23, 3), "Xie 2016; torchvision", groups=32, inner=4),
-    "resnext29_8x64d": _resnext29(8),
-    "resnext29_16x64d": _resnext29(16),
-}
-
-
-def spec(net: str | Spec, **changes: Any) -> Spec:
-    """The Spec of a network in `FAMILY`, or the given Spec, with `changes` to its fields applied.
-
-    Raises CallError (a ValueError) with the nearest name for an unknown net or field.
-    """
-    if isinstance(net, str) and net not in FAMILY:
-        raise unknown("net", net, FAMILY, "; `reslab models` lists them")
-    chosen = FAMILY[net].spec if isinstance(net, str) else net
-    return Spec.from_dict({**{f.name: getattr(chosen, f.name) for f in dataclasses.fields(chosen)}, **changes})
-
-
-class _Arithmetic:
-    """Walks a net as the builders do, and counts instead of building. `shape` is the running (C, H, W)."""
-
-    def __init__(self, spec: Spec, shape: tuple[int, int, int]) -> None:
-        self.spec = spec
-        self.shape = shape
-
-    def net(self) -> Iterator[Layer]:
-        spec = self.spec
-        kernel, stride = (3, 1) if spec.stem == "conv3" else (7, 2)
-        yield from self.conv("conv1", "bn1", spec.widths[0], kernel, stride)
-        yield self.same("relu", "relu")
-        if spec.stem == "conv7-pool":
-            yield self.window("maxpool", "maxpool", 3, 2)
-        for stage, (depth, width) in enumerate(zip(spec.depths, spec.widths, strict=True), start=1):
-            for index in range(depth):
-                stride = 2 if stage > 1 and index == 0 else 1
-                yield from self.block(f"layer{stage}.{index}.", width, stride)
-        channels = self.shape[0]
-        yield Layer("avgpool", "avgpool", (channels, 1, 1), 0, 0)
-        yield Layer("fc", "linear", (spec.num_classes,), (channels + 1) * spec.num_classes, channels * spec.num_classes)
-
-    def block(self, name: str, width: int, stride: int) -> Iterator[Layer]:
-        before = self.shape
-        convs = block_convs(self.spec, width, stride)
-        for i, (channels, kernel, step, groups) in enumerate(convs, start=1):
-            yield from self.conv(f"{name}conv{i}", f"{name}bn{i}", channels, kernel, step, groups)
-            if i < len(convs):
-                yield self.same(f"{name}relu{i}", "relu")
-        after = self.shape
-        if self.spec.shortcut != "none":
-            kind = shortcut_kind(self.spec, before[0], after[0], stride)
-            if kind == "projection":
-                self.shape = before
-                yield from self.conv(f"{name}downsample.0", f"{name}downsample.1", after[0], 1, stride)
-            elif kind == "pad":
-                yield self.same(f"{name}downsample", "pad")
-            yield self.same(f"{name}add", "add")
-        yield self.same(f"{name}relu{len(convs)}", "relu")
-
-    def conv(self, name: str, norm: str, channels: int, kernel: int, stride: int, groups: int = 1) -> Iterator[Layer]:
-        inputs = self.shape[0]
-        layer = self.window(name, f"conv{kernel}x{kernel}", kernel, stride, channels)
-        weights = kernel * kernel * inputs * channels // groups
-        biases = channels if self.spec.norm == "none" else 0
-        yield layer._replace(params=weights + biases, macs=weights * self.shape[1] * self.shape[2])
-        if self.spec.norm == "batch":
-            yield self.same(norm, "batchnorm")._replace(params=2 * channels)
-
-    def window(self, name: str, kind: str, kernel: int, stride: int, channels: int | None = None) -> Layer:
-        """A sliding window padded to keep the size at stride 1: (n + 2p - k) // s + 1 with p = (k - 1) / 2."""
-        c, h, w = self.shape
-        self.shape = (channels or c, (h - 1) // stride + 1, (w - 1) // stride + 1)
-        return self.same(name, kind)
-
-    def same(self, name: str, kind: str) -> Layer:
-        return Layer(name, kind, self.shape, 0, 0)
-
-
-def block_convs(spec: Spec, width: int, stride: int) -> list[tuple[int, int, int, int]]:
-    """The convolutions of a block's residual branch, as (channels, kernel, stride, groups)."""
-    if spec.block == "basic":
-        return [(width, 3, stride, 1), (width, 3, 1, 1)]
-    first, second = (stride, 1) if spec.stride == "v1" else (1, stride)
-    inner = width * spec.inner
-    return [(inner, 1, first, 1), (inner, 3, second, spec.groups), (width * BOTTLENECK_EXPANSION, 1, 1, 1)]
-
-
-def shortcut_kind(spec: Spec, inputs: int, outputs: int, stride: int) -> Literal["identity", "pad", "projection"]:
-    """What carries a residual block's input around its branch. Plain nets have no shortcut to ask about."""
-    if spec.shortcut == "C":
-        return "projection"
-    if inputs == outputs and stride == 1:
-        return "identity"
-    return "pad" if spec.shortcut == "A" else "projection"

@@ -12,22 +12,25 @@ import reslab
 
 PACKAGE = Path(reslab.__file__).parent
 LEAVES = {"errors", "interval", "run", "tensors"}
+NETWORK = {"spec", "layout", "family"}
 MAY_IMPORT = {
     "errors": set(),
     "interval": set(),
     "run": {"errors"},
     "tensors": {"errors", "run"},
-    "spec": {"errors"},
-    "nets": LEAVES | {"spec"},
+    "spec": {"errors", "layout"},  # only when layers are asked for
+    "layout": {"spec"},
+    "family": {"errors", "spec"},
+    "nets": LEAVES | NETWORK,
     "data": {"errors"},
-    "use": LEAVES | {"spec", "nets", "data"},
-    "train": LEAVES | {"spec", "nets", "data"},
+    "use": LEAVES | NETWORK | {"nets", "data"},
+    "train": LEAVES | NETWORK | {"nets", "data"},
     "report": LEAVES,
-    "describe": LEAVES | {"spec", "data", "train"},
-    "job": LEAVES | {"spec", "nets", "data", "train", "use", "report", "describe"},
-    "cli": LEAVES | {"spec", "nets", "data", "train", "use", "report", "job", "__init__"},
+    "describe": LEAVES | NETWORK | {"data", "train"},
+    "job": LEAVES | NETWORK | {"nets", "data", "train", "use", "report", "describe"},
+    "cli": LEAVES | NETWORK | {"nets", "data", "train", "use", "report", "job", "__init__"},
 }
-STANDARD_ONLY = ("spec", "errors")
+STANDARD_ONLY = ("spec", "layout", "family", "errors")
 
 
 def room(path: Path) -> str:

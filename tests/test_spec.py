@@ -5,13 +5,15 @@ import pytest
 import torch
 
 import reslab
-from reslab.spec import FAMILY, Spec
+from reslab.family import FAMILY
+from reslab.spec import Spec
 
 # REFERENCE: He et al. 2015 and torchvision, as exact integers
 PARAMS = {
     "resnet18": 11_689_512, "resnet34": 21_797_672, "resnet50": 25_557_032, "resnet101": 44_549_160, "resnet152": 60_192_808,
     "resnet20": 269_722, "resnet32": 464_154, "resnet44": 658_586, "resnet56": 853_018, "resnet110": 1_727_962, "resnet1202": 19_421_274,
-    "wide_resnet50_2": 68_883_240, "resnext50_32x4d": 25_028_904, "resnext29_16x64d": 68_155_210,
+    "wide_resnet50_2": 68_883_240, "resnext50_32x4d": 25_028_904, "resnext29_16x64d": 68_155_210, "wrn28-10": 36_479_194,
+    "preact20": 272_282, "preact110": 1_730_522, "preact164": 1_703_258, "preact1001": 10_327_706, "se_resnet50": 28_088_024,
     "plain20": 269_722, "plain32": 464_154, "plain44": 658_586, "plain56": 853_018, "plain110": 1_727_962,
 }  # fmt: skip
 SHORTCUT_B = {
@@ -22,6 +24,11 @@ SHORTCUT_B = {
     "resnet110": 1_730_714,
     "resnet1202": 19_424_026,
 }
+KERAS_COUNTS = {  # Keras counts a batch norm's moving statistics too
+    "keras_resnet50": 25_636_712, "keras_resnet101": 44_707_176, "keras_resnet152": 60_419_944,
+    "keras_resnet50v2": 25_613_800, "keras_resnet101v2": 44_675_560, "keras_resnet152v2": 60_380_648,
+    "keras_teaching_resnet50": 23_600_006,
+}  # fmt: skip
 GIGA_MACS = {
     "resnet18": 1.814,
     "resnet34": 3.664,
@@ -34,30 +41,48 @@ GIGA_MACS = {
 PAPER_GIGA_MACS = {"resnet50": 3.8, "resnet101": 7.6, "resnet152": 11.3}  # v1: the stride on the first 1x1
 
 
-def measured(spec: Spec, size: int) -> tuple[int, int, int]:
-    """Parameters, multiply-accumulates and fp32 output bytes of the built net's leaf modules, for one image."""
+def measured(spec: Spec, size: int) -> list[tuple[str, tuple[int, ...], int, int]]:
+    """Name, output shape, parameters and multiply-accumulates of the built net's leaf modules, in the order they run."""
     with torch.device("meta"):
-        net = reslab.build(spec).eval()
-    macs, outputs = [], []
+        net = reslab.build(spec)
+    ran = []
 
-    def look(module: torch.nn.Module, inputs: object, output: torch.Tensor) -> None:
-        outputs.append(4 * output.numel())
-        if isinstance(module, torch.nn.Conv2d):
-            macs.append(module.weight.numel() * output.shape[2] * output.shape[3])
-        elif isinstance(module, torch.nn.Linear):
-            macs.append(module.weight.numel())
+    def look(name: str, module: torch.nn.Module, output: torch.Tensor) -> None:
+        params, macs = sum(p.numel() for p in module.parameters()), 0
+        if isinstance(module, torch.nn.Conv2d | torch.nn.Linear):
+            macs = module.weight.numel() * math.prod(output.shape[2:])
+        ran.append((name, tuple(output.shape[1:]), params, macs))
 
-    for module in net.modules():
-        if not list(module.children()):
-            module.register_forward_hook(look)
-    net(torch.empty(1, spec.in_channels, size, size, device="meta"))
-    return sum(p.numel() for p in net.parameters()), sum(macs), sum(outputs)
+    for name, module in net.named_modules():
+        if not list(module.children()) and not isinstance(module, torch.nn.Identity):
+            module.register_forward_hook(lambda m, i, o, name=name: look(name, m, o))
+    net(torch.empty(2, spec.in_channels, size, size, device="meta"))
+    assert sum(p.numel() for p in net.parameters()) == sum(params for _, _, params, _ in ran)
+    return ran
+
+
+def counted(spec: Spec, size: int) -> list[tuple[str, tuple[int, ...], int, int]]:
+    return [(layer.name, layer.shape, layer.params, layer.macs) for layer in spec.layers(size)]
 
 
 @pytest.mark.parametrize("name", FAMILY)
-def test_arithmetic_equals_built_net_exactly(name: str) -> None:
+def test_arithmetic_equals_built_net_layer_by_layer(name: str) -> None:
     row = FAMILY[name]
-    assert tuple(row.spec.cost(row.image_size)) == measured(row.spec, row.image_size)
+    assert counted(row.spec, row.image_size) == measured(row.spec, row.image_size)
+
+
+@pytest.mark.parametrize("name", FAMILY)
+def test_cost_is_the_sum_of_the_layers(name: str) -> None:
+    spec, size = FAMILY[name].spec, FAMILY[name].image_size
+    rows = counted(spec, size)
+    assert spec.cost(size) == (sum(r[2] for r in rows), sum(r[3] for r in rows), sum(4 * math.prod(r[1]) for r in rows))
+
+
+@pytest.mark.parametrize("name", KERAS_COUNTS)
+def test_params_are_those_that_keras_counts(name: str) -> None:
+    spec, size = FAMILY[name].spec, FAMILY[name].image_size
+    statistics = sum(2 * layer.shape[0] for layer in spec.layers(size) if layer.kind == "batchnorm")
+    assert spec.cost(size).params + statistics == KERAS_COUNTS[name]
 
 
 @pytest.mark.parametrize("name", PARAMS)
@@ -78,24 +103,31 @@ def test_macs_are_the_published_ones() -> None:
 
 @pytest.mark.parametrize(
     "changes",
-    [{"norm": "none"}, {"shortcut": "C"}, {"shortcut": "none"}, {"stride": "v1"}, {"stem": "conv3"}, {"stem": "conv7"}, {"shortcut": "A"}],
+    [
+        {"norm": "none"},
+        {"norm": "group"},
+        {"shortcut": "A"},
+        {"shortcut": "C"},
+        {"shortcut": "D"},
+        {"shortcut": "none"},
+        {"stride": "v1"},
+        {"stride": "last"},
+        {"stride": "none"},
+        {"stem": "conv3"},
+        {"stem": "conv7"},
+        {"stem": "deep-conv"},
+        {"antialias": True},
+        {"squeeze": 16, "order": "preact"},
+        {"order": "bn-after-add", "bias": "unnormed"},
+        {"order": "relu-preact", "bias": "all"},
+        {"norm": "none", "init": "fixup"},
+    ],
     ids=str,
 )
 @pytest.mark.parametrize(("name", "size"), [("resnet18", 65), ("resnet50", 97)])
-def test_variants_count_exactly_on_odd_sizes(name: str, size: int, changes: dict[str, str]) -> None:
+def test_variants_count_exactly_on_odd_sizes(name: str, size: int, changes: dict[str, object]) -> None:
     spec = reslab.spec(name, **changes)
-    assert tuple(spec.cost(size)) == measured(spec, size)
-
-
-def test_layers_are_the_leaf_modules_in_running_order() -> None:
-    spec = reslab.spec("resnet50")
-    net, ran = reslab.build(spec), []
-    for name, module in net.named_modules():
-        if not list(module.children()):
-            module.register_forward_hook(lambda m, i, o, name=name: ran.append((name, tuple(o.shape[1:]))))
-    with torch.no_grad():
-        net.eval()(torch.zeros(1, 3, 64, 64))
-    assert [(layer.name, layer.shape) for layer in spec.layers(64)] == ran
+    assert counted(spec, size) == measured(spec, size)
 
 
 @pytest.mark.parametrize(
@@ -130,7 +162,19 @@ def test_spec_survives_json() -> None:
         (lambda: reslab.spec("resnet18", block="bottelneck"), "unknown block 'bottelneck': did you mean 'bottleneck'"),
         (lambda: reslab.spec("resnet18", depths=(2, 2)), "one entry a stage"),
         (lambda: reslab.spec("resnet18", depths=(2, 2, 2, 10**9)), "whole numbers from 1"),
-        (lambda: reslab.spec("plain18", zero_init=True), "zero_init needs a shortcut"),
+        (lambda: reslab.spec("plain18", zero_init=True), "zero_init, init, drop_path and carry need a shortcut"),
+        (lambda: reslab.spec("plain18", drop_path=0.5), "zero_init, init, drop_path and carry need a shortcut"),
+        (lambda: reslab.spec("resnet18", init="fixup"), "init fixup is for norm none"),
+        (lambda: reslab.spec("resnet18", norm="none", init="fixup", order="preact"), "fixup is defined for order original; received preact"),
+        (lambda: reslab.spec("preact20", antialias=True), "antialias is defined for order original"),
+        (lambda: reslab.spec("resnet18", stem="raw7-pool"), "leaves its activation to pre-activation blocks"),
+        (lambda: reslab.spec("resnet18", stem="conv5"), "unknown stem 'conv5': did you mean 'conv"),
+        (lambda: reslab.spec("resnet18", drop_path=1.0), "drop_path must be at least 0 and below 1"),
+        (lambda: reslab.spec("resnet18", squeeze=-1), "must be whole numbers from 0"),
+        (lambda: reslab.spec("skipblock8", squeeze=16), "skip blocks have no squeeze; received 16"),
+        (lambda: reslab.spec("skipblock8", shortcut="A"), "shortcut of skip blocks must be B or none; received A"),
+        (lambda: reslab.spec("skipblock8", widths=(64, 96, 128)), "as many channels as the one before, or twice"),
+        (lambda: reslab.spec("skipblock8").check_size(64), "fixes the image size at 32 px; received 64"),
         (lambda: reslab.spec("resnet18", groups=2), "belong to bottleneck blocks"),
         (lambda: reslab.spec("resnet50", groups=7), "groups must divide the channels"),
     ],

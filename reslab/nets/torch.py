@@ -1,17 +1,36 @@
-"""Spec -> nn.Module. Read block -> stage -> net. Tensors are NCHW; parameter names are torchvision's.
+"""Spec -> nn.Module. Read block -> stage -> net. Tensors are NCHW; parameter names are torchvision's, and timm's beyond.
 
 The skip addition is a module (`add`), every ReLU is its own and none works in place, so that any intermediate can be
-read, replaced or hooked without a surprise.
+read, replaced or hooked without a surprise. What a spec does not ask for is None and has no name in the state.
 """
 
 from typing import Any
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from reslab.spec import Spec, block_convs, shortcut_kind
-from reslab.spec import spec as find_spec
+from reslab.family import spec as find_spec
+from reslab.layout import SHORTCUT_DROPOUT, Unit, has_bias, is_normed, squeezed, stages
+from reslab.nets.initialise import initialise
+from reslab.nets.parts import (
+    Add,
+    AddExclusive,
+    AddGated,
+    AddScaled,
+    BlurPool,
+    DropPath,
+    Duplicate,
+    PadShortcut,
+    Scale,
+    Shift,
+    SqueezeExcite,
+    ZeroPaddedMaxPool,
+    conv,
+    norm,
+    through,
+)
+from reslab.spec import FLAT_SIZE, STEMS, Conv, Spec
+
+ADDITIONS = {"scaling": AddScaled, "exclusive-gate": AddExclusive, "shortcut-gate": AddGated}
 
 
 def build(net: str | Spec, **changes: Any) -> "ResNet":
@@ -28,18 +47,24 @@ class ResNet(nn.Module):
     def __init__(self, spec: Spec) -> None:
         super().__init__()
         self.spec = spec
-        width = spec.widths[0]
-        self.conv1 = _conv(spec, spec.in_channels, width, *((3, 1) if spec.stem == "conv3" else (7, 2)))
-        if spec.norm == "batch":
-            self.bn1 = nn.BatchNorm2d(width)
-        self.relu = nn.ReLU()
-        if spec.stem == "conv7-pool":
-            self.maxpool = nn.MaxPool2d(3, stride=2, padding=1)
-        for index, (depth, channels) in enumerate(zip(spec.depths, spec.widths, strict=True)):
-            blocks = _stage(spec, width, channels, depth, stride=1 if index == 0 else 2)
-            width = blocks[-1].out_channels
-            self.add_module(f"layer{index + 1}", nn.Sequential(*blocks))
-        self.avgpool = nn.AdaptiveAvgPool2d(1)
+        stem, width = STEMS[spec.stem], spec.stem_width or spec.widths[0]
+        normed = stem.activated and spec.block != "skip"
+        self.conv1 = _stem(spec, width, normed)
+        self.bn1 = norm(spec, width) if normed else None
+        self.relu = nn.ReLU() if stem.activated else None
+        self.maxpool = _pool(spec, width)
+        for number, units in enumerate(stages(spec), start=1):
+            self.add_module(f"layer{number}", nn.Sequential(*(KINDS[spec.block if spec.block == "skip" else spec.order](spec, unit) for unit in units)))
+            width = units[-1].outputs
+        self.bn_last = norm(spec, width) if spec.order == "preact" else None
+        self.relu_last = nn.ReLU() if spec.order in ("preact", "relu-preact") else None
+        if spec.flatten:
+            self.flatten = nn.Flatten()
+            (features,) = next(layer.shape for layer in spec.layers(spec.flatten) if layer.kind == "flatten")
+            self.fc1, self.relu_fc1, width = nn.Linear(features, FLAT_SIZE), nn.ReLU(), FLAT_SIZE
+        else:
+            self.avgpool = nn.AdaptiveAvgPool2d(1)
+        self.pre_fc = Shift() if spec.init == "fixup" else None
         self.fc = nn.Linear(width, spec.num_classes)
         initialise(self)
 
@@ -50,12 +75,7 @@ class ResNet(nn.Module):
 
     def forward(self, x: Tensor, outputs: dict[str, Tensor] | None = None) -> Tensor:
         """Logits (N, num_classes). A dict given as `outputs` receives the stem's and every block's output by name."""
-        x = self.conv1(x)
-        if self.spec.norm == "batch":
-            x = self.bn1(x)
-        x = self.relu(x)
-        if self.spec.stem == "conv7-pool":
-            x = self.maxpool(x)
+        x = through(self.maxpool, through(self.relu, through(self.bn1, self.conv1(x))))
         if outputs is not None:
             outputs["stem"] = x
         for number, stage in enumerate(self.stages, start=1):
@@ -63,131 +83,193 @@ class ResNet(nn.Module):
                 x = block(x)
                 if outputs is not None:
                     outputs[f"layer{number}.{index}"] = x
-        logits: Tensor = self.fc(self.avgpool(x).flatten(1))
+        x = through(self.relu_last, through(self.bn_last, x))
+        x = self.relu_fc1(self.fc1(self.flatten(x))) if self.spec.flatten else self.avgpool(x).flatten(1)
+        logits: Tensor = self.fc(through(self.pre_fc, x))
         return logits
 
 
-def _stage(spec: Spec, inputs: int, width: int, depth: int, stride: int) -> "list[BasicBlock | Bottleneck]":
-    kind = BasicBlock if spec.block == "basic" else Bottleneck
-    blocks: list[BasicBlock | Bottleneck] = []
-    for index in range(depth):
-        blocks.append(kind(spec, inputs, width, stride if index == 0 else 1))
-        inputs = blocks[-1].out_channels
-    return blocks
+def _stem(spec: Spec, width: int, normed: bool) -> nn.Module:
+    """One convolution, or several with norm and ReLU between them."""
+    layers: list[nn.Module | None] = []
+    inputs, convs = spec.in_channels, STEMS[spec.stem].convs
+    for index, (part, kernel, stride) in enumerate(convs, start=1):
+        last, outputs = index == len(convs), int(width * part)
+        layers.append(conv(inputs, Conv(outputs, kernel, stride), has_bias(spec, normed or not last)))
+        if not last:
+            layers += [norm(spec, outputs) or nn.Identity(), nn.ReLU()]
+        inputs = outputs
+    made = [layer for layer in layers if layer is not None]
+    return made[0] if len(made) == 1 else nn.Sequential(*made)
 
 
-class BasicBlock(nn.Module):
-    """3x3 - 3x3, then the shortcut is added."""
-
-    def __init__(self, spec: Spec, inputs: int, width: int, stride: int) -> None:
-        super().__init__()
-        (c1, *first), (c2, *second) = block_convs(spec, width, stride)
-        self.out_channels = c2
-        self.conv1 = _conv(spec, inputs, c1, *first)
-        self.bn1 = _norm(spec, c1)
-        self.relu1 = nn.ReLU()
-        self.conv2 = _conv(spec, c1, c2, *second)
-        self.bn2 = _norm(spec, c2)
-        self.downsample = _shortcut(spec, inputs, c2, stride)
-        self.add = Add() if spec.shortcut != "none" else None
-        self.relu2 = nn.ReLU()
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.relu1(_normed(self.bn1, self.conv1(x)))
-        y = _normed(self.bn2, self.conv2(y))
-        if self.add is not None:
-            y = self.add(y, x if self.downsample is None else self.downsample(x))
-        out: Tensor = self.relu2(y)
-        return out
-
-
-class Bottleneck(nn.Module):
-    """1x1 - 3x3 - 1x1 to four times the width, then the shortcut is added."""
-
-    def __init__(self, spec: Spec, inputs: int, width: int, stride: int) -> None:
-        super().__init__()
-        (c1, *first), (c2, *second), (c3, *third) = block_convs(spec, width, stride)
-        self.out_channels = c3
-        self.conv1 = _conv(spec, inputs, c1, *first)
-        self.bn1 = _norm(spec, c1)
-        self.relu1 = nn.ReLU()
-        self.conv2 = _conv(spec, c1, c2, *second)
-        self.bn2 = _norm(spec, c2)
-        self.relu2 = nn.ReLU()
-        self.conv3 = _conv(spec, c2, c3, *third)
-        self.bn3 = _norm(spec, c3)
-        self.downsample = _shortcut(spec, inputs, c3, stride)
-        self.add = Add() if spec.shortcut != "none" else None
-        self.relu3 = nn.ReLU()
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.relu1(_normed(self.bn1, self.conv1(x)))
-        y = self.relu2(_normed(self.bn2, self.conv2(y)))
-        y = _normed(self.bn3, self.conv3(y))
-        if self.add is not None:
-            y = self.add(y, x if self.downsample is None else self.downsample(x))
-        out: Tensor = self.relu3(y)
-        return out
-
-
-class Add(nn.Module):
-    """The skip addition, named so that studies can find it."""
-
-    def forward(self, branch: Tensor, shortcut: Tensor) -> Tensor:
-        return branch + shortcut
-
-
-class PadShortcut(nn.Module):
-    """Shortcut A: every `stride`-th pixel, and zero channels added on both sides. It has no parameters."""
-
-    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
-        super().__init__()
-        before = (outputs - inputs) // 2
-        self.stride = stride
-        self.pad = (0, 0, 0, 0, before, outputs - inputs - before)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.pad(x[:, :, :: self.stride, :: self.stride], self.pad)
-
-
-def _conv(spec: Spec, inputs: int, outputs: int, kernel: int, stride: int, groups: int = 1) -> nn.Conv2d:
-    return nn.Conv2d(inputs, outputs, kernel, stride, padding=kernel // 2, groups=groups, bias=spec.norm == "none")
-
-
-def _norm(spec: Spec, channels: int) -> nn.BatchNorm2d | None:
-    return nn.BatchNorm2d(channels) if spec.norm == "batch" else None
-
-
-def _normed(norm: nn.BatchNorm2d | None, x: Tensor) -> Tensor:
-    return x if norm is None else norm(x)
-
-
-def _shortcut(spec: Spec, inputs: int, outputs: int, stride: int) -> nn.Module | None:
-    if spec.shortcut == "none":
+def _pool(spec: Spec, width: int) -> nn.Module | None:
+    stem = STEMS[spec.stem]
+    if stem.conv_pool:
+        return nn.Sequential(conv(width, Conv(width, 3, 2), has_bias(spec, normed=True)), norm(spec, width) or nn.Identity(), nn.ReLU())
+    if stem.pool is None:
         return None
-    kind = shortcut_kind(spec, inputs, outputs, stride)
-    if kind == "pad":
-        return PadShortcut(inputs, outputs, stride)
-    if kind == "projection":
-        conv, norm = _conv(spec, inputs, outputs, 1, stride), _norm(spec, outputs)
-        return nn.Sequential(conv) if norm is None else nn.Sequential(conv, norm)
-    return None
+    kernel, stride, padding, fill = stem.pool
+    if spec.antialias:
+        return nn.Sequential(nn.MaxPool2d(kernel, 1, padding), BlurPool(stride))
+    return ZeroPaddedMaxPool(kernel, stride, padding) if fill == "zero" else nn.MaxPool2d(kernel, stride, padding)
 
 
-@torch.no_grad()
-def initialise(net: ResNet) -> None:
-    """He et al. 2015 (1502.01852), equation 14 (fan out) for convolutions; scales one, biases zero; the head uniform.
+class Block(nn.Module):
+    """A residual branch of convolutions and the shortcut around it. Abstract: an order of its parts is a subclass.
 
-    With `zero_init` the last scale of each residual branch starts at zero; without a norm that is the last convolution.
+    The parts are conv1, bn1, relu1, conv2 and so on; `dropout` before the last convolution and `blur` behind the
+    convolution that halves are there when the spec says so.
     """
-    for module in net.modules():
-        if isinstance(module, nn.Conv2d):
-            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-            if module.bias is not None:
-                nn.init.zeros_(module.bias)
-    if net.spec.zero_init:
-        for module in net.modules():
-            if isinstance(module, BasicBlock):
-                nn.init.zeros_((module.bn2 or module.conv2).weight)
-            elif isinstance(module, Bottleneck):
-                nn.init.zeros_((module.bn3 or module.conv3).weight)
+
+    def __init__(self, spec: Spec, unit: Unit) -> None:
+        super().__init__()
+        self.count, self.halving = len(unit.convs), unit.blur
+        inputs = unit.inputs
+        for number, each in enumerate(unit.convs, start=1):
+            if spec.init == "fixup":
+                self.add_module(f"pre{number}", Shift())
+            self.add_module(f"conv{number}", conv(inputs, each, has_bias(spec, is_normed(spec, number, self.count))))
+            free = unit.activated and number == 1  # its input is activated already
+            normed = inputs if spec.order == "preact" else each.outputs
+            self.add_module(f"bn{number}", None if free and spec.order == "preact" else norm(spec, normed, last_of_branch=number == self.count))
+            self.add_module(f"relu{number}", None if free else nn.ReLU())
+            inputs = each.outputs
+        self.blur = BlurPool(2) if unit.blur else None
+        self.dropout = nn.Dropout(spec.dropout) if spec.dropout else None
+        self.se = SqueezeExcite(inputs, squeezed(spec, inputs)) if spec.squeeze else None
+        self.scale = Scale() if spec.init in ("skipinit", "rezero") else None
+        self.drop_path = DropPath(unit.drop_path) if unit.drop_path else None
+        self.downsample = _shortcut(spec, unit)
+        self.carry = nn.Dropout(SHORTCUT_DROPOUT) if spec.carry == "dropout" else None
+        gated = spec.carry in ("exclusive-gate", "shortcut-gate")
+        self.gate = nn.Sequential(conv(inputs, Conv(inputs, 1, 1), bias=True), nn.Sigmoid()) if gated else None
+        self.add = ADDITIONS.get(spec.carry, Add)() if unit.carrier != "none" else None
+
+    def part(self, name: str, number: int, x: Tensor) -> Tensor:
+        return through(self._modules[f"{name}{number}"], x)
+
+    def convolve(self, number: int, x: Tensor) -> Tensor:
+        """The convolution of that number, and what directly surrounds it."""
+        if number == self.count:
+            x = through(self.dropout, x)
+        return self.part("conv", number, through(self._modules.get(f"pre{number}"), x))
+
+    def join(self, branch: Tensor, x: Tensor) -> Tensor:
+        """The branch and what the shortcut carries of x, added."""
+        branch = through(self.drop_path, through(self.scale, through(self.se, branch)))
+        if self.add is None:
+            return branch
+        carried = through(self.carry, through(self.downsample, x))
+        out: Tensor = self.add(branch, carried) if self.gate is None else self.add(branch, carried, self.gate(carried))
+        return out
+
+
+class Original(Block):
+    """conv-BN-ReLU ... conv-BN, addition, ReLU: He et al. 2015."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = x
+        for number in range(1, self.count):
+            y = self.part("relu", number, self.part("bn", number, self.convolve(number, y)))
+            if number == self.halving:
+                y = through(self.blur, y)
+        y = self.part("bn", self.count, self.convolve(self.count, y))
+        return self.part("relu", self.count, self.join(y, x))
+
+
+class BNAfterAdd(Block):
+    """conv-BN-ReLU ... conv, addition, BN, ReLU: He et al. 2016, figure 4b."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = x
+        for number in range(1, self.count):
+            y = self.part("relu", number, self.part("bn", number, self.convolve(number, y)))
+        y = self.join(self.convolve(self.count, y), x)
+        return self.part("relu", self.count, self.part("bn", self.count, y))
+
+
+class ReLUBeforeAdd(Block):
+    """conv-BN-ReLU ... conv-BN-ReLU, addition: figure 4c."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = x
+        for number in range(1, self.count + 1):
+            y = self.part("relu", number, self.part("bn", number, self.convolve(number, y)))
+        return self.join(y, x)
+
+
+class ReLUPreact(Block):
+    """ReLU-conv-BN ... ReLU-conv-BN, addition: figure 4d. A projection sees the activated input."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = activated = self.part("relu", 1, x)
+        for number in range(1, self.count + 1):
+            y = self.part("relu", number, y) if number > 1 else y
+            y = self.part("bn", number, self.convolve(number, y))
+        return self.join(y, activated if isinstance(self.downsample, nn.Sequential) else x)
+
+
+class Preact(Block):
+    """BN-ReLU-conv ... BN-ReLU-conv, addition: figure 4e. A projection sees the activated input."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = activated = self.part("relu", 1, self.part("bn", 1, x))
+        for number in range(1, self.count + 1):
+            y = self.part("relu", number, self.part("bn", number, y)) if number > 1 else y
+            y = self.convolve(number, y)
+        return self.join(y, activated if isinstance(self.downsample, nn.Sequential) else x)
+
+
+class SkipBlock(nn.Module):
+    """conv-BN-ReLU twice at the old size, the input added after the last ReLU; 1x1 convolutions halve either path.
+
+    Where channels double with it, the shortcut is put behind itself once more.
+    """
+
+    def __init__(self, spec: Spec, unit: Unit) -> None:
+        super().__init__()
+        first, second = unit.convs
+        bias = has_bias(spec, normed=True)
+        self.conv1, self.bn1, self.relu1 = conv(unit.inputs, first, bias), norm(spec, first.outputs), nn.ReLU()
+        self.conv2, self.bn2, self.relu2 = conv(first.outputs, second, bias), norm(spec, second.outputs), nn.ReLU()
+        self.halve = conv(second.outputs, Conv(second.outputs, 1, unit.stride), bias) if unit.stride > 1 else None
+        carried = {"duplicate": unit.inputs, "projection": unit.outputs}.get(unit.carrier)
+        self.downsample = conv(unit.inputs, Conv(carried, 1, unit.stride), bias) if carried else None
+        self.duplicate = Duplicate() if unit.carrier == "duplicate" and unit.outputs > unit.inputs else None
+        self.add = Add() if unit.carrier != "none" else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.relu1(through(self.bn1, self.conv1(x)))
+        y = through(self.halve, self.relu2(through(self.bn2, self.conv2(y))))
+        if self.add is None:
+            return y
+        out: Tensor = self.add(y, through(self.duplicate, through(self.downsample, x)))
+        return out
+
+
+KINDS: dict[str, type[nn.Module]] = {
+    "original": Original,
+    "bn-after-add": BNAfterAdd,
+    "relu-before-add": ReLUBeforeAdd,
+    "relu-preact": ReLUPreact,
+    "preact": Preact,
+    "skip": SkipBlock,
+}
+
+
+def _shortcut(spec: Spec, unit: Unit) -> nn.Module | None:
+    if unit.carrier in ("none", "identity"):
+        return None
+    if unit.carrier == "pad":
+        return PadShortcut(unit.inputs, unit.outputs, unit.stride)
+    layers: list[nn.Module] = []
+    stride = unit.stride
+    if unit.carrier == "pool-projection":
+        layers.append(nn.AvgPool2d(2, stride, ceil_mode=True, count_include_pad=False) if stride > 1 else nn.Identity())
+        stride = 1
+    normed = spec.order != "preact"
+    layers.append(conv(unit.inputs, Conv(unit.outputs, 1, stride), has_bias(spec, normed)))
+    if normed and spec.norm != "none":
+        layers.append(norm(spec, unit.outputs) or nn.Identity())
+    return nn.Sequential(*layers)

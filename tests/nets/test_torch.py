@@ -6,8 +6,8 @@ import torch
 from torch import nn
 
 import reslab
+from reslab.family import FAMILY
 from reslab.nets.torch import Add
-from reslab.spec import FAMILY
 from tests.conftest import scramble
 
 GOLDENS = Path(__file__).parents[1] / "goldens" / "parameters.json"

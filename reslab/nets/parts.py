@@ -1,0 +1,178 @@
+"""The leaves of a torch net that torch does not have, and how its convolutions and norms are made from a Spec. NCHW."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from reslab.layout import SCALING, norm_groups, norm_kind
+from reslab.spec import Conv, Spec
+
+
+def conv(inputs: int, c: Conv, bias: bool) -> nn.Conv2d:
+    """Padded so that stride 1 keeps the size."""
+    return nn.Conv2d(inputs, c.outputs, c.kernel, c.stride, padding=c.kernel // 2, groups=c.groups, bias=bias)
+
+
+def norm(spec: Spec, channels: int, last_of_branch: bool = False) -> nn.Module | None:
+    """What the spec has where a norm stands, or None."""
+    match norm_kind(spec, last_of_branch):
+        case "batchnorm":
+            return nn.BatchNorm2d(channels, spec.eps)
+        case "groupnorm":
+            return nn.GroupNorm(norm_groups(channels), channels, spec.eps)
+        case "shift":
+            return Shift()
+        case "scaleshift":
+            return ScaleShift()
+    return None
+
+
+def through(module: nn.Module | None, x: Tensor) -> Tensor:
+    """The module's output, or x where there is none."""
+    return x if module is None else module(x)
+
+
+class Add(nn.Module):
+    """The skip addition, named so that studies can find it."""
+
+    def forward(self, branch: Tensor, shortcut: Tensor) -> Tensor:
+        return branch + shortcut
+
+
+class AddScaled(nn.Module):
+    """Both halved: constant scaling, He et al. 2016, section 3.1."""
+
+    def forward(self, branch: Tensor, shortcut: Tensor) -> Tensor:
+        return SCALING * branch + SCALING * shortcut
+
+
+class AddExclusive(nn.Module):
+    """g F + (1 - g) x: exclusive gating, as in highway networks."""
+
+    def forward(self, branch: Tensor, shortcut: Tensor, gate: Tensor) -> Tensor:
+        return gate * branch + (1 - gate) * shortcut
+
+
+class AddGated(nn.Module):
+    """F + (1 - g) x: shortcut-only gating."""
+
+    def forward(self, branch: Tensor, shortcut: Tensor, gate: Tensor) -> Tensor:
+        return branch + (1 - gate) * shortcut
+
+
+class PadShortcut(nn.Module):
+    """Shortcut A: every `stride`-th pixel, and zero channels added on both sides. It has no parameters."""
+
+    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
+        super().__init__()
+        before = (outputs - inputs) // 2
+        self.stride = stride
+        self.pad = (0, 0, 0, 0, before, outputs - inputs - before)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.pad(x[:, :, :: self.stride, :: self.stride], self.pad)
+
+
+class Duplicate(nn.Module):
+    """The channels, and once more the channels."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat((x, x), dim=1)
+
+
+class ZeroPaddedMaxPool(nn.MaxPool2d):
+    """A max-pool whose padding is zero, not minus infinity: as in Keras, where zeros are padded first."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        p = int(self.padding)  # type: ignore[arg-type]
+        return F.max_pool2d(F.pad(x, (p, p, p, p)), self.kernel_size, self.stride)
+
+
+class BlurPool(nn.Module):
+    """Every `stride`-th pixel of x smoothed by (1 2 1)^T (1 2 1) / 16, edges reflected: Zhang 2019 (1904.11486)."""
+
+    def __init__(self, stride: int) -> None:
+        super().__init__()
+        self.stride = stride
+        line = torch.tensor([0.25, 0.5, 0.25])
+        self.register_buffer("kernel", torch.outer(line, line), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        kernel = self.get_buffer("kernel").to(x.dtype)
+        channels = x.shape[1]
+        return F.conv2d(F.pad(x, (1, 1, 1, 1), mode="reflect"), kernel.expand(channels, 1, 3, 3), stride=self.stride, groups=channels)
+
+
+class SqueezeExcite(nn.Module):
+    """Every channel times a number in (0, 1) that all channels' means decide: Hu et al. 2017 (1709.01507)."""
+
+    def __init__(self, channels: int, inside: int) -> None:
+        super().__init__()
+        self.pool = nn.AdaptiveAvgPool2d(1)
+        self.fc1 = conv(channels, Conv(inside, 1, 1), bias=True)
+        self.relu = nn.ReLU()
+        self.fc2 = conv(inside, Conv(channels, 1, 1), bias=True)
+        self.sigmoid = nn.Sigmoid()
+        self.multiply = Multiply()
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.multiply(x, self.sigmoid(self.fc2(self.relu(self.fc1(self.pool(x))))))
+        return out
+
+
+class Multiply(nn.Module):
+    """The product of two tensors."""
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        return x * y
+
+
+class DropPath(nn.Module):
+    """In training each image's branch is zero with that chance, and scaled up otherwise (Huang et al. 2016, 1603.09382)."""
+
+    def __init__(self, chance: float) -> None:
+        super().__init__()
+        self.chance = chance
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training:
+            return x
+        kept = torch.empty(len(x), 1, 1, 1, device=x.device, dtype=x.dtype).bernoulli_(1 - self.chance)
+        return x * kept / (1 - self.chance)
+
+    def extra_repr(self) -> str:
+        return f"chance={self.chance:.3g}"
+
+
+class Shift(nn.Module):
+    """x + b with one learned scalar that starts at zero: Fixup (Zhang et al. 2019, 1901.09321)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bias = nn.Parameter(torch.zeros(1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.bias
+
+
+class ScaleShift(nn.Module):
+    """a x + b with two learned scalars, one and zero at the start: the end of a Fixup branch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(1))
+        self.bias = nn.Parameter(torch.zeros(1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.weight * x + self.bias
+
+
+class Scale(nn.Module):
+    """a x with one learned scalar that starts at zero: SkipInit (De & Smith 2020) and ReZero (Bachlechner et al. 2020)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.weight * x
