@@ -111,6 +111,10 @@ def _start(
     else:
         size = recipe.image_size or images.image_size
         spec = find_spec(net).fit(size, images.channels, len(images.classes))
+    if spec.flatten:
+        if recipe.low_resolution:
+            raise CallError(f"a net that flattens its map has one image size; received --low-resolution {recipe.low_resolution}: leave it out")
+        recipe = replace(recipe, low_resolution=0.0)
     recipe = resolve(recipe, len(images.split["train"]), size, images.upright, here.world)
     if recipe.zero_init is not None:
         spec = replace(spec, zero_init=recipe.zero_init)

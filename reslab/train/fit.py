@@ -34,7 +34,7 @@ from reslab.train.recipe import Recipe
 from reslab.train.state import Progress, load_state, save_state
 
 LOG_SECONDS = 1.0  # between two `step` records
-ORDER, AUGMENT, COIN = 1, 2, 3  # streams of random numbers
+ORDER, AUGMENT, COIN, LAYERS = 1, 2, 3, 4  # streams of random numbers
 GENTLE_ERROR = 0.8  # training error below which warmup_lr ends
 PLATEAU = 10  # epochs without a better val top-1 before the plateau schedule lowers the rate
 
@@ -132,6 +132,7 @@ class Training:
         if recipe.freeze == "trunk":
             self.net.eval()  # a frozen trunk keeps its statistics too
         set_lr(self.optimizer, lr)
+        torch.manual_seed(seed_of(recipe.seed, LAYERS, p.step, self.machine.rank))  # dropout and stochastic depth draw from it
         with self.machine.autocast(self.plan.precision):
             logits = self.shared(x)
         loss = cross_entropy(logits.float(), targets, weight=self.class_weights, label_smoothing=recipe.label_smoothing)
@@ -338,7 +339,11 @@ def interrupts() -> Iterator[list[int]]:
             signal.signal(signum, handler)
 
 
+def seed_of(*numbers: int) -> int:
+    """A seed of its own for each tuple of numbers."""
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> np.uint64(1))
+
+
 def seeded(*numbers: int) -> Generator:
     """A generator of its own for each tuple of numbers."""
-    state = np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0]
-    return Generator().manual_seed(int(state >> np.uint64(1)))
+    return Generator().manual_seed(seed_of(*numbers))
