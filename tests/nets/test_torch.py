@@ -1,5 +1,6 @@
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -65,9 +66,16 @@ def test_parameter_names_and_shapes_are_the_pinned_ones() -> None:
     assert _names() == json.loads(GOLDENS.read_text())
 
 
-def _names() -> dict[str, dict[str, list[int]]]:
+PINNED: dict[str, dict[str, Any]] = {
+    "resnet20": {}, "plain20": {}, "resnet18": {}, "resnet50": {}, "preact20": {}, "resnet18d": {}, "se_resnet18": {}, "preact_resnet50": {},
+    "resnetrs50": {"depths": (1, 1, 1, 1)}, "resnet110_shortcut_gate": {"depths": (1, 1, 1)}, "resnet110_fixup": {"depths": (1, 1, 1)},
+    "resnet110_rezero": {"depths": (1, 1, 1)}, "resnet110_bn_after_add": {"depths": (1, 1, 1)}, "skipblock8": {"depths": (1, 2, 2)},
+}  # fmt: skip
+
+
+def _names() -> dict[str, dict[str, str]]:
     with torch.device("meta"):
-        return {name: {k: list(v.shape) for k, v in reslab.build(name).state_dict().items()} for name in ("resnet20", "plain20", "resnet18", "resnet50")}
+        return {name: {k: " ".join(map(str, v.shape)) for k, v in reslab.build(name, **changes).state_dict().items()} for name, changes in PINNED.items()}
 
 
 def test_forward_returns_every_block_by_name() -> None:

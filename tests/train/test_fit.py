@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -109,6 +110,30 @@ def test_every_option_of_a_step_trains(tmp_path: Path) -> None:
     assert run.last("test")["top1"] > 0.3
     sampled = reslab.train("digits", out=tmp_path / "sampled", epochs=1, balance="sampling", normalize="pixel-mean", crop="resized", keep="last")
     assert sampled.last("test")["n"] == 359
+
+
+def test_layers_that_draw_random_numbers_repeat_too(tmp_path: Path) -> None:
+    spec, runs = reslab.spec("resnet20", drop_path=0.5, dropout=0.2), []
+    for name in ("first", "second"):
+        runs.append(weights(reslab.train("digits", net=spec, out=tmp_path / name, epochs=1, batch_size=64, seed=3).path))
+        torch.rand(7)
+    assert all(torch.equal(runs[0][name], runs[1][name]) for name in runs[0])
+
+
+@pytest.mark.parametrize(
+    "name", ["preact20", "wrn16-8", "se_resnet20", "skipblock8", "resnet18d", "resnet110_shortcut_gate", "resnet18_blur", "resnet110_rezero"]
+)
+def test_nets_of_every_kind_train_and_load_again(name: str, tmp_path: Path) -> None:
+    spec = reslab.spec(name)
+    spec = replace(spec, depths=(1,) * len(spec.depths), widths=(8, 16, 32, 64)[: len(spec.widths)], stem_width=0)
+    run = reslab.train("digits", net=spec, out=tmp_path / "run", epochs=2, batch_size=64)
+    assert list(run.records("epoch"))[-1]["loss"] < 2.3, "a guess among ten"
+    assert reslab.load(run.path).spec == reslab.spec(spec).fit(8, 1, 10)
+
+
+def test_a_net_that_flattens_its_map_has_one_size(tmp_path: Path) -> None:
+    with pytest.raises(reslab.CallError, match=r"one image size; received --low-resolution 0\.5"):
+        reslab.train("digits", net="skipblock8", out=tmp_path / "run", low_resolution=0.5)
 
 
 def test_early_stopping_stops(tmp_path: Path) -> None:
