@@ -149,27 +149,20 @@ def squeezed(spec: Spec, channels: int) -> int:
 
 def layers(spec: Spec, image_size: Size) -> list[Layer]:
     """Every leaf module of the built net in the order it runs, for images of that size."""
-    height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
-    walk = _Walk(spec, (spec.in_channels, height, width))
-    walk.stem()
-    for stage in stages(spec):
-        for unit in stage:
-            walk.unit(unit)
-    walk.head()
-    return walk.made
+    return [layer for part in parts(spec, image_size, fold=False) for layer in part.layers]
 
 
-def parts(spec: Spec, image_size: Size) -> list[Part]:
-    """The net with equal blocks in a row told once, which is all that counting needs. Equal but for name and chance to drop.
+def parts(spec: Spec, image_size: Size, fold: bool = True) -> list[Part]:
+    """The layers by stretches. With `fold`, equal blocks in a row are told once, which is all that counting needs.
 
-    The layer behind such blocks reads, by name, from the first of them.
+    They are equal but for their names and chances to drop; the layer behind them then reads, by name, from the first.
     """
     height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
     walk = _Walk(spec, (spec.in_channels, height, width))
     walk.stem()
     made = [Part((), walk.take())]
     for stage in stages(spec):
-        for _, alike in groupby(stage, lambda unit: unit[1:-1]):
+        for _, alike in groupby(stage, lambda unit: unit[1:-1] if fold else unit.name):
             units = list(alike)
             walk.unit(units[0])
             made.append(Part(tuple(unit.name for unit in units), walk.take()))
