@@ -17,7 +17,7 @@ MARGIN, LABELS, TOP = 28, 190, 92  # around all, the column of words, the title
 GAP, PAD, BETWEEN = 12, 20, 34  # between boxes, inside a card, between cards
 RISE, ROW_GAP = 58, 40  # of the shortcut over the branch; between rows
 PLUS = 11  # radius
-BEND = 9  # radius of a wire's corner
+BEND, BOW, LEAST_BEND = 9, 64, 26  # radius of a wire's corner, and of the shortcut's: at most, and at least
 LEFT = MARGIN + LABELS
 
 
@@ -41,11 +41,11 @@ class Row(NamedTuple):
     def above(self) -> float:
         """From the top of its cards to the line on which its boxes stand."""
         named = 38 if self.parts[0].blocks else 32
-        return named + (RISE if self.bowed else 10) + 14 * any(s.gate for s in self.scenes)
+        return named + (RISE if self.bowed else 10) + 20 * any(s.gate for s in self.scenes)
 
     @property
     def height(self) -> float:
-        return self.above + 34 + 14 * any(s.formula for s in self.scenes)
+        return self.above + 34 + 20 * any(s.formula for s in self.scenes)
 
 
 def drawing(name: str, spec: Spec, image_size: int, source: str) -> str:
@@ -68,7 +68,7 @@ def drawing(name: str, spec: Spec, image_size: int, source: str) -> str:
     right = max(right + 2 * MARGIN, bends[-1][0] + 130, MARGIN * 2 + wide(told, 13), 860)
     on.words(MARGIN, 48, name, "title", "start")
     on.words(MARGIN, 70, told, "muted", "start")
-    _legend(on, y + 4, darkest)
+    _legend(on, made, y + 4, darkest)
     on.strokes.insert(0, f'<rect class="paper" width="{right:.0f}" height="{y + 40:.0f}"/>')
     return on.done(right, y + 40, f"{name}: a residual network layer by layer" if spec.shortcut != "none" else f"{name}: a plain network", _told(made, told))
 
@@ -78,11 +78,12 @@ def _rows(spec: Spec, image_size: int) -> list[Row]:
     made, cost = parts(spec, image_size), spec.cost(image_size)
     grouped = [list(group) for _, group in groupby(made, lambda part: part.blocks[0].split(".")[0] if part.blocks else "")]
     names = ["stem", *(f"stage {n}" for n in range(1, len(grouped) - 1)), "head"]
+    shapes = {"input": (spec.in_channels, image_size, image_size)} | {layer.name: layer.shape for part in made for layer in part.layers}
     rows = []
     for name, group in zip(names, grouped, strict=True):
         macs = sum(part.times * layer.macs for part in group for layer in part.layers) / cost.macs
         params = sum(part.times * layer.params for part in group for layer in part.layers) / cost.params
-        rows.append(Row(name, group, [scene(part, cost.macs) for part in group], (macs, params)))
+        rows.append(Row(name, group, [scene(part, cost.macs, shapes) for part in group], (macs, params)))
     return rows
 
 
@@ -162,48 +163,63 @@ def _cards(on: Drawing, row: Row, y: float, darkest: float) -> float:
 
 
 def _width(part: Part, s: Scene) -> float:
-    """Of a card: its boxes, its shortcut or its words, whichever is widest."""
-    main = _span(s.main) + (2 * PLUS + GAP if s.join is not None else 0)
-    side = _span([*s.side, *s.gate]) + 2 * PLUS + 70 if s.side or s.gate else 0
+    """Of a card: its boxes or its words, whichever is wider."""
     words = 0.0
     if part.blocks:
         words = wide(f"{part.blocks[0]} – {part.blocks[-1]}" if part.times > 1 else part.blocks[0], 11.5) + 60 * (part.times > 1)
-    return max(main, side, words) + 2 * PAD
+    return max(_branch_span(s), words) + 2 * PAD
 
 
-def _span(boxes: list[Box]) -> float:
-    return sum(box.width for box in boxes) + GAP * max(0, len(boxes) - 1)
+def _span(boxes: list[Box], gap: float = GAP) -> float:
+    return sum(box.width for box in boxes) + gap * max(0, len(boxes) - 1)
+
+
+def _side_span(s: Scene) -> float:
+    return _span([*s.side, *s.gate]) + 2 * GAP * bool(s.gate)
+
+
+def _gap(s: Scene) -> float:
+    """Between the boxes of a branch: more than usual where the shortcut over them carries more than they are wide."""
+    if s.join is None or not s.side + s.gate:
+        return GAP
+    under = s.main[s.fork : s.join]
+    return max(GAP, (_side_span(s) + 2 * LEAST_BEND - sum(box.width for box in under) - PLUS) / (len(under) + 0.5))
+
+
+def _branch_span(s: Scene) -> float:
+    return _span(s.main, _gap(s)) + (2 * PLUS + _gap(s) if s.join is not None else 0)
 
 
 def _block(on: Drawing, s: Scene, x: float, width: float, line: float, darkest: float) -> None:
     """A card's boxes on their line, the addition among them, and the shortcut over them."""
     on.path(f"M{x:.5g} {line:.5g}h{width:.5g}")
-    main = _span(s.main) + (2 * PLUS + GAP if s.join is not None else 0)
-    here = x + (width - main) / 2
-    fork = here - GAP / 2
+    gap = _gap(s)
+    here = x + (width - _branch_span(s)) / 2
+    fork = here
     for index, box in enumerate([*s.main, None]):
         if index == s.fork:
-            fork = here - GAP / 2
+            fork = here - gap / 2
         if index == s.join:
             _shortcut(on, s, fork, here + PLUS, line, darkest)
-            here += 2 * PLUS + GAP
+            here += 2 * PLUS + gap
         if box:
             _box(on, box, here, line, darkest)
-            here += box.width + GAP
+            here += box.width + gap
 
 
 def _shortcut(on: Drawing, s: Scene, start: float, end: float, line: float, darkest: float) -> None:
     """From `start` up, over the branch, down to the addition at `end`."""
-    top, r, foot = line - RISE, min(64.0, (end - start) / 3), line - PLUS - 4
+    side = _side_span(s)
+    r = min(BOW, (end - start - side) / 2)
+    top, foot = line - RISE, line - PLUS - 4
     rise = f"C{start:.5g} {top + 12:.5g} {start + r / 3:.5g} {top:.5g} {start + r:.5g} {top:.5g}"
     fall = f"C{end - r / 3:.5g} {top:.5g} {end:.5g} {top + 12:.5g} {end:.5g} {foot:.5g}"
     on.path(f"M{start:.5g} {line:.5g}{rise}H{end - r:.5g}{fall}", "skip")
-    boxes = [*s.side, *s.gate]
-    here = (start + end - _span(boxes)) / 2
-    for box in boxes:
-        if s.gate and box is s.gate[0]:  # x itself arrives too
-            w = _span(s.gate)
-            on.path(f"M{here - 10:.5g} {top:.5g}q2 -28 16 -28h{w - 12:.5g}q14 0 16 28", "skip")
+    here = (start + end - side) / 2
+    for box in [*s.side, *s.gate]:
+        if s.gate and box is s.gate[0]:  # x itself goes on beside its gate
+            on.path(f"M{here:.5g} {top:.5g}q2 -29 16 -29h{_span(s.gate) + 2 * GAP - 32:.5g}q14 0 16 29", "skip")
+            here += GAP
         _box(on, box, here, top, darkest)
         here += box.width + GAP
     on.disc(start, line, 3, "skiphead")
@@ -211,7 +227,7 @@ def _shortcut(on: Drawing, s: Scene, start: float, end: float, line: float, dark
     on.head(end, line - PLUS, "skiphead", down=True)
     on.words(end, line + 6, "+", "plus")
     if s.formula:
-        on.words(end, line + PLUS + 17, s.formula, "formula")
+        on.words(end, line + TALL / 2 + 16, s.formula, "formula")
 
 
 def _box(on: Drawing, box: Box, x: float, line: float, darkest: float) -> None:
@@ -225,16 +241,19 @@ def _box(on: Drawing, box: Box, x: float, line: float, darkest: float) -> None:
         on.words(x + box.width / 2, line + 12, box.lines[1], kind)
 
 
-def _legend(on: Drawing, y: float, darkest: float) -> None:
-    x = float(MARGIN)
-    on.words(x, y + 11, "share of the multiply-adds, all repeats together:  0%", "muted", "start")
-    x += wide("share of the multiply-adds, all repeats together:  0%", 11.5) + 8
+def _legend(on: Drawing, rows: list[Row], y: float, darkest: float) -> None:
+    x, words = float(MARGIN), "share of the multiply-adds, all repeats together:  0%"
+    on.words(x, y + 11, words, "muted", "start")
+    x += wide(words, 11.5) + 6
     for shade in range(1, SHADES):
         on.box(x, y, 26, 14, f"s{shade}", 2)
         x += 28
     on.words(x + 4, y + 11, f"{darkest:.1%}", "muted", "start")
     x += 70
-    on.path(f"M{x:.5g} {y + 13:.5g}q2 -12 14 -12h10q12 0 14 12", "skip")
-    on.words(x + 48, y + 11, "shortcut", "muted", "start")
-    on.words(x + 122, y + 12, "× n", "times", "start")
-    on.words(x + 156, y + 11, "equal blocks in a row", "muted", "start")
+    if any(row.bowed for row in rows):
+        on.path(f"M{x:.5g} {y + 13:.5g}q2 -12 14 -12h10q12 0 14 12", "skip")
+        on.words(x + 48, y + 11, "shortcut", "muted", "start")
+        x += 122
+    if any(part.times > 1 for row in rows for part in row.parts):
+        on.words(x, y + 12, "× n", "times", "start")
+        on.words(x + 34, y + 11, "equal blocks in a row", "muted", "start")

@@ -4,12 +4,12 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 from reslab.catalogue.svg import wide
-from reslab.layout import Layer, Part
+from reslab.layout import Layer, Part, Shape
 
 TALL, LOW = 40, 24  # heights of a box with two lines and with one
 ON_SHORTCUT = ("downsample", "duplicate", "carry", "gate")
 WORDS = {
-    "batchnorm": "BN", "groupnorm": "GN", "relu": "ReLU", "sigmoid": "σ", "globalpool": "mean", "flatten": "flatten", "duplicate": "twice",
+    "batchnorm": "BN", "groupnorm": "GN", "relu": "ReLU", "sigmoid": "σ", "globalpool": "mean", "flatten": "flatten", "duplicate": "concat × 2",
     "shift": "+ b", "scaleshift": "a x + b", "scale": "a x", "droppath": "drop path",
 }  # fmt: skip
 POOLS = {"maxpool": "max", "avgpool": "avg", "blurpool": "blur"}
@@ -43,8 +43,8 @@ class Scene(NamedTuple):
     formula: str
 
 
-def scene(part: Part, macs: int) -> Scene:
-    """What to draw of a part; `macs` are those of the whole net."""
+def scene(part: Part, macs: int, shapes: dict[str, Shape]) -> Scene:
+    """What to draw of a part; `macs` are those of the whole net, `shapes` those of all its layers."""
     branch: list[Layer] = []
     side: list[Layer] = []
     gate: list[Layer] = []
@@ -57,14 +57,14 @@ def scene(part: Part, macs: int) -> Scene:
         elif part.blocks and own.split(".")[0] in ON_SHORTCUT:
             side.append(layer)
         elif layer.kind.startswith("add"):
-            addition, join = layer, len(_boxes(branch, part.times, macs))
+            addition, join = layer, len(_boxes(branch, part.times, macs, shapes))
         else:
             branch.append(layer)
     source = (side[0].inputs[0] if side else addition.inputs[1]) if addition else ""
     names = [layer.name for layer in branch]
     fork = names.index(source) + 1 if source in names else 0
     formula = FORMULAS.get(addition.kind, "") if addition else ""
-    made = [_boxes(layers, part.times, macs) for layers in (branch, side, gate)]
+    made = [_boxes(layers, part.times, macs, shapes) for layers in (branch, side, gate)]
     return Scene(made[0], made[1], made[2], fork, join, formula)
 
 
@@ -73,7 +73,7 @@ def _within(layer: Layer) -> str:
     return ".".join(layer.name.split(".")[2:])
 
 
-def _boxes(layers: Iterable[Layer], times: int, macs: int) -> list[Box]:
+def _boxes(layers: Iterable[Layer], times: int, macs: int, shapes: dict[str, Shape]) -> list[Box]:
     boxes: list[Box] = []
     squeeze: list[Layer] = []
     for layer in layers:
@@ -85,13 +85,13 @@ def _boxes(layers: Iterable[Layer], times: int, macs: int) -> list[Box]:
             lines: tuple[str, ...] = ("squeeze-excite", f"{outer} → {inner} → {outer}")
             told, squeeze = squeeze, []
         else:
-            lines, told = _lines(layer), [layer]
+            lines, told = _lines(layer, shapes[layer.inputs[0]]), [layer]
         own = sum(each.macs for each in told)
         boxes.append(Box(lines, times * own / macs, _tip(told, own, times)))
     return boxes
 
 
-def _lines(layer: Layer) -> tuple[str, ...]:
+def _lines(layer: Layer, given: Shape) -> tuple[str, ...]:
     if layer.kind == "conv":
         assert layer.conv
         groups = f", {layer.conv.groups} groups" if layer.conv.groups > 1 else ""
@@ -102,7 +102,8 @@ def _lines(layer: Layer) -> tuple[str, ...]:
         return (f"drop {layer.value:g}",)
     if layer.kind == "pad":
         assert layer.conv
-        return (f"zero-pad to {layer.shape[0]}{_stride(layer.conv.stride)}",)
+        what = "subsample" if given[0] == layer.shape[0] else f"zero-pad to {layer.shape[0]}"
+        return (f"{what}{_stride(layer.conv.stride)}",)
     if layer.pool:
         size = "" if layer.kind == "blurpool" else f" {layer.pool.kernel}×{layer.pool.kernel}"
         return (f"{POOLS[layer.kind]}{size}{_stride(layer.pool.stride)}",)
