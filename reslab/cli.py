@@ -31,6 +31,7 @@ DIGITS = "digits"
 app = App(
     name="reslab",
     help="The workbench for residual networks. Try: reslab train digits",
+    help_format="plaintext",  # the others load a Markdown parser, which takes longer than all the rest
     version=__version__,
     result_action="return_value",
     exit_on_error=False,

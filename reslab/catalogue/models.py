@@ -66,7 +66,7 @@ def _fitting(pattern: str) -> set[str]:
     found = {name for name, row in FAMILY.items() if _fits(pattern.lower(), name, row)}
     if not found:
         near = get_close_matches(pattern.strip("*?"), FAMILY, n=1, cutoff=0.5)
-        raise CallError(f"a pattern must fit a net; received {shown(pattern)!r}: " + (f"did you mean {near[0]!r}?" if near else "`reslab models` lists them"))
+        raise CallError(f"a pattern must fit a net; received '{shown(pattern)}': " + (f"did you mean {near[0]!r}?" if near else "`reslab models` lists them"))
     return found
 
 
@@ -80,7 +80,7 @@ def amount(text: str) -> int:
     """A number such as 269722, 5M or 1.5G as an integer. Raises CallError."""
     parts = re.fullmatch(r"(\d{1,15}(?:\.\d{1,9})?)\s*([kmg]?)", text.strip().lower().replace(",", "").replace("_", ""))
     if not parts:
-        raise CallError(f"--max-params must be a number such as 800k, 5M or 1.5G; received {shown(text)!r}")
+        raise CallError(f"--max-params must be a number such as 800k, 5M or 1.5G; received '{shown(text)}'")
     return int(float(parts[1]) * UNITS[parts[2]])
 
 
@@ -99,4 +99,5 @@ def listing(found: list[Model], width: int | None) -> list[str]:
         for name, row, cost in found
     ]
     lines = table(HEADINGS, rows, numbers=HEADINGS[1:5], width=width)
-    return [*lines, f"{len(rows)} nets, counted at that image size. Top-1 is the authors' own: it compares within one source only."]
+    count = f"{len(rows)} net{'s' * (len(rows) > 1)}"
+    return [*lines, f"{count}, counted at that image size. Top-1 is the authors' own: it compares within one source only."]

@@ -13,7 +13,7 @@ DARK = {
     "s0": "#1d2836", "s1": "#1f3550", "s2": "#234a78", "s3": "#2a62a3", "s4": "#8fbdf2", "s5": "#c3dcfa",
 }  # fmt: skip
 INK_ON_DARK_SHADES = {"light": "#ffffff", "dark": "#0b1320"}
-NARROW, WIDE = set("iljtfrI.,:;|' ()/·"), set("mwMWGOQDCNH→…")
+NARROW, WIDE = set("ijltfrI.,:;|'- ()/·"), set("mwMW%→…")
 
 
 class Drawing:
@@ -52,7 +52,7 @@ class Drawing:
 
 def wide(text: str, size: float) -> float:
     """About how wide a sans serif sets a text, in pixels: there is no font here to measure."""
-    return size * sum(0.32 if c in NARROW else 0.78 if c in WIDE else 0.56 for c in text)
+    return size * sum(0.31 if c in NARROW else 0.86 if c in WIDE else 0.7 if c.isupper() else 0.55 for c in text)
 
 
 def _style() -> str:
