@@ -11,12 +11,13 @@ from collections.abc import Callable, Iterator
 from dataclasses import field as dataclass_field
 from dataclasses import fields, make_dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import cyclopts
 from cyclopts import App, Parameter
 
 from reslab import __version__
+from reslab.catalogue.models import Sort
 from reslab.errors import CallError, WorkError, shown
 from reslab.train.recipe import RECIPES, Recipe, helps
 
@@ -170,8 +171,8 @@ def report(run: Annotated[Path, Parameter(help="a run folder")], /) -> int:
 @app.command
 def models(
     *patterns: Annotated[str, Parameter(help="names, globs such as 'se_*', or text in where a net is from")],
-    sort: Annotated[Literal["name", "params", "macs", "top1"] | None, Parameter(help="by default as they were published")] = None,
-    image_size: Annotated[int | None, Parameter(help="only nets published for images of so many pixels a side")] = None,
+    sort: Annotated[Sort | None, Parameter(help="by default as they were published")] = None,
+    image_size: Annotated[int | None, Parameter(help="only nets published for images of so many pixels a side: 32 for CIFAR, 224 for ImageNet")] = None,
     max_params: Annotated[str | None, Parameter(help="only nets with at most so many parameters, such as 5M")] = None,
     as_json: JsonFlag = False,
 ) -> int:

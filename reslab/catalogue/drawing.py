@@ -65,7 +65,7 @@ def drawing(name: str, spec: Spec, image_size: int, source: str) -> str:
         y += row.height + ROW_GAP
     _leave(on, *bends[-1], spec.num_classes)
     told = f"{cost.params:,} parameters · {_many(cost.macs)} multiply-adds at {image_size} px · {source}"
-    right = max(right + 2 * MARGIN, bends[-1][0] + 130, MARGIN * 2 + wide(told, 13), 860)
+    right = max(right + 2 * MARGIN, bends[-1][0] + 130, 2 * MARGIN + max(wide(name, 24), wide(told, 13), 804))
     on.words(MARGIN, 48, name, "title", "start")
     on.words(MARGIN, 70, told, "muted", "start")
     _legend(on, made, y + 4, darkest)
@@ -108,11 +108,11 @@ def _enter(on: Drawing, line: float, before: tuple[float, float] | None, gap: fl
     """The wire from the end of the row before, or from the image, to the first card; the tensor's size on it."""
     x, b = LEFT - 16, BEND
     if before is None:
-        on.path(f"M{x} {gap + 2:.5g}V{line - b:.5g}q0 {b} {b} {b}H{LEFT - 6}")
+        on.path(f"M{x} {gap + 2:.1f}V{line - b:.1f}q0 {b} {b} {b}H{LEFT - 6}")
         on.words(x - 4, gap - 6, f"image {_shape(shape)}", "small", "start")
     else:
         end, old = before
-        on.path(f"M{end:.5g} {old:.5g}h{18 - b}q{b} 0 {b} {b}V{gap - b:.5g}q0 {b} -{b} {b}H{x + b}q-{b} 0 -{b} {b}V{line - b:.5g}q0 {b} {b} {b}H{LEFT - 6}")
+        on.path(f"M{end:.1f} {old:.1f}h{18 - b}q{b} 0 {b} {b}V{gap - b:.1f}q0 {b} -{b} {b}H{x + b}q-{b} 0 -{b} {b}V{line - b:.1f}q0 {b} {b} {b}H{LEFT - 6}")
         text = _shape(shape)
         on.box(LEFT + 12, gap - 8, wide(text, 11) + 12, 16, "paper", 0)
         on.words(LEFT + 18, gap + 4, text, "small", "start")
@@ -120,7 +120,7 @@ def _enter(on: Drawing, line: float, before: tuple[float, float] | None, gap: fl
 
 
 def _leave(on: Drawing, x: float, line: float, classes: int) -> None:
-    on.path(f"M{x:.5g} {line:.5g}h22")
+    on.path(f"M{x:.1f} {line:.1f}h22")
     on.head(x + 28, line)
     on.words(x + 34, line + 4, f"{classes} logits" if classes > 1 else "1 logit", "small", "start")
 
@@ -146,7 +146,7 @@ def _cards(on: Drawing, row: Row, y: float, darkest: float) -> float:
     x, line = float(LEFT), y + row.above
     for index, (part, s) in enumerate(zip(row.parts, row.scenes, strict=True)):
         if index:
-            on.path(f"M{x:.5g} {line:.5g}H{x + BETWEEN - 6:.5g}")
+            on.path(f"M{x:.1f} {line:.1f}H{x + BETWEEN - 6:.1f}")
             on.head(x + BETWEEN - 1, line)
             x += BETWEEN
         width = _width(part, s)
@@ -192,7 +192,7 @@ def _branch_span(s: Scene) -> float:
 
 def _block(on: Drawing, s: Scene, x: float, width: float, line: float, darkest: float) -> None:
     """A card's boxes on their line, the addition among them, and the shortcut over them."""
-    on.path(f"M{x:.5g} {line:.5g}h{width:.5g}")
+    on.path(f"M{x:.1f} {line:.1f}h{width:.1f}")
     gap = _gap(s)
     here = x + (width - _branch_span(s)) / 2
     fork = here
@@ -212,13 +212,13 @@ def _shortcut(on: Drawing, s: Scene, start: float, end: float, line: float, dark
     side = _side_span(s)
     r = min(BOW, (end - start - side) / 2)
     top, foot = line - RISE, line - PLUS - 4
-    rise = f"C{start:.5g} {top + 12:.5g} {start + r / 3:.5g} {top:.5g} {start + r:.5g} {top:.5g}"
-    fall = f"C{end - r / 3:.5g} {top:.5g} {end:.5g} {top + 12:.5g} {end:.5g} {foot:.5g}"
-    on.path(f"M{start:.5g} {line:.5g}{rise}H{end - r:.5g}{fall}", "skip")
+    rise = f"C{start:.1f} {top + 12:.1f} {start + r / 3:.1f} {top:.1f} {start + r:.1f} {top:.1f}"
+    fall = f"C{end - r / 3:.1f} {top:.1f} {end:.1f} {top + 12:.1f} {end:.1f} {foot:.1f}"
+    on.path(f"M{start:.1f} {line:.1f}{rise}H{end - r:.1f}{fall}", "skip")
     here = (start + end - side) / 2
     for box in [*s.side, *s.gate]:
         if s.gate and box is s.gate[0]:  # x itself goes on beside its gate
-            on.path(f"M{here:.5g} {top:.5g}q2 -29 16 -29h{_span(s.gate) + 2 * GAP - 32:.5g}q14 0 16 29", "skip")
+            on.path(f"M{here:.1f} {top:.1f}q2 -29 16 -29h{_span(s.gate) + 2 * GAP - 32:.1f}q14 0 16 29", "skip")
             here += GAP
         _box(on, box, here, top, darkest)
         here += box.width + GAP
@@ -251,7 +251,7 @@ def _legend(on: Drawing, rows: list[Row], y: float, darkest: float) -> None:
     on.words(x + 4, y + 11, f"{darkest:.1%}", "muted", "start")
     x += 70
     if any(row.bowed for row in rows):
-        on.path(f"M{x:.5g} {y + 13:.5g}q2 -12 14 -12h10q12 0 14 12", "skip")
+        on.path(f"M{x:.1f} {y + 13:.1f}q2 -12 14 -12h10q12 0 14 12", "skip")
         on.words(x + 48, y + 11, "shortcut", "muted", "start")
         x += 122
     if any(part.times > 1 for row in rows for part in row.parts):

@@ -11,7 +11,7 @@ from reslab.errors import CallError, shown
 from reslab.family import FAMILY, Row
 from reslab.spec import Cost
 
-Order = Literal["name", "params", "macs", "top1"]
+Sort = Literal["name", "params", "macs", "top1"]
 UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9}
 HEADINGS = ("net", "parameters", "multiply-adds", "image", "top-1", "from", "top-1 on, by")
 
@@ -37,7 +37,7 @@ class Model(NamedTuple):
         }
 
 
-ORDERS: dict[Order, Callable[[Model], Any]] = {
+ORDERS: dict[Sort, Callable[[Model], Any]] = {
     "name": lambda model: [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", model.name)],  # resnet20 before resnet110
     "params": lambda model: model.cost.params,
     "macs": lambda model: model.cost.macs,
@@ -45,7 +45,7 @@ ORDERS: dict[Order, Callable[[Model], Any]] = {
 }
 
 
-def models(patterns: Iterable[str] = (), sort: Order | None = None, image_size: int | None = None, max_params: str | None = None) -> list[Model]:
+def models(patterns: Iterable[str] = (), sort: Sort | None = None, image_size: int | None = None, max_params: str | None = None) -> list[Model]:
     """The networks that any pattern fits (all without one), in the family's order or sorted.
 
     A pattern is a glob for the whole name, or text found in the name or in where the net is from; case does not matter.

@@ -114,7 +114,7 @@ def _shape(layer: Layer) -> str:
 
 def _kind(layer: Layer) -> str:
     window = layer.conv or layer.pool
-    if window is None or layer.kind in ("pad",):
+    if window is None or layer.kind == "pad":
         return layer.kind
     groups = f", {layer.conv.groups} groups" if layer.conv and layer.conv.groups > 1 else ""
     return f"{layer.kind} {window.kernel}x{window.kernel}" + (f" /{window.stride}" if window.stride > 1 else "") + groups

@@ -24,12 +24,12 @@ class Drawing:
 
     def box(self, x: float, y: float, width: float, height: float, kind: str, radius: float = 4, tip: str = "") -> None:
         """A rectangle; `tip` is shown where the pointer rests."""
-        shape = f'<rect class="{kind}" x="{x:.4g}" y="{y:.5g}" width="{width:.4g}" height="{height:.4g}" rx="{radius:g}"'
+        shape = f'<rect class="{kind}" x="{x:.1f}" y="{y:.1f}" width="{width:.1f}" height="{height:.1f}" rx="{radius:g}"'
         self.strokes.append(f"{shape}><title>{escape(tip)}</title></rect>" if tip else f"{shape}/>")
 
     def words(self, x: float, y: float, text: str, kind: str = "", anchor: str = "middle") -> None:
         """One line of text, its base at y."""
-        self.strokes.append(f'<text class="{kind}" x="{x:.5g}" y="{y:.5g}" text-anchor="{anchor}">{escape(text)}</text>')
+        self.strokes.append(f'<text class="{kind}" x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{escape(text)}</text>')
 
     def path(self, steps: str, kind: str = "wire") -> None:
         self.strokes.append(f'<path class="{kind}" d="{steps}"/>')
@@ -37,10 +37,10 @@ class Drawing:
     def head(self, x: float, y: float, kind: str = "head", down: bool = False) -> None:
         """An arrowhead whose tip is at (x, y)."""
         points = ((x, y), (x - 4, y - 8), (x + 4, y - 8)) if down else ((x, y), (x - 8, y - 4), (x - 8, y + 4))
-        self.strokes.append(f'<polygon class="{kind}" points="{" ".join(f"{a:.5g},{b:.5g}" for a, b in points)}"/>')
+        self.strokes.append(f'<polygon class="{kind}" points="{" ".join(f"{a:.1f},{b:.1f}" for a, b in points)}"/>')
 
     def disc(self, x: float, y: float, radius: float, kind: str) -> None:
-        self.strokes.append(f'<circle class="{kind}" cx="{x:.5g}" cy="{y:.5g}" r="{radius:g}"/>')
+        self.strokes.append(f'<circle class="{kind}" cx="{x:.1f}" cy="{y:.1f}" r="{radius:g}"/>')
 
     def done(self, width: float, height: float, title: str, description: str) -> str:
         """The whole file. Title and description are what a screen reader says."""
