@@ -60,12 +60,12 @@ def main() -> None:
     lines = ["whole processes"]
     for command in COMMANDS:
         typed = " ".join(["python", *command])
-        lines.append(f"  {typed:46}  {told(whole(command))}")
+        lines.append(f"  {typed:48}  {told(whole(command))}")
     names = ["resnet20", "resnet50", "resnet1202"] if SMOKE else list(FAMILY)
     once = {name: build(name) for name in names}
     slowest = sorted(names, key=lambda name: -once[name])[:3]
     lines.append(f"building on the meta device, {len(names)} nets once each: slowest {1000 * max(once.values()):.0f} ms; the slowest three again")
-    lines += [f"  {name:46}  {told([build(name) for _ in range(TIMES)])}" for name in slowest]
+    lines += [f"  {name:48}  {told([build(name) for _ in range(TIMES)])}" for name in slowest]
     keep("startup", lines)
 
 

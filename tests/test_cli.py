@@ -189,7 +189,7 @@ def test_help_and_models_work(cli: Cli) -> None:
         assert verb in shown.stdout
     table = cli("models")
     assert "25,557,032" in table.stdout
-    layers = cli("show", "resnet50")
+    layers = cli("show", "resnet50", "--all")
     assert "layer4.2.bn3" in layers.stdout
     assert "25,557,032 parameters, 4,089,184,256 multiply-adds" in layers.stdout
     assert cli("show", "resnet51").returncode == 2

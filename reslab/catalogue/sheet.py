@@ -1,6 +1,6 @@
 """One network as a sheet: layer by layer its output, its cost and its receptive field, and the memory it needs.
 
-Equal blocks in a row are told once, `3 x 2,304` being what each of three holds. Standard library only.
+Equal blocks in a row are told once, with the names of the first; `3 x 2,304` is what each of three holds. Standard library only.
 """
 
 import json
@@ -99,8 +99,7 @@ def _part_rows(part: Part, macs: int, most: int, sees: dict[str, int]) -> list[t
         title = (first, "block") if part.times == 1 else (f"{first} … {last}", f"{part.times} equal blocks")
         rows.append((*title, _shape(final), *costs(part.layers), ""))
     for layer in part.layers:
-        name = "  " + layer.name.removeprefix(f"{part.blocks[0]}.") if part.blocks else layer.name
-        rows.append((name, _kind(layer), _shape(layer), *costs([layer]), field(layer)))
+        rows.append(("  " * bool(part.blocks) + layer.name, _kind(layer), _shape(layer), *costs([layer]), field(layer)))
     return rows
 
 

@@ -30,13 +30,13 @@ def test_a_row_says_kernel_output_cost_share_and_receptive_field() -> None:
     lines = told("resnet20")
     assert cells(lines, "conv1") == ["conv1", "conv 3x3", "16 x 32 x 32", "432", "442,368", "1.1%", "▏", "3 px"]
     assert cells(lines, "layer1.0 … layer1.2") == ["layer1.0 … layer1.2", "3 equal blocks", "16 x 32 x 32", "3 x 4,672", "3 x 4,718,592", "34.9%", "█" * 16]
-    assert cells(lines, "  conv2") == ["conv2", "conv 3x3", "16 x 32 x 32", "3 x 2,304", "3 x 2,359,296", "17.5%", "█" * 8, "7 … 15 px"]
+    assert cells(lines, "  layer1.0.conv2") == ["layer1.0.conv2", "conv 3x3", "16 x 32 x 32", "3 x 2,304", "3 x 2,359,296", "17.5%", "█" * 8, "7 … 15 px"]
     assert cells(lines, "fc")[:5] == ["fc", "linear", "10", "650", "640"]
     assert any("conv 3x3 /2, 32 groups" in line for line in told("resnext50_32x4d"))
     assert "269,722 parameters, 40,551,040 multiply-adds" in lines[-4]
 
 
-def test_the_last_layer_of_resnet50_sees_427_px_as_araujo_et_al_derive() -> None:
+def test_receptive_fields_are_those_that_araujo_et_al_derive() -> None:
     """Table 1 of Araujo et al. 2019 (distill.pub/2019/computing-receptive-fields) has 483 for v1, which halves one convolution earlier."""
     for name, pixels in (("resnet50", 427), ("resnet50_v1", 483)):
         assert to_dict(find(name), 1)["layers"][-3]["receptive_field"] == pixels
