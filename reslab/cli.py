@@ -4,6 +4,7 @@ import contextlib
 import glob
 import json
 import os
+import shutil
 import sys
 import traceback
 from collections.abc import Callable, Iterator
@@ -14,15 +15,14 @@ from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import cyclopts
 from cyclopts import App, Parameter
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
 from reslab import __version__
+from reslab.catalogue.models import Sort
 from reslab.errors import CallError, WorkError, shown
 from reslab.train.recipe import RECIPES, Recipe, helps
 
 if TYPE_CHECKING:
+    from rich.console import Console
     from rich.progress import Progress, TaskID
 
     from reslab.data.check import Checkup
@@ -32,6 +32,7 @@ DIGITS = "digits"
 app = App(
     name="reslab",
     help="The workbench for residual networks. Try: reslab train digits",
+    help_format="plaintext",  # the others load a Markdown parser, which takes longer than all the rest
     version=__version__,
     result_action="return_value",
     exit_on_error=False,
@@ -109,6 +110,9 @@ def predict(
     as_json: JsonFlag = False,
 ) -> int:
     """The likeliest classes of images. Exit status 1 when one could not be read; the others are done."""
+    from rich.table import Table
+    from rich.text import Text
+
     from reslab.use.classifier import Prediction, load
 
     paths = _expand(images)
@@ -165,46 +169,51 @@ def report(run: Annotated[Path, Parameter(help="a run folder")], /) -> int:
 
 
 @app.command
-def models() -> int:
-    """The family as a table."""
-    from reslab.family import FAMILY
+def models(
+    *patterns: Annotated[str, Parameter(help="names, globs such as 'se_*', or text in where a net is from")],
+    sort: Annotated[Sort | None, Parameter(help="by default as they were published")] = None,
+    image_size: Annotated[int | None, Parameter(help="only nets published for images of so many pixels a side: 32 for CIFAR, 224 for ImageNet")] = None,
+    max_params: Annotated[str | None, Parameter(help="only nets with at most so many parameters, such as 5M")] = None,
+    as_json: JsonFlag = False,
+) -> int:
+    """The family as a table: parameters, multiply-adds, published top-1 and its source."""
+    from reslab.catalogue.models import listing
+    from reslab.catalogue.models import models as find_models
 
-    table = Table("net", "parameters", "multiply-adds", "at", "source")
-    for column in table.columns[1:4]:
-        column.justify = "right"
-    for name, row in FAMILY.items():
-        cost = row.spec.cost(row.image_size)
-        table.add_row(name, f"{cost.params:,}", f"{cost.macs / 1e6:,.1f} M", f"{row.image_size} px", row.source)
-    _console().print(table)
+    found = find_models(patterns, sort, image_size, max_params)
+    if as_json:
+        print(json.dumps([model.to_dict() for model in found], indent=1))
+    else:
+        _print_lines(listing(found, _width()))
     return 0
 
 
 @app.command
 def show(
-    name: Annotated[str, Parameter(help="a name that `reslab models` lists")],
+    name: Annotated[str, Parameter(help="a name that `reslab models` lists, or a run folder")],
     /,
     *,
-    image_size: Annotated[int | None, Parameter(help="pixels a side; by default what the net was published for")] = None,
+    image_size: Annotated[int | None, Parameter(help="pixels a side; by default what the net was published for, or trained on")] = None,
+    batch: Annotated[int, Parameter(help="images for which memory is told")] = 32,
+    whole: Annotated[bool, Parameter(name="--all", negative="", help="tell every block, also those equal to the one before")] = False,
+    svg: Annotated[Path | None, Parameter(help="also draw the net into this file")] = None,
+    as_json: JsonFlag = False,
 ) -> int:
-    """One network, layer by layer: output shape, parameters, multiply-adds and their share."""
-    from reslab.family import FAMILY, spec
+    """One network, layer by layer: output, parameters, multiply-adds, receptive field; and the memory it needs."""
+    from reslab.catalogue.sheet import find, sheet, to_dict
 
-    net = spec(name)
-    size = FAMILY[name].image_size if image_size is None else image_size
-    if not 1 <= size <= 4096:
-        raise CallError(f"--image-size must be from 1 to 4096; received {size}")
-    net.check_size(size)
-    cost, layers = net.cost(size), list(net.layers(size))
-    largest = max(layer.macs for layer in layers)
-    table = Table("layer", "kind", "output", "parameters", "multiply-adds", "share", title=f"{name} at {size} px, {FAMILY[name].source}")
-    for column in table.columns[2:5]:
-        column.justify = "right"
-    for layer in layers:
-        bar = f"{'█' * round(16 * layer.macs / largest):16} {layer.macs / cost.macs:.1%}" if layer.macs else ""
-        shape = " x ".join(map(str, layer.shape))
-        table.add_row(layer.name, layer.kind, shape, f"{layer.params:,}" if layer.params else "", f"{layer.macs:,}" if layer.macs else "", bar)
-    _console().print(table)
-    print(f"{cost.params:,} parameters, {cost.macs:,} multiply-adds, {cost.activations:,} bytes of activations an image in fp32")
+    subject = find(name, image_size)
+    if not 1 <= batch <= 1 << 20:
+        raise CallError(f"--batch must be from 1 to {1 << 20}; received {batch}")
+    if svg:
+        from reslab.catalogue.drawing import drawing
+        from reslab.run import write_whole
+
+        write_whole(svg, drawing(*subject).encode())
+    if as_json:
+        print(json.dumps(to_dict(subject, batch), indent=1))
+    else:
+        _print_lines(sheet(subject, batch, whole, _width()))
     return 0
 
 
@@ -250,8 +259,21 @@ def _complain(line: str, status: int) -> int:
     return status
 
 
-def _console() -> Console:
+def _width() -> int | None:
+    """Columns of the terminal; None where there is none, and nothing is cut."""
+    return shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+
+
+def _print_lines(lines: list[str]) -> None:
+    """What the terminal's encoding does not have becomes a question mark."""
+    text = "\n".join(lines)
+    print(text.encode(sys.stdout.encoding or "utf-8", "replace").decode(sys.stdout.encoding or "utf-8"))
+
+
+def _console() -> "Console":
     """For tables: on a terminal as wide as it is, otherwise wide enough to cut nothing."""
+    from rich.console import Console
+
     return Console(width=None if sys.stdout.isatty() else 200, highlight=False)
 
 
@@ -293,7 +315,7 @@ class _Watcher:
 
     def say(self, text: str) -> None:
         if self.progress:
-            self.progress.console.print(Text(text))
+            self.progress.console.print(text, markup=False)
         else:
             print(text, flush=True)
 
@@ -312,11 +334,14 @@ class _Watcher:
 
 @contextlib.contextmanager
 def _watch() -> Iterator[_Watcher]:
+    from rich.console import Console
+
     console = Console(stderr=False, highlight=False)
     if not console.is_terminal:
         yield _Watcher(None)
         return
     from rich.progress import BarColumn, Progress, ProgressColumn, TextColumn, TimeRemainingColumn
+    from rich.text import Text
 
     class Rate(ProgressColumn):
         def render(self, task: Any) -> Text:
@@ -348,6 +373,9 @@ def _print_scores(scores: dict[str, Any]) -> None:
 
 
 def _print_checkup(name: str, n: int, found: "Checkup") -> None:
+    from rich.table import Table
+    from rich.text import Text
+
     console = _console()
     parts = sorted({part for row in found.counts.values() for part in row})
     table = Table("class", *parts, title=f"{name}: {n:,} images, {len(found.counts)} classes")

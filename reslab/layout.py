@@ -5,6 +5,7 @@ the layers too, and tests hold all of them against each other. Shapes are (C, H,
 """
 
 import math
+from itertools import groupby
 from typing import Literal, NamedTuple
 
 from reslab.spec import FLAT_SIZE, STEMS, Conv, Pool, Size, Spec
@@ -49,6 +50,17 @@ class Layer(NamedTuple):
     pool: Pool | None = None
     bias: bool = False
     value: float = 0.0  # a chance to drop, or a gate's first bias
+
+
+class Part(NamedTuple):
+    """A stretch of a net: the stem, equal blocks in a row, or the head."""
+
+    blocks: tuple[str, ...]  # their names; none of the stem and the head
+    layers: list[Layer]  # of the first block
+
+    @property
+    def times(self) -> int:
+        return max(1, len(self.blocks))
 
 
 def stages(spec: Spec) -> list[list[Unit]]:
@@ -137,10 +149,25 @@ def squeezed(spec: Spec, channels: int) -> int:
 
 def layers(spec: Spec, image_size: Size) -> list[Layer]:
     """Every leaf module of the built net in the order it runs, for images of that size."""
+    return [layer for part in parts(spec, image_size, fold=False) for layer in part.layers]
+
+
+def parts(spec: Spec, image_size: Size, fold: bool = True) -> list[Part]:
+    """The layers by stretches. With `fold`, equal blocks in a row are told once, which is all that counting needs.
+
+    They are equal but for their names and chances to drop; the layer behind them then reads, by name, from the first.
+    """
     height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
     walk = _Walk(spec, (spec.in_channels, height, width))
-    walk.net()
-    return walk.made
+    walk.stem()
+    made = [Part((), walk.take())]
+    for stage in stages(spec):
+        for _, alike in groupby(stage, lambda unit: unit[1:-1] if fold else unit.name):
+            units = list(alike)
+            walk.unit(units[0])
+            made.append(Part(tuple(unit.name for unit in units), walk.take()))
+    walk.head()
+    return [*made, Part((), walk.take())]
 
 
 def receptive_field(net: list[Layer]) -> dict[str, int]:
@@ -205,15 +232,19 @@ class _Walk:
         if kind:
             self.same(name, kind, params={"shift": 1, "scaleshift": 2}.get(kind, 2 * self.shape[0]))
 
-    def net(self) -> None:
+    def take(self) -> list[Layer]:
+        """What was written since the last time."""
+        made, self.made = self.made, []
+        return made
+
+    def unit(self, unit: Unit) -> None:
+        if self.spec.block == "skip":
+            self.skip_block(unit)
+        else:
+            self.block(unit)
+
+    def head(self) -> None:
         spec = self.spec
-        self.stem()
-        for stage in stages(spec):
-            for unit in stage:
-                if spec.block == "skip":
-                    self.skip_block(unit)
-                else:
-                    self.block(unit)
         if spec.order == "preact":
             self.norm("bn_last")
         if spec.order in ("preact", "relu-preact"):

@@ -100,7 +100,13 @@ class Run:
 
 
 def write_whole(path: Path, data: bytes) -> None:
-    """Writes a file so that after a crash it holds either all of `data` or what it held before."""
+    """Writes a file so that after a crash it holds either all of `data` or what it held before. A link stays a link.
+
+    Raises WorkError when it cannot, and for what is there and no file: a folder, or a device, which must not be replaced.
+    """
+    if path.exists() and not path.is_file():
+        raise WorkError(f"{shown(path)} cannot be written: it is not a regular file; name another")
+    path = path.resolve()
     temporary = path.with_name(path.name + ".tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

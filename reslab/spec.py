@@ -232,11 +232,15 @@ class Spec:
 
         All for one image; by arithmetic alone. `image_size` defaults to 32 for a conv3 stem and to 224 otherwise.
         """
-        layers = list(self.layers(image_size or self.flatten or (32 if self.stem == "conv3" else 224)))
+        from reslab.layout import parts
+
+        size = image_size or self.flatten or (32 if self.stem == "conv3" else 224)
+        self._check_flat(size)
+        counted = [(part.times, layer) for part in parts(self, size) for layer in part.layers]
         return Cost(
-            params=sum(layer.params for layer in layers),
-            macs=sum(layer.macs for layer in layers),
-            activations=sum(4 * math.prod(layer.shape) for layer in layers),
+            params=sum(times * layer.params for times, layer in counted),
+            macs=sum(times * layer.macs for times, layer in counted),
+            activations=sum(times * 4 * math.prod(layer.shape) for times, layer in counted),
         )
 
 

@@ -50,6 +50,11 @@ def one_line(done: subprocess.CompletedProcess[str], status: int, *parts: str) -
         (["evaluate", "nowhere"], "has no run.toml"),
         (["trian"], "Did you mean"),
         (["train", "digits", "--weights", "none.pth"], "weights must be a file"),
+        (["models", "resnet19"], "did you mean 'resnet1"),
+        (["models", "--sort", "size"], "--sort"),
+        (["show", "resnet19"], "did you mean 'resnet1"),
+        (["show", "nowhere/run"], "unknown net 'nowhere/run'"),
+        (["show", "resnet20", "--batch", "0"], "--batch must be from 1"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
@@ -184,7 +189,17 @@ def test_help_and_models_work(cli: Cli) -> None:
         assert verb in shown.stdout
     table = cli("models")
     assert "25,557,032" in table.stdout
-    layers = cli("show", "resnet50")
+    layers = cli("show", "resnet50", "--all")
     assert "layer4.2.bn3" in layers.stdout
     assert "25,557,032 parameters, 4,089,184,256 multiply-adds" in layers.stdout
     assert cli("show", "resnet51").returncode == 2
+
+
+def test_models_and_show_print_tables_json_and_a_drawing(cli: Cli, tmp_path: Path) -> None:
+    assert [row["name"] for row in json.loads(cli("models", "plain*", "--max-params", "300k", "--json").stdout)] == ["plain20"]
+    done = cli("show", "resnet20", "--batch", "8", "--svg", "nets/resnet20.svg", PYTHONIOENCODING="ascii")
+    assert done.returncode == 0, done.stderr
+    assert "for a batch of 8" in done.stdout
+    assert (tmp_path / "work" / "nets" / "resnet20.svg").read_text("utf-8").startswith("<svg xmlns")
+    assert json.loads(cli("show", "resnet20", "--image-size", "64", "--json").stdout)["cost"]["macs"] > 4 * 40_000_000
+    one_line(cli("show", "resnet20", "--svg", "nets"), 1, "nets cannot be written")

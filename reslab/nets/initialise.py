@@ -16,7 +16,10 @@ def initialise(net: "ResNet") -> None:
 
     With `zero_init` the last scale of each residual branch starts at zero; where no norm ends the branch, that is the
     last convolution. Fixup scales the branches by depth and starts the head at zero. Gates start at `gate_bias`.
+    A net on the meta device has shapes and no values: nothing is done, which saves torch a millisecond a convolution.
     """
+    if net.fc.weight.is_meta:
+        return
     for module in net.modules():
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")

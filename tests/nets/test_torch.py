@@ -7,7 +7,6 @@ import torch
 from torch import nn
 
 import reslab
-from reslab.family import FAMILY
 from reslab.nets.torch import Add
 from tests.conftest import scramble
 
@@ -102,11 +101,11 @@ def test_plain_twin_has_the_same_parameters() -> None:
     assert {k: v.shape for k, v in residual.state_dict().items()} == {k: v.shape for k, v in plain.state_dict().items()}
 
 
-@pytest.mark.parametrize("name", FAMILY)
-def test_every_row_builds_on_the_meta_device(name: str) -> None:
-    row = FAMILY[name]
+def test_a_net_of_shapes_alone_draws_no_random_values(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the meta device torch takes a millisecond for each such call; tests/test_spec.py builds every row there."""
+    monkeypatch.setattr(nn.init, "kaiming_normal_", lambda *a, **k: pytest.fail("called for a tensor without values"))
     with torch.device("meta"):
-        assert reslab.build(name)(torch.empty(2, 3, row.image_size, row.image_size)).shape == (2, row.spec.num_classes)
+        assert all(p.is_meta for p in reslab.build("resnet20").parameters())
 
 
 if __name__ == "__main__":

@@ -1,0 +1,72 @@
+"""How long reslab takes to begin: importing it, its quick commands, and building nets of shapes alone.
+
+    python benchmarks/startup.py            about 2 minutes, on a quiet machine
+    python benchmarks/startup.py --smoke    seconds; figures that mean nothing
+
+Commands are timed as whole processes, from starting Python to its exit, after one that is not counted. A net is built on
+the meta device in a fresh process each time; importing torch comes before the clock starts.
+"""
+
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+
+from measure import keep
+
+from reslab.family import FAMILY
+
+SMOKE = "--smoke" in sys.argv
+TIMES = 3 if SMOKE else 15
+BUILD = """
+import sys, time, torch, reslab
+reslab.build
+start = time.perf_counter()
+with torch.device("meta"):
+    reslab.build(sys.argv[1])
+print(time.perf_counter() - start)
+"""
+COMMANDS = (
+    ["-c", "pass"],
+    ["-c", "import reslab"],
+    ["-m", "reslab", "--help"],
+    ["-m", "reslab", "models"],
+    ["-m", "reslab", "show", "resnet50", "--svg", "resnet50.svg"],
+    ["-m", "reslab", "show", "resnet1202"],
+)
+
+
+def whole(command: list[str]) -> list[float]:
+    """Wall seconds of that many runs."""
+    seconds = []
+    with tempfile.TemporaryDirectory() as folder:
+        for _ in range(TIMES + 1):
+            start = time.perf_counter()
+            subprocess.run([sys.executable, *command], check=True, stdout=subprocess.DEVNULL, cwd=folder)
+            seconds.append(time.perf_counter() - start)
+    return seconds[1:]
+
+
+def build(name: str) -> float:
+    return float(subprocess.run([sys.executable, "-c", BUILD, name], check=True, capture_output=True, text=True).stdout)
+
+
+def told(seconds: list[float]) -> str:
+    return f"median {1000 * statistics.median(seconds):5.0f} ms, {1000 * min(seconds):.0f} to {1000 * max(seconds):.0f}, n = {len(seconds)}"
+
+
+def main() -> None:
+    lines = ["whole processes"]
+    for command in COMMANDS:
+        typed = " ".join(["python", *command])
+        lines.append(f"  {typed:48}  {told(whole(command))}")
+    names = ["resnet20", "resnet50", "resnet1202"] if SMOKE else list(FAMILY)
+    once = {name: build(name) for name in names}
+    slowest = sorted(names, key=lambda name: -once[name])[:3]
+    lines.append(f"building on the meta device, {len(names)} nets once each: slowest {1000 * max(once.values()):.0f} ms; the slowest three again")
+    lines += [f"  {name:48}  {told([build(name) for _ in range(TIMES)])}" for name in slowest]
+    keep("startup", lines)
+
+
+main()

@@ -1,0 +1,1 @@
+"""Networks to read about before anything is built: the family as a list, one network as a sheet and as a drawing."""
