@@ -10,7 +10,6 @@ import os
 import resource
 import signal
 import socket
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -39,7 +38,6 @@ TOKEN_LENGTH = 16
 STALE_SECONDS = 20.0  # a connection that has been without a whole request so long is closed
 DRAIN_SECONDS = 2.0  # for clients with open connections to send what they were about to
 STOP_SECONDS = 30  # for answers under way
-SWITCH_SECONDS = 5e-4  # see _serve
 FACTS = ("n", "top1", "top1_low", "top1_high", "top5", "top5_low", "top5_high", "ece", "loss")
 
 
@@ -121,12 +119,7 @@ def _bind(settings: Settings, port: int | None = None, *, shared: bool = False) 
 
 
 def _serve(settings: Settings, listener: socket.socket, rows: Any, row: int, ready: Callable[[], None]) -> None:
-    """One process: loads the model and answers until a signal.
-
-    The event loop and the net are threads of one interpreter. By default a thread that computes may keep the other
-    waiting 5 ms each time, and a forward pass asks a hundred times; with a short switch interval neither starves.
-    """
-    sys.setswitchinterval(SWITCH_SECONDS)
+    """One process: loads the model and answers until a signal."""
     local_only = settings.token is None and not settings.public
     service = Service(load(settings.model), _published(settings.model), settings.limits, Metrics(rows, row), settings.token, local_only)
     config = uvicorn.Config(
