@@ -7,10 +7,11 @@ queue is bounded in number and in time: what would wait too long is refused when
 import asyncio
 import math
 import time
-from collections import deque
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Generic, NamedTuple, TypeVar
+from functools import partial
+from typing import Generic, TypeVar
 
 Item = TypeVar("Item")
 Answer = TypeVar("Answer")
@@ -29,13 +30,6 @@ class Late(Exception):
     """The time limit passed before there was an answer."""
 
 
-class Ticket(NamedTuple, Generic[Item, Answer]):
-    """An accepted item and where its answer goes."""
-
-    item: Item
-    answer: "asyncio.Future[Answer]"
-
-
 class Batcher(Generic[Item, Answer]):
     """Calls `work` in its own threads, `lanes` at a time, with up to `largest` items; it returns one answer an item.
 
@@ -50,7 +44,7 @@ class Batcher(Generic[Item, Answer]):
         self._work, self._watch = work, watch
         self._largest, self._places, self._patience, self._lanes = largest, places, patience, lanes
         self._pool = ThreadPoolExecutor(lanes, thread_name_prefix="batch")
-        self._waiting: deque[Ticket[Item, Answer]] = deque()
+        self._waiting: OrderedDict[asyncio.Future[Answer], Item] = OrderedDict()  # by where the answer goes
         self._running = 0  # batches
         self._seconds_an_item = 0.0
         self._closing = False
@@ -76,50 +70,43 @@ class Batcher(Generic[Item, Answer]):
         """One answer an item, in order; all items are accepted or none. Raises Full, or Late after `limit` seconds."""
         self.check_room(len(items))
         loop = asyncio.get_running_loop()
-        tickets: list[Ticket[Item, Answer]] = [Ticket(item, loop.create_future()) for item in items]
-        self._waiting.extend(tickets)
+        answers: list[asyncio.Future[Answer]] = [loop.create_future() for _ in items]
+        self._waiting.update(zip(answers, items, strict=True))
         self._start()
         try:
             async with asyncio.timeout(limit):
-                return [await ticket.answer for ticket in tickets]
+                return [await answer for answer in answers]
         except TimeoutError:
             raise Late from None
         finally:
-            for ticket in tickets:
-                if not ticket.answer.cancel() and not ticket.answer.cancelled():  # what nobody waits for is not computed
-                    ticket.answer.exception()  # seen, of however many: asyncio would complain of the rest
+            for answer in answers:
+                self._waiting.pop(answer, None)  # what nobody waits for any more is not computed
+                if not answer.cancel() and not answer.cancelled():
+                    answer.exception()  # seen, of however many: asyncio would complain of the rest
 
     def _start(self) -> None:
-        while self._running < self._lanes and (batch := self._take()):
+        while self._running < self._lanes and self._waiting:
+            batch = dict(self._waiting.popitem(last=False) for _ in range(min(self._largest, len(self._waiting))))
             self._running += 1
             self._idle.clear()
-            loop = asyncio.get_running_loop()
-            running = loop.run_in_executor(self._pool, self._timed, [ticket.item for ticket in batch])
-            running.add_done_callback(lambda done, batch=batch: self._finish(batch, done))  # type: ignore[misc]
-
-    def _take(self) -> list[Ticket[Item, Answer]]:
-        batch: list[Ticket[Item, Answer]] = []
-        while self._waiting and len(batch) < self._largest:
-            ticket = self._waiting.popleft()
-            if not ticket.answer.done():
-                batch.append(ticket)
-        return batch
+            running = asyncio.get_running_loop().run_in_executor(self._pool, self._timed, list(batch.values()))
+            running.add_done_callback(partial(self._finish, list(batch)))
 
     def _timed(self, items: list[Item]) -> tuple[Sequence[Answer], float]:
         start = time.perf_counter()
         return self._work(items), time.perf_counter() - start
 
-    def _finish(self, batch: list[Ticket[Item, Answer]], done: "asyncio.Future[tuple[Sequence[Answer], float]]") -> None:
+    def _finish(self, batch: list["asyncio.Future[Answer]"], done: "asyncio.Future[tuple[Sequence[Answer], float]]") -> None:
         self._running -= 1
         error = done.exception()
-        answers, seconds = ([], 0.0) if error else done.result()
-        for i, ticket in enumerate(batch):
-            if ticket.answer.done():
+        found, seconds = ([], 0.0) if error else done.result()
+        for i, answer in enumerate(batch):
+            if answer.done():
                 continue
             if error:
-                ticket.answer.set_exception(error)
+                answer.set_exception(error)
             else:
-                ticket.answer.set_result(answers[i])
+                answer.set_result(found[i])
         if not error:
             each = seconds / len(batch)
             self._seconds_an_item += (each - self._seconds_an_item) * (SMOOTHING if self._seconds_an_item else 1.0)

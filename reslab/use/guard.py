@@ -12,7 +12,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from reslab.errors import shown
 from reslab.use.metrics import Metrics
-from reslab.use.problems import Problem
+from reslab.use.problems import BODY_ENDED, Problem
 
 UNGUARDED = ("/health", "/ready")  # what a load balancer asks
 ALWAYS = [
@@ -51,8 +51,13 @@ class Guard:
                     self.metrics.observe("request_seconds", time.perf_counter() - start)
             await send(message)
 
+        async def take() -> Message:
+            message = await receive()
+            scope[BODY_ENDED] = not message.get("more_body", False)
+            return message
+
         refusal = self._refusal(scope)
-        await (refusal.response() if refusal else self.app)(scope, receive, answer)
+        await (refusal.response() if refusal else self.app)(scope, take, answer)
 
     def _refusal(self, scope: Scope) -> Problem | None:
         headers = Headers(scope=scope)

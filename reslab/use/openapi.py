@@ -9,10 +9,10 @@ PROBLEMS = {
     401: "The token is missing or wrong.",
     404: "There is nothing here.",
     408: "The body did not arrive in time.",
-    413: "The body is too large, or holds too many images.",
+    413: "The body is too large.",
     415: "The body is of another type than an image.",
     421: "The server answers to localhost only.",
-    422: "An image is not readable; `images` says which and why.",
+    422: "There are too many images or none, or one is not readable; `images` says which and why.",
     503: "The server has as much to do as it takes on, or is stopping.",
     504: "There was no answer within the time limit.",
 }
@@ -20,10 +20,10 @@ STRING, NUMBER, FLAG = {"type": "string"}, {"type": "number"}, {"type": "boolean
 SHARE = {"type": "number", "minimum": 0, "maximum": 1}
 
 
-def describe(most_bytes: int, most_images: int, most_maps: int, *, report: bool) -> dict[str, Any]:
+def describe(most_bytes: int, most_images: int, *, report: bool) -> dict[str, Any]:
     """The document for a server with these limits."""
     paths: dict[str, Any] = {
-        "/predict": {"post": _predict(most_bytes, most_images, most_maps)},
+        "/predict": {"post": _predict(most_bytes, most_images)},
         "/model": {
             "get": _get("What the model is: net, classes, limits, and how good it was on its test images.", _json({"$ref": "#/components/schemas/Model"}))
         },
@@ -48,7 +48,7 @@ def describe(most_bytes: int, most_images: int, most_maps: int, *, report: bool)
     }
 
 
-def _predict(most_bytes: int, most_images: int, most_maps: int) -> dict[str, Any]:
+def _predict(most_bytes: int, most_images: int) -> dict[str, Any]:
     file = {"type": "string", "format": "binary"}
     binary = {"schema": {"type": "string", "format": "binary", "maxLength": most_bytes}}
     form = _object({"image": {"type": "array", "items": file, "minItems": 1, "maxItems": most_images}})
@@ -56,14 +56,21 @@ def _predict(most_bytes: int, most_images: int, most_maps: int) -> dict[str, Any
         "name": "heat_map",
         "in": "query",
         "schema": {**FLAG, "default": False},
-        "description": f"Also draw where the class was seen, for at most {most_maps} images.",
+        "description": "Also draw where the class was seen.",
     }
     return {
         "operationId": "predict",
         "summary": "Classify images",
         "description": "A raw image, or multipart/form-data with a file part for each of several.",
         "parameters": [heat],
-        "requestBody": {"required": True, "content": {"image/*": binary, "application/octet-stream": binary, "multipart/form-data": {"schema": form}}},
+        "requestBody": {
+            "required": True,
+            "content": {
+                "image/*": binary,
+                "application/octet-stream": binary,
+                "multipart/form-data": {"schema": form, "encoding": {"image": {"contentType": "image/png, image/jpeg"}}},
+            },
+        },
         "responses": {
             "200": {"description": "The classes, in the order of the images.", "content": _json({"$ref": "#/components/schemas/Predictions"})},
             **_refused(400, 401, 408, 413, 415, 421, 422, 503, 504),

@@ -10,6 +10,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 MEDIA_TYPE = "application/problem+json"
+BODY_ENDED = "reslab.body_ended"  # in an ASGI scope: whether all of the request's body was received
 LINGER_BYTES = 256 << 20
 LINGER_SECONDS = 5.0
 
@@ -37,13 +38,11 @@ class _Lingering(Response):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
         await send({"type": "http.response.body", "body": bytes(self.body), "more_body": True})
-        dropped, more = 0, True
+        dropped = 0
         try:
             async with asyncio.timeout(LINGER_SECONDS):
-                while more and dropped < LINGER_BYTES:
-                    message = await receive()
-                    more = message.get("more_body", False)
-                    dropped += len(message.get("body", b""))
+                while not scope.get(BODY_ENDED) and dropped < LINGER_BYTES:
+                    dropped += len((await receive()).get("body", b""))
         except TimeoutError:
             pass
         await send({"type": "http.response.body", "body": b"", "more_body": False})

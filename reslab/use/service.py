@@ -39,12 +39,12 @@ from reslab.use.heat import has_heat_map, heat_map
 from reslab.use.metrics import Metrics
 from reslab.use.openapi import describe
 from reslab.use.problems import Problem
-from reslab.use.uploads import IMAGES, Memory, Upload, read_uploads
+from reslab.use.uploads import Memory, Upload, read_uploads
 
 MAX_PIXELS = 50_000_000  # of an uploaded image: phones make 50 megapixels
 LARGE_PIXELS = 8_000_000  # images above it are decoded one at a time, which bounds the memory
 LARGE_BODY = 1 << 16  # bytes from which an image is worth a decoding thread of its own
-HEAT_MAPS = 8  # in one request
+IMAGES = 32  # in one request
 HELD_BODIES = 256 << 20  # bytes of bodies in memory, at least
 THREADS = 2  # that decode
 
@@ -78,6 +78,7 @@ class Service:
     def __init__(self, classifier: Classifier, published: Published, limits: Limits, metrics: Metrics, token: str | None, local_only: bool) -> None:
         self.classifier, self.published, self.limits, self.metrics = classifier, published, limits, metrics
         self.closing = self.ready = False
+        self.most_images = min(IMAGES, limits.queue)
         self.memory = Memory(max(HELD_BODIES, 4 * limits.body))
         self.decoders = ThreadPoolExecutor(THREADS, thread_name_prefix="decode")
         self.one_large = threading.Lock()
@@ -97,7 +98,7 @@ class Service:
         routes = [Route(path, static(body, kind, PAGE_POLICY)) for path, (body, kind) in page.items()]
         if self.published.report is not None:
             routes.append(Route("/report", static(self.published.report, "text/html", REPORT_POLICY)))
-        document = describe(self.limits.body, IMAGES, HEAT_MAPS, report=self.published.report is not None)
+        document = describe(self.limits.body, self.most_images, report=self.published.report is not None)
         return [
             *routes,
             Route("/predict", self._predict, methods=["POST"]),
@@ -114,7 +115,7 @@ class Service:
         self.predictions: Batcher[bytes, tuple[Prediction, Pixels] | Unreadable] = Batcher(
             self._classify, largest=limits.batch, places=limits.queue, patience=patience, watch=self._watch
         )
-        self.heat_maps: Batcher[Pixels, str] = Batcher(self._draw, largest=1, places=4 * HEAT_MAPS, patience=patience)
+        self.heat_maps: Batcher[Pixels, str] = Batcher(self._draw, largest=1, places=2 * IMAGES, patience=patience)
         await asyncio.to_thread(self._warm_up)
         self.ready = True
         yield
@@ -138,7 +139,7 @@ class Service:
             "heat_map": has_heat_map(c),
             "report": self.published.report is not None,
             "max_body_bytes": self.limits.body,
-            "max_images": IMAGES,
+            "max_images": self.most_images,
         }
 
     async def _ready(self, request: Request) -> Response:
@@ -162,7 +163,7 @@ class Service:
         try:
             self.predictions.check_room()  # before the body is read
             with self.memory.lease() as lease:
-                uploads = await read_uploads(request, lease, self.limits.body)
+                uploads = await read_uploads(request, lease, self.limits.body, self.most_images)
                 return await self._answer(uploads, wants_heat)
         except Full as full:
             raise Problem(503, f"the queue is full; try again in {full.retry_after} s", {"retry-after": str(full.retry_after)}) from None
@@ -170,8 +171,6 @@ class Service:
             raise Problem(504, f"an answer must be ready within {self.limits.seconds:g} s; it was not: try again, or raise --timeout") from None
 
     async def _answer(self, uploads: list[Upload], wants_heat: bool) -> Response:
-        if wants_heat and len(uploads) > HEAT_MAPS:
-            raise Problem(422, f"heat maps are drawn for at most {HEAT_MAPS} images a request; received {len(uploads)}")
         until = time.monotonic() + self.limits.seconds
         found = await self.predictions.ask([upload.body for upload in uploads], self.limits.seconds)
         bad: list[dict[str, Any]] = [{"index": i, "name": uploads[i].name, "detail": str(f)} for i, f in enumerate(found) if isinstance(f, Unreadable)]

@@ -14,11 +14,11 @@ from reslab.use.problems import Problem
 RAW = ("image/", "application/octet-stream")
 MULTIPART = "multipart/form-data"
 ACCEPTS = f"image/*, application/octet-stream, {MULTIPART}"
-IMAGES = 64  # in one request
 BODY_SECONDS = 30.0  # for a body to arrive
 HEAD = 8192  # bytes of a part's head
 BOUNDARY = re.compile(r'\bboundary=(?:"([^"]{1,70})"|([^\s;"]{1,70}))', re.IGNORECASE)
 FILENAME = re.compile(rb'\r\ncontent-disposition:[^\r\n]*?\bfilename=(?:"([^"\r\n]*)"|([^\s;"]*))', re.IGNORECASE)
+IMAGE_PART = re.compile(rb"\r\ncontent-type: *image/", re.IGNORECASE)
 
 
 class Upload(NamedTuple):
@@ -60,10 +60,10 @@ class Lease:
         self.bytes += size
 
 
-async def read_uploads(request: Request, lease: Lease, most: int) -> list[Upload]:
-    """The images of a request, at most `most` bytes of them.
+async def read_uploads(request: Request, lease: Lease, most: int, images: int) -> list[Upload]:
+    """The images of a request: at most `images` of them, `most` bytes in all.
 
-    Raises Problem: 400 for a broken body, 408 a slow one, 413 a large one, 415 another type, 422 no image, 503 no memory.
+    Raises Problem: 400 for a broken body, 408 a slow one, 413 a large one, 415 another type, 422 no image or too many, 503 no memory.
     """
     kind = request.headers.get("content-type", "application/octet-stream")
     essence = kind.split(";")[0].strip().lower()
@@ -78,7 +78,7 @@ async def read_uploads(request: Request, lease: Lease, most: int) -> list[Upload
         raise Problem(408, f"a body must arrive within {BODY_SECONDS:.0f} s; received {lease.bytes} bytes by then", {"connection": "close"}) from None
     except ClientDisconnect:
         raise Problem(400, "the connection ended before the body did") from None
-    uploads = _files(body, kind) if essence == MULTIPART else [Upload(None, body)]
+    uploads = _files(body, kind, images) if essence == MULTIPART else [Upload(None, body)]
     if not uploads:
         raise Problem(422, f"{MULTIPART} must have a part with a filename for each image; received none")
     return uploads
@@ -102,8 +102,8 @@ def _too_large(most: int, received: int) -> Problem:
     return Problem(413, f"a body must have at most {most / 2**20:.3g} MiB; received {received / 2**20:.3g} MiB or more", {"connection": "close"})
 
 
-def _files(body: bytes, kind: str) -> list[Upload]:
-    """The parts of a multipart body that have a filename (RFC 7578; its framing is RFC 2046, section 5.1.1)."""
+def _files(body: bytes, kind: str, most: int) -> list[Upload]:
+    """The parts of a multipart body that have a filename or an image's type (RFC 7578; its framing is RFC 2046, section 5.1.1)."""
     boundary = BOUNDARY.search(kind)
     if not boundary:
         raise Problem(400, f"{MULTIPART} needs a boundary of 1 to 70 characters in its Content-Type; received none")
@@ -116,8 +116,9 @@ def _files(body: bytes, kind: str) -> list[Upload]:
         head, blank, content = piece.lstrip(b" \t").partition(b"\r\n\r\n")
         if not blank or not head.startswith(b"\r\n") or len(head) > HEAD:
             raise Problem(400, f"each part must have a head of at most {HEAD} bytes and a blank line; one has not")
-        if name := FILENAME.search(head):
-            uploads.append(Upload((name[1] or name[2] or b"").decode("utf-8", "replace"), content))
-        if len(uploads) > IMAGES:
-            raise Problem(413, f"a request must have at most {IMAGES} images; received more")
+        name = FILENAME.search(head)
+        if name or IMAGE_PART.search(head):
+            uploads.append(Upload((name[1] or name[2] or b"").decode("utf-8", "replace") if name else None, content))
+        if len(uploads) > most:
+            raise Problem(422, f"a request must have at most {most} images; received more")
     raise Problem(400, f"the body must be {MULTIPART} to its last boundary; it stops before")
