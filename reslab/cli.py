@@ -175,7 +175,7 @@ def serve(
     open_to_all: Annotated[bool, Parameter(name="--open", negative="", help="answer anyone, without a token")] = False,
     workers: Annotated[int, Parameter(help="processes that share the port")] = 1,
     batch: Annotated[int, Parameter(help="images that go through the net together, at most")] = 32,
-    queue: Annotated[int, Parameter(help="images that wait, at most; above it the answer is 503")] = 256,
+    queue: Annotated[int, Parameter(help="images that wait, at most; above it the answer is 503")] = 128,
     timeout: Annotated[float, Parameter(help="seconds for an answer; above it, 504")] = 10.0,
     max_body: Annotated[float, Parameter(help="MiB of a request; above it, 413")] = 32.0,
 ) -> int:

@@ -20,7 +20,7 @@ MAY_IMPORT = {
     "spec": {"errors"},
     "nets": LEAVES | {"spec"},
     "data": {"errors"},
-    "use": LEAVES | {"spec", "nets", "data"},
+    "use": LEAVES | {"spec", "nets", "data", "__init__"},
     "train": LEAVES | {"spec", "nets", "data"},
     "report": LEAVES,
     "describe": LEAVES | {"spec", "data", "train"},

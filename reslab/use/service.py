@@ -59,7 +59,7 @@ class Limits:
     """What a server takes on at most."""
 
     body: int = 32 << 20  # bytes of a request
-    queue: int = 256  # images waiting
+    queue: int = 128  # images waiting
     batch: int = 32  # images through the net together
     seconds: float = 10.0  # from a request's last byte to its answer
 
@@ -73,9 +73,15 @@ class Published:
 
 
 class Service:
-    """A classifier that answers requests. `app` is the ASGI application; `closing` is set before it is shut down."""
+    """A classifier that answers requests. `app` is the ASGI application; `closing` is set before it is shut down.
 
-    def __init__(self, classifier: Classifier, published: Published, limits: Limits, metrics: Metrics, token: str | None, local_only: bool) -> None:
+    With two `lanes` one batch is decoded while another is in the net, and neither waits for the other's threads.
+    """
+
+    def __init__(
+        self, classifier: Classifier, published: Published, limits: Limits, metrics: Metrics, token: str | None, local_only: bool, lanes: int = 1
+    ) -> None:  # fmt: skip
+        self.lanes = lanes
         self.classifier, self.published, self.limits, self.metrics = classifier, published, limits, metrics
         self.closing = self.ready = False
         self.most_images = min(IMAGES, limits.queue)
@@ -113,7 +119,7 @@ class Service:
     async def _lifespan(self, app: Starlette) -> AsyncIterator[None]:
         limits, patience = self.limits, self.limits.seconds / 2
         self.predictions: Batcher[bytes, tuple[Prediction, Pixels] | Unreadable] = Batcher(
-            self._classify, largest=limits.batch, places=limits.queue, patience=patience, watch=self._watch
+            self._classify, largest=limits.batch, places=limits.queue, patience=patience, lanes=self.lanes, watch=self._watch
         )
         self.heat_maps: Batcher[Pixels, str] = Batcher(self._draw, largest=1, places=2 * IMAGES, patience=patience)
         await asyncio.to_thread(self._warm_up)
