@@ -6,8 +6,9 @@ are asked to end with their next answer.
 """
 
 import asyncio
+import contextlib
+import errno
 import os
-import resource
 import signal
 import socket
 import sys
@@ -22,7 +23,7 @@ from typing import Any
 
 from reslab.errors import CallError, WorkError, needs_extra, shown
 from reslab.run import Run
-from reslab.use.classifier import load
+from reslab.use.classifier import Classifier, load
 
 try:
     import starlette  # noqa: F401
@@ -88,13 +89,13 @@ def serve(settings: Settings, say: Callable[[str], None] = print) -> None:
     """
     listener = _bind(settings)
     port = listener.getsockname()[1]
-    resource.setrlimit(resource.RLIMIT_NOFILE, (resource.getrlimit(resource.RLIMIT_NOFILE)[1],) * 2)  # a connection is a file
-    load(settings.model)  # what is wrong with it is said here, in one line
+    _allow_many_connections()
+    classifier = load(settings.model)  # what is wrong with it is said here, in one line
     host = f"[{settings.host}]" if ":" in settings.host else settings.host
     ready = f"serving {shown(settings.model)} at http://{host}:{port} (Ctrl-C ends it)"
     rows = shared_rows(settings.workers)
     if settings.workers == 1:
-        _serve(settings, listener, rows, 0, lambda: say(ready))
+        _serve(settings, classifier, listener, Metrics(rows), lambda: say(ready))
     else:
         _serve_several(settings, port, listener, rows, lambda: say(ready))
 
@@ -116,36 +117,47 @@ def _bind(settings: Settings, port: int | None = None, *, shared: bool = False) 
         listener.close()
         if isinstance(error, PermissionError):
             raise WorkError(f"port {settings.port} may not be used by this user: give --port from 1024 on") from error
-        if error.errno == 98 or "in use" in str(error):
+        if error.errno == errno.EADDRINUSE:
             raise WorkError(f"{where} is in use: stop what uses it, or give another --port (0 takes a free one)") from error
         raise CallError(f"--host must be an address of this machine; received {shown(settings.host)} ({error.strerror}): try 127.0.0.1") from error
     return listener
 
 
-def _serve(settings: Settings, listener: socket.socket, rows: Any, row: int, ready: Callable[[], None]) -> None:
-    """One process: loads the model and answers until a signal."""
+def _allow_many_connections() -> None:
+    """Each connection is an open file, of which a process may have few by default."""
+    with contextlib.suppress(ImportError, OSError, ValueError):
+        import resource
+
+        most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+
+
+def _serve(
+    settings: Settings, classifier: Classifier, listener: socket.socket, metrics: Metrics, ready: Callable[[], None], parent: int | None = None
+) -> None:  # fmt: skip
+    """One process: answers until a signal, or until the process `parent` is gone."""
     sys.setswitchinterval(SWITCH_SECONDS)
-    cores = max(1, len(os.sched_getaffinity(0)) // settings.workers)
+    machine = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = max(1, machine // settings.workers)
     lanes = min(2, cores)
     if "OMP_NUM_THREADS" not in os.environ and "torch" in sys.modules:
         sys.modules["torch"].set_num_threads(cores // lanes)
     local_only = settings.token is None and not settings.public
-    service = Service(load(settings.model), _published(settings.model), settings.limits, Metrics(rows, row), settings.token, local_only, lanes)
+    service = Service(classifier, _published(settings.model), settings.limits, metrics, settings.token, local_only, lanes)
     config = uvicorn.Config(
         service.app, log_level="error", access_log=False, server_header=False, proxy_headers=False, ws="none", lifespan="on",
         http="httptools" if find_spec("httptools") else "h11", loop="auto",
         timeout_keep_alive=int(STALE_SECONDS), timeout_graceful_shutdown=STOP_SECONDS,
     )  # fmt: skip
-    _Server(config, service, ready).run([listener])
+    _Server(config, service, ready, parent).run([listener])
 
 
 class _Server(uvicorn.Server):
     """uvicorn's, which also ends in an orderly way, says when it listens, and drops connections that only hold a place."""
 
-    def __init__(self, config: uvicorn.Config, service: Service, ready: Callable[[], None]) -> None:
+    def __init__(self, config: uvicorn.Config, service: Service, ready: Callable[[], None], parent: int | None = None) -> None:
         super().__init__(config)
-        self.service, self.ready = service, ready
-        self.parent = os.getppid()
+        self.service, self.ready, self.parent = service, ready, parent
         self.interrupts = 0
         self.quiet: dict[Any, tuple[Any, float]] = {}  # connection -> its last request, and since when there is no other
 
@@ -164,7 +176,7 @@ class _Server(uvicorn.Server):
         self.service.sample()
         if counter % 10 == 0:
             self._drop_stale(time.monotonic())
-        return await super().on_tick(counter) or os.getppid() != self.parent
+        return await super().on_tick(counter) or self.parent not in (None, os.getppid())
 
     def _drop_stale(self, now: float) -> None:
         """Closes connections that have sent no whole request head for STALE_SECONDS."""
@@ -198,7 +210,8 @@ def _serve_several(settings: Settings, port: int, listener: socket.socket, rows:
 
 
 def _work(settings: Settings, port: int, rows: Any, row: int, pipe: Connection) -> None:
-    _serve(settings, _bind(settings, port, shared=True), rows, row, lambda: pipe.send_bytes(b"ready"))
+    listener = _bind(settings, port, shared=True)
+    _serve(settings, load(settings.model), listener, Metrics(rows, row), lambda: pipe.send_bytes(b"ready"), os.getppid())
 
 
 def _published(model: Path) -> Published:

@@ -11,12 +11,14 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import uvicorn
 
 import reslab
-from reslab.use.serve import Settings, serve
+from reslab.use.serve import Settings, _Server, serve
 from reslab.use.service import Limits
 from tests.test_cli import one_line
 from tests.use.serving import Server, as_json, image, make_run, serving
@@ -113,6 +115,26 @@ def test_broken_http_is_refused_and_the_log_stays_empty(run: Path) -> None:
         assert server.predict(image())[0] == 200
         assert server.stop() == 0
         assert server.process.stderr and server.process.stderr.read() == ""
+
+
+def test_connections_that_only_hold_a_place_are_dropped_and_others_are_not() -> None:
+    """As the clock goes on; a slow body has a limit of its own."""
+
+    class Connection(SimpleNamespace):
+        __hash__ = object.__hash__
+
+    def connection(cycle: Any) -> Any:
+        dropped: list[bool] = []
+        return Connection(cycle=cycle, dropped=dropped, transport=SimpleNamespace(abort=lambda: dropped.append(True)))
+
+    done, busy = (lambda: SimpleNamespace(response_complete=True)), SimpleNamespace(response_complete=False)
+    silent, idle, working, active = connection(None), connection(done()), connection(busy), connection(done())
+    server = _Server(uvicorn.Config(app="none"), SimpleNamespace(), lambda: None)  # type: ignore[arg-type]
+    server.server_state.connections.update((silent, idle, working, active))
+    for second in range(0, 25):
+        server._drop_stale(float(second))
+        active.cycle = done()  # it asks again each second
+    assert [bool(each.dropped) for each in (silent, idle, working, active)] == [True, True, False, False]
 
 
 class Client(threading.Thread):
