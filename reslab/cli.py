@@ -169,6 +169,31 @@ def report(run: Annotated[Path, Parameter(help="a run folder")], /) -> int:
 
 
 @app.command
+def serve(
+    model: Annotated[Path, Parameter(help="a run folder, its model/, or an exported .onnx file")],
+    /,
+    *,
+    host: Annotated[str, Parameter(help="address to answer on; any but loopback needs a token or --open")] = "127.0.0.1",
+    port: Annotated[int, Parameter(help="0 takes a free one")] = 8000,
+    token: Annotated[str | None, Parameter(env_var="RESLAB_TOKEN", show_env_var=True, help="the secret that every request must bring")] = None,
+    open_to_all: Annotated[bool, Parameter(name="--open", negative="", help="answer anyone, without a token")] = False,
+    workers: Annotated[int, Parameter(help="processes that share the port")] = 1,
+    batch: Annotated[int, Parameter(help="images that go through the net together, at most")] = 32,
+    queue: Annotated[int, Parameter(help="images that wait, at most; above it the answer is 503")] = 128,
+    timeout: Annotated[float, Parameter(help="seconds for an answer; above it, 504")] = 10.0,
+    max_body: Annotated[float, Parameter(help="MiB of a request; above it, 413")] = 32.0,
+) -> int:
+    """Answer HTTP requests with a classifier, and show its page (extra `serve`)."""
+    from reslab.use.serve import Settings
+    from reslab.use.serve import serve as start
+    from reslab.use.service import Limits
+
+    limits = Limits(round(max_body * 2**20), queue, batch, timeout)
+    start(Settings(model, host, port, token, open_to_all, workers, limits), lambda line: print(line, flush=True))
+    return 0
+
+
+@app.command
 def models(
     *patterns: Annotated[str, Parameter(help="names, globs such as 'se_*', or text in where a net is from")],
     sort: Annotated[Sort | None, Parameter(help="by default as they were published")] = None,

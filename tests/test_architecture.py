@@ -23,7 +23,7 @@ MAY_IMPORT = {
     "catalogue": {"errors"} | NETWORK,
     "nets": LEAVES | NETWORK,
     "data": {"errors"},
-    "use": LEAVES | NETWORK | {"nets", "data"},
+    "use": LEAVES | NETWORK | {"nets", "data", "__init__"},
     "train": LEAVES | NETWORK | {"nets", "data"},
     "report": LEAVES,
     "describe": LEAVES | NETWORK | {"data", "train"},

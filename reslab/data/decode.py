@@ -59,6 +59,12 @@ def read_header(data: bytes) -> Header:
         return Header(width, height, image.mode in GREY_MODES)
 
 
+def dimensions(data: bytes) -> tuple[int, int]:
+    """Width and height as the head of the file has them; nothing is decoded. Raises Unreadable."""
+    with _open(data) as image:
+        return image.size
+
+
 def decode(data: bytes, size: int, channels: int) -> Pixels:
     """uint8 (size, size, channels), channels 1 or 3. Raises Unreadable."""
     with _open(data) as image:

@@ -1,0 +1,216 @@
+"""`reslab serve` as processes: what a person types wrong, what clients do wrong, and how it ends."""
+
+import http.client
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import uvicorn
+
+import reslab
+from reslab.use.serve import Settings, _Server, serve
+from reslab.use.service import Limits
+from tests.test_cli import one_line
+from tests.use.serving import Server, as_json, image, make_run, serving
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_run(tmp_path_factory.mktemp("made") / "run")
+
+
+@pytest.fixture(scope="module")
+def server(run: Path) -> Iterator[Server]:
+    with serving(run, "--max-body", "1") as server:
+        yield server
+
+
+def test_wrong_calls_are_one_line(cli: Callable[..., subprocess.CompletedProcess[str]], run: Path) -> None:
+    one_line(cli("serve", "nowhere"), 2, "a finished run has model/spec.json")
+    one_line(cli("serve", run, "--host", "0.0.0.0"), 2, "set RESLAB_TOKEN or --token, or let anyone in with --open")
+
+
+@pytest.mark.parametrize(
+    ("fields", "part"),
+    [
+        ({"host": "no such host", "public": True}, "--host must be an address of this machine"),
+        ({"host": "203.0.113.7", "public": True}, "--host must be an address of this machine"),
+        ({"host": "::"}, "--host :: can be reached from other machines"),
+        ({"port": 70_000}, "--port must be from 0"),
+        ({"workers": 0}, "--workers must be from 1"),
+        ({"limits": Limits(batch=0)}, "--batch must be from 1"),
+        ({"token": "short"}, "a token must have at least 16"),
+        ({"token": "sixteen or more, with spaces"}, "no space"),
+    ],
+)
+def test_wrong_settings_are_refused(run: Path, fields: dict[str, Any], part: str) -> None:
+    with pytest.raises(reslab.CallError) as error:
+        serve(Settings(run, **fields))
+    assert part in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_port_in_use_is_one_line(cli: Callable[..., subprocess.CompletedProcess[str]], run: Path, server: Server) -> None:
+    one_line(cli("serve", run, "--port", str(server.port)), 1, f"127.0.0.1:{server.port} is in use")
+    one_line(cli("serve", run, "--port", str(server.port), "--workers", "2"), 1, "is in use")
+
+
+def test_the_missing_extra_is_named(run: Path) -> None:
+    code = "import sys; sys.modules['uvicorn'] = None\nfrom reslab.cli import main; main(sys.argv[1:])"
+    done = subprocess.run([sys.executable, "-c", code, "serve", str(run)], capture_output=True, text=True, timeout=100)
+    one_line(done, 1, "pip install 'reslab[serve]'")
+
+
+def test_a_token_may_come_from_the_environment_and_guards_any_address(run: Path) -> None:
+    token = "0123456789abcdef"
+    with serving(run, "--host", "127.0.0.1", RESLAB_TOKEN=token) as server:
+        assert server.ask("GET", "/model")[0] == 401
+        assert server.ask("GET", "/model", Authorization=f"Bearer {token}", Host="elsewhere.example")[0] == 200
+        command = Path(f"/proc/{server.process.pid}/cmdline").read_bytes()
+        assert token.encode() not in command
+
+
+def test_half_a_request_holds_nobody_up_and_leaves_nothing_behind(server: Server) -> None:
+    held = []
+    for part in (b"", b"POST /predict HT", b"POST /predict HTTP/1.1\r\nHost: localhost\r\nContent-Type: image/png\r\nContent-Length: 1000\r\n\r\nabc"):
+        for _ in range(20):
+            held.append(socket.create_connection(("127.0.0.1", server.port)))
+            held[-1].sendall(part)
+    start = time.perf_counter()
+    assert server.predict(image())[0] == 200
+    assert time.perf_counter() - start < 5
+    for each in held:
+        each.close()
+    deadline = time.monotonic() + 10
+    while server.metric("body_bytes") and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert server.metric("body_bytes") == 0
+
+
+def test_a_body_beyond_the_limit_is_answered_before_it_was_read(server: Server) -> None:
+    before = server.resident()
+    for _ in range(3):
+        status, _, body = server.predict(bytes(100 << 20))
+        assert (status, as_json(body)["status"]) == (413, 413)
+    assert server.resident() - before < 40, "of 300 MiB nothing is kept"
+
+
+def test_broken_http_is_refused_and_the_log_stays_empty(run: Path) -> None:
+    with serving(run) as server:
+        for request in (b"\x16\x03\x01\x02\x00\x01\x00", b"GET\r\n\r\n", b"GET / HTTP/9.9\r\n\r\n", b"POST /predict HTTP/1.1\r\nContent-Length: -5\r\n\r\n"):
+            with socket.create_connection(("127.0.0.1", server.port), timeout=10) as connection:
+                connection.sendall(request)
+                assert connection.recv(4096)[:12] in (b"HTTP/1.1 400", b"")
+        assert server.predict(b"secret pixels")[0] == 422
+        assert server.predict(image())[0] == 200
+        assert server.stop() == 0
+        assert server.process.stderr and server.process.stderr.read() == ""
+
+
+def test_connections_that_only_hold_a_place_are_dropped_and_others_are_not() -> None:
+    """As the clock goes on; a slow body has a limit of its own."""
+
+    class Connection(SimpleNamespace):
+        __hash__ = object.__hash__
+
+    def connection(cycle: Any) -> Any:
+        dropped: list[bool] = []
+        return Connection(cycle=cycle, dropped=dropped, transport=SimpleNamespace(abort=lambda: dropped.append(True)))
+
+    done, busy = (lambda: SimpleNamespace(response_complete=True)), SimpleNamespace(response_complete=False)
+    silent, idle, working, active = connection(None), connection(done()), connection(busy), connection(done())
+    server = _Server(uvicorn.Config(app="none"), SimpleNamespace(), lambda: None)  # type: ignore[arg-type]
+    server.server_state.connections.update((silent, idle, working, active))
+    for second in range(0, 25):
+        server._drop_stale(float(second))
+        active.cycle = done()  # it asks again each second
+    assert [bool(each.dropped) for each in (silent, idle, working, active)] == [True, True, False, False]
+
+
+class Client(threading.Thread):
+    """Asks over and over, on one connection or a new one each time, until nobody listens any more."""
+
+    def __init__(self, port: int, keep: bool) -> None:
+        super().__init__(daemon=True)
+        self.port, self.keep = port, keep
+        self.answers: Counter[int] = Counter()
+        self.lost: list[str] = []  # on connections that had been answered before
+        self.turned_away = 0  # on new ones, of which the server may never have known
+        self.body = image()
+
+    def run(self) -> None:
+        while True:
+            connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=30)
+            try:
+                connection.connect()
+            except OSError:
+                return  # refused: it was not accepted
+            self.use(connection)
+            connection.close()
+
+    def use(self, connection: http.client.HTTPConnection) -> None:
+        for i in range(1_000 if self.keep else 1):
+            try:
+                connection.request("POST", "/predict", self.body, {"Content-Type": "image/png"})
+                answer = connection.getresponse()
+                answer.read()
+            except (OSError, http.client.HTTPException) as error:
+                if i:
+                    self.lost.append(repr(error))
+                else:
+                    self.turned_away += 1
+                return
+            self.answers[answer.status] += 1
+            if answer.will_close:
+                return
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_sigterm_under_load_answers_every_request_that_was_accepted(run: Path, workers: int) -> None:
+    with serving(run, "--workers", str(workers)) as server:
+        clients = [Client(server.port, keep=i < 12) for i in range(16)]
+        for client in clients:
+            client.start()
+        time.sleep(1.0)
+        status = server.stop()
+        for client in clients:
+            client.join(30)
+        assert status == 0
+        assert [client.lost for client in clients] == [[]] * 16, "a connection in use ends with an answer that says so"
+        assert sum(sum(client.answers.values()) for client in clients) > 100
+        assert {status for client in clients for status in client.answers} <= {200, 503}
+        # A connection that the system took, and the server had not yet, is reset when it stops listening.
+        assert all(client.turned_away <= 1 for client in clients)
+        assert server.process.stderr and server.process.stderr.read() == ""
+
+
+def children(pid: int) -> list[int]:
+    found = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    return [int(child) for child in found if b"spawn_main" in Path(f"/proc/{child}/cmdline").read_bytes()]
+
+
+def test_a_worker_that_dies_is_replaced_and_the_counts_go_on(run: Path) -> None:
+    with serving(run, "--workers", "2") as server:
+        for i in range(20):
+            assert server.predict(image(i))[0] == 200
+        assert server.metric("images_total") == 20, "whichever worker is asked answers for both"
+        first, second = children(server.process.pid)
+        os.kill(first, signal.SIGKILL)
+        deadline = time.monotonic() + 60
+        while (first in children(server.process.pid) or len(children(server.process.pid)) < 2) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        assert second in children(server.process.pid)
+        assert server.predict(image())[0] == 200
+        assert server.metric("images_total") == 21
+        assert server.stop() == 0
+        assert server.process.stderr and "is replaced" in server.process.stderr.read()

@@ -1,0 +1,166 @@
+"""The page in a real browser: an image in, classes, heat map and "not sure" out, with nothing for axe-core to complain of."""
+
+import json
+import os
+import shutil
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.use.serving import Server, image, make_run, serving
+
+AXE = Path(os.environ.get("RESLAB_AXE", "node_modules/axe-core/axe.min.js"))
+FIRST_PAINT = 500  # ms
+DROP = """([name, type, bytes]) => {
+  const data = new DataTransfer();
+  data.items.add(new File([new Uint8Array(bytes)], name, { type }));
+  document.getElementById("zone").dispatchEvent(new DragEvent("drop", { dataTransfer: data, bubbles: true, cancelable: true }));
+}"""
+PASTE = DROP.replace(
+    'document.getElementById("zone").dispatchEvent(new DragEvent("drop", { dataTransfer: data, ',
+    'document.dispatchEvent(new ClipboardEvent("paste", { clipboardData: data, ',
+)
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    with serving(make_run(tmp_path_factory.mktemp("made") / "my <run>"), "--max-body", "1") as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    program = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if not program:
+        pytest.skip("no Chromium on this machine")
+    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    with playwright.sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=program, args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+class Tab:
+    """The page, open, with what the browser complained of."""
+
+    def __init__(self, browser: Any, server: Server, **options: Any) -> None:
+        self.page = browser.new_context(**options).new_page()
+        self.complaints: list[str] = []
+        self.page.on("console", lambda message: self.complaints.append(message.text))
+        self.page.on("pageerror", lambda error: self.complaints.append(str(error)))
+        self.page.goto(f"http://127.0.0.1:{server.port}/")
+        self.page.wait_for_function("document.getElementById('about').textContent")
+
+    def give(self, name: str, body: bytes, how: str = DROP) -> None:
+        self.page.evaluate(how, [name, "image/png", list(body)])
+        self.page.wait_for_function("name => !document.body.classList.contains('busy') && !document.getElementById('result').hidden"
+                                    " && document.getElementById('file').textContent.includes(name)", arg=name)  # fmt: skip
+
+    def text(self, selector: str) -> str:
+        found: str = self.page.inner_text(selector)
+        return found
+
+
+def images(server: Server) -> dict[bool, bytes]:
+    """An image that the net is sure of, and one that it is not."""
+    found: dict[bool, bytes] = {}
+    for seed in range(200):
+        body = image(seed)
+        found.setdefault(json.loads(server.predict(body)[2])["predictions"][0]["sure"], body)
+        if len(found) == 2:
+            return found
+    raise AssertionError("the net is always or never sure")
+
+
+def test_a_dropped_image_is_classified_with_its_heat_map(browser: Any, server: Server) -> None:
+    tab = Tab(browser, server)
+    tab.give("sure.png", images(server)[True])
+    assert tab.text("#verdict") == "Confident"
+    assert tab.text("#label") == tab.text("#bars li:first-child span:first-child")
+    assert tab.page.locator("#bars li").count() == 3
+    heat = tab.page.evaluate("""() => {
+      const canvas = document.getElementById("heat"), data = canvas.getContext("2d").getImageData(0, 0, canvas.width, canvas.height).data;
+      return { hidden: canvas.hidden, width: canvas.width, warm: data.filter((value, i) => i % 4 === 3 && value > 100).length,
+               share: parseFloat(canvas.style.width), opacity: getComputedStyle(canvas).opacity };
+    }""")
+    assert (heat["hidden"], heat["width"], heat["opacity"]) == (False, 24, "0.65")
+    assert heat["warm"] > 10, "something must be seen of it"
+    assert heat["share"] == pytest.approx(100 * 30 / 40 * 24 / 28, abs=0.1), "over what the net saw of a 40 x 30 px image"
+    tab.page.locator("#opacity").focus()
+    tab.page.keyboard.press("Home")
+    assert tab.page.evaluate("getComputedStyle(document.getElementById('heat')).opacity") == "0"
+    assert tab.text("#opacity-value") == "0\N{NO-BREAK SPACE}%"
+    assert tab.complaints == []
+
+
+def test_not_sure_recent_ones_and_the_report(browser: Any, server: Server) -> None:
+    tab = Tab(browser, server)
+    both = images(server)
+    tab.give("sure.png", both[True], PASTE)
+    label = tab.text("#label")
+    tab.give("unsure.png", both[False])
+    assert tab.text("#verdict") == "Not sure"
+    assert "sure from 60" in tab.text("#confidence")
+    assert "Not sure" in tab.page.text_content("#status"), "and a screen reader is told"
+    tab.page.locator("#thumbs button").nth(1).press("Enter")
+    assert (tab.text("#label"), tab.text("#verdict"), tab.text("#file")) == (label, "Confident", "sure.png")
+    assert tab.page.evaluate("document.activeElement.getAttribute('aria-current')") == "true"
+    assert tab.text("#name") == "my <run>"
+    tab.page.click("#report")
+    assert tab.text("p") == "the report"
+    assert tab.complaints == []
+
+
+def test_what_cannot_be_read_is_said_and_the_page_goes_on(browser: Any, server: Server) -> None:
+    tab = Tab(browser, server)
+    tab.page.evaluate(DROP, ["notes <b>.txt", "text/plain", [1, 2, 3]])
+    tab.page.wait_for_selector("#problem:not([hidden])")
+    assert "cannot be read as an image" in tab.text("#problem")
+    assert "notes <b>.txt: not an image" in tab.text("#problem")
+    tab.page.set_input_files("#choose", {"name": "big.png", "mimeType": "image/png", "buffer": bytes((1 << 20) + 1)})
+    tab.page.wait_for_function("document.getElementById('problem-title').textContent.includes('too large')")
+    tab.give("good.png", image())
+    assert tab.page.locator("#problem").is_hidden()
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [360, 1200])
+def test_axe_finds_no_violation(browser: Any, server: Server, scheme: str, width: int) -> None:
+    if not AXE.is_file():
+        pytest.skip("axe-core is not at hand: `npm install axe-core`, or set RESLAB_AXE to its axe.min.js")
+    tab = Tab(browser, server, color_scheme=scheme, viewport={"width": width, "height": 800}, bypass_csp=True, reduced_motion="reduce")
+    tab.page.add_script_tag(path=str(AXE))
+    both = images(server)
+    for give in (None, both[True], both[False]):
+        if give:
+            tab.give(f"{give[20:22].hex()}.png", give)
+        violations = tab.page.evaluate("axe.run().then(found => found.violations.map(v => [v.id, v.nodes.map(n => n.html)]))")
+        assert violations == []
+    tab.page.evaluate(DROP, ["x.txt", "text/plain", [1]])
+    tab.page.wait_for_selector("#problem:not([hidden])")
+    assert tab.page.evaluate("axe.run().then(found => found.violations.map(v => v.id))") == []
+    assert tab.page.evaluate("document.documentElement.scrollWidth <= innerWidth"), "nothing may stick out"
+
+
+def test_it_is_all_reachable_by_keyboard(browser: Any, server: Server) -> None:
+    tab = Tab(browser, server)
+    tab.give("a.png", image(0))
+    tab.give("b.png", image(1))
+    reached = []
+    for _ in range(12):
+        tab.page.keyboard.press("Tab")
+        reached.append(tab.page.evaluate("document.activeElement.id || document.activeElement.tagName"))
+    assert {"report", "choose", "opacity", "BUTTON"} <= set(reached), reached
+
+
+def test_first_paint_is_fast(browser: Any, server: Server) -> None:
+    times = []
+    for _ in range(3):
+        tab = Tab(browser, server)
+        painted = "performance.getEntriesByName('first-contentful-paint')[0]?.startTime"
+        times.append(tab.page.wait_for_function(painted).json_value())
+    print(f"first contentful paint: {sorted(times)} ms", file=sys.stderr)
+    assert min(times) < FIRST_PAINT
