@@ -184,9 +184,9 @@ def serve(
     max_body: Annotated[float, Parameter(help="MiB of a request; above it, 413")] = 32.0,
 ) -> int:
     """Answer HTTP requests with a classifier, and show its page (extra `serve`)."""
-    from reslab.use.serve import Settings
-    from reslab.use.serve import serve as start
-    from reslab.use.service import Limits
+    from reslab.serve.server import Settings
+    from reslab.serve.server import serve as start
+    from reslab.serve.service import Limits
 
     limits = Limits(round(max_body * 2**20), queue, batch, timeout)
     start(Settings(model, host, port, token, open_to_all, workers, limits), lambda line: print(line, flush=True))

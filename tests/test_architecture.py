@@ -23,12 +23,13 @@ MAY_IMPORT = {
     "catalogue": {"errors"} | NETWORK,
     "nets": LEAVES | NETWORK,
     "data": {"errors"},
-    "use": LEAVES | NETWORK | {"nets", "data", "__init__"},
+    "use": LEAVES | NETWORK | {"nets", "data"},
+    "serve": LEAVES | NETWORK | {"data", "use", "__init__"},
     "train": LEAVES | NETWORK | {"nets", "data"},
     "report": LEAVES,
     "describe": LEAVES | NETWORK | {"data", "train"},
     "job": LEAVES | NETWORK | {"nets", "data", "train", "use", "report", "describe"},
-    "cli": LEAVES | NETWORK | {"catalogue", "nets", "data", "train", "use", "report", "job", "__init__"},
+    "cli": LEAVES | NETWORK | {"catalogue", "nets", "data", "train", "use", "serve", "report", "job", "__init__"},
 }
 STANDARD_ONLY = [PACKAGE / f"{name}.py" for name in ("spec", "layout", "family", "errors")] + sorted((PACKAGE / "catalogue").glob("*.py"))
 

@@ -31,10 +31,10 @@ try:
 except ModuleNotFoundError as error:
     raise needs_extra(error.name or "uvicorn", "serve") from error
 
-from reslab.use.guard import is_loopback
-from reslab.use.metrics import Metrics, shared_rows
-from reslab.use.service import Limits, Published, Service
-from reslab.use.workers import supervise
+from reslab.serve.guard import is_loopback
+from reslab.serve.metrics import Metrics, shared_rows
+from reslab.serve.service import Limits, Published, Service
+from reslab.serve.workers import supervise
 
 TOKEN_LENGTH = 16
 STALE_SECONDS = 20.0  # a connection that has been without a whole request so long is closed

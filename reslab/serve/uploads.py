@@ -9,7 +9,7 @@ from typing import NamedTuple
 from starlette.requests import ClientDisconnect, Request
 
 from reslab.errors import shown
-from reslab.use.problems import Problem
+from reslab.serve.problems import Problem
 
 RAW = ("image/", "application/octet-stream")
 MULTIPART = "multipart/form-data"

@@ -32,14 +32,14 @@ from starlette.routing import Route
 
 from reslab.data.decode import Pixels, Unreadable, dimensions
 from reslab.errors import shown
-from reslab.use.batching import Batcher, Full, Late
+from reslab.serve.batching import Batcher, Full, Late
+from reslab.serve.guard import Guard
+from reslab.serve.metrics import Metrics
+from reslab.serve.openapi import describe
+from reslab.serve.problems import Problem
+from reslab.serve.uploads import Memory, Upload, read_uploads
 from reslab.use.classifier import Classifier, Prediction
-from reslab.use.guard import Guard
 from reslab.use.heat import has_heat_map, heat_map
-from reslab.use.metrics import Metrics
-from reslab.use.openapi import describe
-from reslab.use.problems import Problem
-from reslab.use.uploads import Memory, Upload, read_uploads
 
 MAX_PIXELS = 50_000_000  # of an uploaded image: phones make 50 megapixels
 LARGE_PIXELS = 8_000_000  # images above it are decoded one at a time, which bounds the memory
@@ -93,7 +93,7 @@ class Service:
         self.app.router.redirect_slashes = False
 
     def _routes(self) -> list[Route]:
-        page = {path: (files("reslab.use").joinpath("page", name).read_bytes(), kind) for path, (name, kind) in PAGE.items()}
+        page = {path: (files("reslab.serve").joinpath("page", name).read_bytes(), kind) for path, (name, kind) in PAGE.items()}
 
         def static(body: bytes, kind: str, policy: str) -> Any:
             async def give(request: Request) -> Response:

@@ -18,10 +18,10 @@ import pytest
 import uvicorn
 
 import reslab
-from reslab.use.serve import Settings, _Server, serve
-from reslab.use.service import Limits
+from reslab.serve.server import Settings, _Server, serve
+from reslab.serve.service import Limits
+from tests.serve.serving import Server, as_json, image, make_run, serving
 from tests.test_cli import one_line
-from tests.use.serving import Server, as_json, image, make_run, serving
 
 
 @pytest.fixture(scope="module")

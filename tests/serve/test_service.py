@@ -18,13 +18,13 @@ from PIL import Image
 from starlette.testclient import TestClient
 
 import reslab
-from reslab.use import service as service_module
-from reslab.use.metrics import Metrics, shared_rows
-from reslab.use.serve import _published
-from reslab.use.service import Limits, Service
-from reslab.use.uploads import Memory
+from reslab.serve import service as service_module
+from reslab.serve.metrics import Metrics, shared_rows
+from reslab.serve.server import _published
+from reslab.serve.service import Limits, Service
+from reslab.serve.uploads import Memory
 from tests.data.test_decode import bomb
-from tests.use.serving import CANVAS, CLASSES, SIZE, image, make_run, multipart
+from tests.serve.serving import CANVAS, CLASSES, SIZE, image, make_run, multipart
 
 TOKEN = "correct horse battery".replace(" ", "-")
 PNG = {"content-type": "image/png"}

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from reslab.use.batching import Batcher, Full, Late
+from reslab.serve.batching import Batcher, Full, Late
 
 
 class Worker:

@@ -11,8 +11,8 @@ from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from reslab.errors import shown
-from reslab.use.metrics import Metrics
-from reslab.use.problems import BODY_ENDED, Problem
+from reslab.serve.metrics import Metrics
+from reslab.serve.problems import BODY_ENDED, Problem
 
 UNGUARDED = ("/health", "/ready")  # what a load balancer asks
 ALWAYS = [

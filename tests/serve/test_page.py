@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from tests.use.serving import Server, image, make_run, serving
+from tests.serve.serving import Server, image, make_run, serving
 
 AXE = Path(os.environ.get("RESLAB_AXE", "node_modules/axe-core/axe.min.js"))
 FIRST_PAINT = 500  # ms
