@@ -103,7 +103,7 @@ def check(
 
 @app.command
 def predict(
-    run: Annotated[Path, Parameter(help="a run folder, or its model/")],
+    run: Annotated[Path, Parameter(help="a run folder, its model/, or an exported .onnx file")],
     /,
     *images: Annotated[str, Parameter(help="files, folders or patterns such as 'photos/*.jpg'")],
     as_json: JsonFlag = False,
@@ -136,14 +136,14 @@ def predict(
 
 @app.command
 def evaluate(
-    run: Annotated[Path, Parameter(help="a run folder")],
+    run: Annotated[Path, Parameter(help="a run folder, or an exported .onnx file")],
     data: Annotated[str | None, Parameter(help="other labelled images; by default the run's own test part")] = None,
     /,
     *,
     as_json: JsonFlag = False,
 ) -> int:
-    """Score a run on its test part again, or on all of other labelled images."""
-    from reslab.job import evaluate as evaluate_run
+    """Score a run on its test part again, or a run or an exported file on all of other labelled images."""
+    from reslab.use.rescore import evaluate as evaluate_run
 
     with _watch() as show:
         scores = evaluate_run(run, data, show.reading)
