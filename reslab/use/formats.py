@@ -25,7 +25,7 @@ from reslab.use.classifier import Classifier, Logits
 from reslab.use.onnx import INPUT, METADATA, OUTPUTS, session
 from reslab.use.pipeline import Pipeline, trace
 
-OPSET = 20  # the first whose Resize is antialiased is 18
+OPSET = 20  # an antialiased Resize needs 18
 
 Answer = tuple[Logits, Logits]  # probabilities and logits
 Run = Callable[[Pixels], Answer]
@@ -48,7 +48,7 @@ def metadata(classifier: Classifier, precision: str = "fp32") -> str:
     return json.dumps({**facts, "preprocess": held, "spec": asdict(classifier.spec)})
 
 
-def to_onnx(classifier: Classifier, any_size: bool = True, dtype: torch.dtype = torch.float32) -> bytes:
+def to_onnx(classifier: Classifier, any_size: bool = True) -> bytes:
     """A whole .onnx file: `images` uint8 (batch, height, width, C) -> `probabilities` and `logits`. Batch norm is folded."""
     try:
         import onnx
@@ -57,13 +57,12 @@ def to_onnx(classifier: Classifier, any_size: bool = True, dtype: torch.dtype = 
         raise needs_extra(error.name or "onnx", "export") from error
     with quietly():
         program = torch.onnx.export(
-            trace(Pipeline(classifier, any_size, dtype)),
+            trace(Pipeline(classifier, any_size)),
             dynamo=True, input_names=[INPUT], output_names=OUTPUTS, opset_version=OPSET, verbose=False,
         )  # fmt: skip
     assert program is not None
     model = program.model_proto
-    name_precision = {torch.float32: "fp32", torch.bfloat16: "bf16"}[dtype]
-    finish(model, metadata(classifier, name_precision))
+    finish(model, metadata(classifier))
     onnx.checker.check_model(model)
     data: bytes = model.SerializeToString()
     return data

@@ -17,18 +17,18 @@ from reslab.use.classifier import Classifier
 class Pipeline(nn.Module):
     """uint8 (N, H, W, C) -> calibrated probabilities and logits, both float32 (N, classes).
 
-    With `any_size` H and W are free, otherwise both are the canvas. `dtype` is what the net computes in.
+    With `any_size` H and W are free, otherwise both are the canvas.
     """
 
     mean: Tensor
     std: Tensor
 
-    def __init__(self, classifier: Classifier, any_size: bool = True, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(self, classifier: Classifier, any_size: bool = True) -> None:
         super().__init__()
         model = classifier.model
         assert isinstance(model, TorchModel)
-        self.net = copy.deepcopy(model.net).to("cpu", dtype, memory_format=torch.contiguous_format)  # type: ignore[call-overload]
-        self.frame, self.any_size, self.dtype, self.temperature = model.preprocess, any_size, dtype, classifier.temperature
+        self.net = copy.deepcopy(model.net).to("cpu", memory_format=torch.contiguous_format)  # type: ignore[call-overload]
+        self.frame, self.any_size, self.temperature = model.preprocess, any_size, classifier.temperature
         mean, std = torch.as_tensor(model.preprocess.mean), torch.as_tensor(model.preprocess.std)
         self.register_buffer("mean", mean.view(-1, 1, 1) if mean.ndim == 1 else mean)
         self.register_buffer("std", std.view(-1, 1, 1))
@@ -41,8 +41,7 @@ class Pipeline(nn.Module):
         if self.any_size:
             x = interpolate(x, (canvas, canvas), mode="bilinear", align_corners=False, antialias=True)
         x = self.frame.crop(x) if canvas > size else x
-        x = (x / 255 - self.mean) / self.std
-        logits = self.net(x.to(self.dtype)).float()
+        logits = self.net((x / 255 - self.mean) / self.std)
         return (logits / self.temperature).softmax(1), logits
 
 
