@@ -4,9 +4,7 @@ A file is written into a temporary folder, run there, and compared with the net 
 to its place, and beside it, in NAME.json, what was found.
 """
 
-import contextlib
 import json
-import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,7 +16,7 @@ from reslab.data.images import Images, Indices, read_batches
 from reslab.data.source import Progress, silent
 from reslab.errors import CallError, WorkError, shown, unknown
 from reslab.interval import share
-from reslab.run import Run, write_whole
+from reslab.run import Run, workplace, write_whole
 from reslab.use import quantize
 from reslab.use.classifier import BATCH, Classifier, load, softmax
 from reslab.use.formats import FORMATS, Format
@@ -56,6 +54,8 @@ def export(
     Raises CallError for a wrong call and WorkError for a file that does not hold what it must, which is not left behind.
     """
     form = _checked_form(to, precision)
+    if not 0 <= max_drop <= 100:
+        raise CallError(f"--max-drop must be from 0 to 100 points; received {max_drop}")
     path = Path(run)
     classifier = load(path)
     _ = classifier.net  # an exported file is no source
@@ -66,7 +66,7 @@ def export(
     sample = _sample(classifier, images, why)
     if why:
         say(f"compared on random images, without accuracy: {why}")
-    with _workplace(target) as folder:
+    with workplace(target) as folder:
         made = folder / f"model{form.suffix}"
         form.write(classifier, made)
         facts: dict[str, Any] = {"format": to, "precision": precision, "parity": check(classifier, form.open(made), sample)}
@@ -163,17 +163,6 @@ def _checked_form(to: str, precision: str) -> Format:
     if precision != "fp32" and to != "onnx":
         raise CallError(f"--{precision} is for --to onnx; received --to {to}: leave one of them out")
     return FORMATS[to]
-
-
-@contextlib.contextmanager
-def _workplace(target: Path) -> Iterator[Path]:
-    """A temporary folder beside the target, so that a finished file moves in one step and a failed one is gone."""
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=target.parent, prefix=".export-") as folder:
-            yield Path(folder)
-    except OSError as error:
-        raise WorkError(f"{shown(target)} cannot be written: {error.strerror or error}; what was there is kept") from error
 
 
 def _move(folder: Path, target: Path) -> None:
