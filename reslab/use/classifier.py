@@ -143,8 +143,10 @@ def load(path: str | Path) -> Classifier:
 
         model, held = read_onnx(path)
     else:
-        from reslab.use.artefact import read_folder
-
+        try:
+            from reslab.use.artefact import read_folder
+        except ModuleNotFoundError as error:
+            raise WorkError(f"a run folder needs {error.name}, which is not installed: install it, or give a file that `reslab export` wrote") from error
         model, held = read_folder(path)
     return Classifier(model, *_checked(path, model.spec, held))
 

@@ -62,6 +62,10 @@ def to_onnx(classifier: Classifier, any_size: bool = True) -> bytes:
         )  # fmt: skip
     assert program is not None
     model = program.model_proto
+    for value in (*model.graph.input, *model.graph.output):
+        for dimension, name in zip(value.type.tensor_type.shape.dim, ("batch", "height", "width"), strict=False):
+            if dimension.dim_param:  # a fixed size has a value instead
+                dimension.dim_param = name
     finish(model, metadata(classifier))
     onnx.checker.check_model(model)
     data: bytes = model.SerializeToString()
