@@ -16,7 +16,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined, UndefinedError
 
 from reslab.errors import CallError, WorkError, needs_extra, shown
-from reslab.run import Run, workplace
+from reslab.run import Record, Run, workplace
 from reslab.use.artefact import model_folder
 from reslab.use.classifier import Classifier, load
 
@@ -97,8 +97,11 @@ def _pages(run: Run, classifier: Classifier) -> dict[str, str]:
         trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True,
     )  # fmt: skip
     environment.filters |= {"percent": lambda x: f"{100 * x:.2f} %", "shown": shown, "md": markdown, "number": lambda n: f"{n:,}"}
+    test = run.last("test")
+    if test is None:
+        raise CallError(f"a card needs a finished run; {shown(run.path)} has no test result: `reslab train --resume {shown(run.path)}`")
     try:
-        facts = _facts(run, classifier)
+        facts = _facts(run, test, classifier)
         front = json.dumps(_index(facts), ensure_ascii=False)
         return {
             "README.md": environment.get_template("card.md.j2").render(facts, index=front),
@@ -108,11 +111,9 @@ def _pages(run: Run, classifier: Classifier) -> dict[str, str]:
         raise WorkError(f"the records in {shown(run.path)} are damaged: {shown(repr(error))[:120]}; restore log.jsonl and run.toml") from error
 
 
-def _facts(run: Run, classifier: Classifier) -> dict[str, Any]:
+def _facts(run: Run, test: Record, classifier: Classifier) -> dict[str, Any]:
     """All that the card says."""
-    test, config = run.last("test"), run.config
-    if test is None:
-        raise CallError(f"a card needs a finished run; {shown(run.path)} has no test result: `reslab train --resume {shown(run.path)}`")
+    config = run.config
     confused = sorted((cell for cell in test["confusion"] if cell[0] != cell[1]), key=lambda cell: -cell[2])[:PAIRS]
     support = {row["class"]: row["n"] for row in test["classes"]}
     names = classifier.classes

@@ -1,5 +1,7 @@
 """A finished run of a tiny net, trained for real in seconds, and classifiers with random weights and statistics."""
 
+import subprocess
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -8,6 +10,7 @@ import numpy as np
 import pytest
 
 import reslab
+from reslab.cli import main
 from reslab.data.preprocess import Preprocess
 from reslab.nets.torch import ResNet
 from reslab.run import Run
@@ -27,6 +30,20 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Run:
         for i in range(30):
             draw(root / "photos" / name / f"{i}.png", colour, 100 * c + i)
     return reslab.train(root / "photos", net=TINY, out=root / "run", epochs=8, seed=1)
+
+
+@pytest.fixture
+def here(capsys: pytest.CaptureFixture[str]) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Runs `reslab` in this process, which has torch loaded, and gives back what a process of its own would."""
+
+    def call(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+        with pytest.raises(SystemExit) as ended:
+            main(list(map(str, arguments)))
+        out, err = capsys.readouterr()
+        assert isinstance(ended.value.code, int)
+        return subprocess.CompletedProcess(arguments, ended.value.code, out, err)
+
+    return call
 
 
 def classifier_of(spec: Spec, size: int = 32, canvas: int | None = None, seed: int = 0, **changes: Any) -> Classifier:
