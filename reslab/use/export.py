@@ -16,11 +16,10 @@ from reslab.data.images import Images, Indices, read_batches
 from reslab.data.source import Progress, silent
 from reslab.errors import CallError, WorkError, shown, unknown
 from reslab.interval import share
-from reslab.run import Run, workplace, write_whole
+from reslab.run import Run, workplace
 from reslab.use import quantize
 from reslab.use.classifier import BATCH, Classifier, load, softmax
-from reslab.use.formats import FORMATS, Format
-from reslab.use.formats import Run as Answering
+from reslab.use.formats import FORMATS, Format, Runner
 from reslab.use.rescore import own_images
 
 TOLERANCE = 1e-4  # in probabilities, and in logits as a part of the largest
@@ -69,35 +68,39 @@ def export(
     with workplace(target) as folder:
         made = folder / f"model{form.suffix}"
         form.write(classifier, made)
-        facts: dict[str, Any] = {"format": to, "precision": precision, "parity": check(classifier, form.open(made), sample)}
+        parity = "parity" if precision == "fp32" else "fp32_parity"  # of the graph that is converted
+        facts: dict[str, Any] = {"format": to, "precision": precision, parity: check(classifier, form.open(made), sample)}
         if precision != "fp32":
             if images is None:
                 raise WorkError(f"{precision} is judged on the run's own images; they are not at hand: {why}")
             facts |= quantize.convert(classifier, images, made, precision, max_drop, say)
         facts["bytes"] = sum(file.stat().st_size for file in folder.iterdir())
-        _move(folder, target)
-    write_whole(target.with_name(target.name + ".json"), json.dumps(facts, indent=1).encode())
+        made.with_name(made.name + ".json").write_text(json.dumps(facts, indent=1), "utf-8")
+        for file in sorted(folder.iterdir(), key=lambda file: file == made):  # what was asked for comes last
+            file.replace(target.with_name(target.stem + file.name.removeprefix("model")))
     return Exported(target, facts)
 
 
 def in_words(exported: Exported) -> list[str]:
     """What was exported and found, in lines for a person; the last is where it is."""
-    facts, parity = exported.facts, exported.facts["parity"]
+    facts = exported.facts
+    parity = facts.get("parity") or facts["fp32_parity"]
+    of = "" if "parity" in facts else " of the fp32 graph"
     lines = [
-        f"parity on {parity['n']:,} {parity['images']} images: largest difference {parity['max_difference']:.1e} in probability, "
+        f"parity{of} on {parity['n']:,} {parity['images']} images: largest difference {parity['max_difference']:.1e} in probability, "
         f"{parity['max_logit_difference']:.1e} in logits (limit {parity['tolerance']:g}); top-1 agrees on {parity['agreement']:.2%}"
     ]
-    if "top1" in parity:
+    if "top1" in facts.get("parity", {}):
         lines.append(f"val top-1 {parity['top1']:.2%} (95 % interval {parity['top1_low']:.2%} to {parity['top1_high']:.2%})")
     if "verdict" in facts:
         lines.append(f"fp32 -> {facts['precision']}: {quantize.in_words(facts['verdict'])}")
     return [*lines, f"{facts['bytes']:,} bytes: {shown(exported.path)}"]
 
 
-def check(classifier: Classifier, answer: Answering, sample: Sample) -> dict[str, Any]:
+def check(classifier: Classifier, answer: Runner, sample: Sample) -> dict[str, Any]:
     """How far the answers of an exported file are from the classifier's. Raises WorkError when they are too far."""
     found = compare(classifier, answer, sample)
-    if not found["max_difference"] <= TOLERANCE or not found["max_logit_difference"] <= TOLERANCE:  # NaN is too far as well
+    if max(found["max_difference"], found["max_logit_difference"]) > TOLERANCE:
         raise WorkError(
             f"an exported file must answer within {TOLERANCE:g} of its net; on {found['n']} {found['images']} images this one differs by "
             f"{found['max_difference']:.2g} in probability and {found['max_logit_difference']:.2g} in logits (top-1 agrees on "
@@ -106,29 +109,29 @@ def check(classifier: Classifier, answer: Answering, sample: Sample) -> dict[str
     return found
 
 
-def compare(classifier: Classifier, answer: Answering, sample: Sample) -> dict[str, Any]:
+def compare(classifier: Classifier, answer: Runner, sample: Sample) -> dict[str, Any]:
     """Largest differences, agreement and both accuracies over the images of a sample; fractions are 0 to 1."""
     n = agree = right = right_before = labelled = 0
     probability = logit = largest = 0.0
     for pixels, labels in sample.batches():
         want = classifier.logits(pixels)
         got_probabilities, got = answer(pixels)
-        probability = np.fmax(probability, _furthest(got_probabilities, softmax(want / np.float32(classifier.temperature))))
-        logit, largest = np.fmax(logit, _furthest(got, want)), max(largest, float(np.abs(want).max()))
+        probability = max(probability, _furthest(got_probabilities, softmax(want / np.float32(classifier.temperature))))
+        logit, largest = max(logit, _furthest(got, want)), max(largest, float(np.abs(want).max()))
         n, agree = n + len(pixels), agree + int((got.argmax(1) == want.argmax(1)).sum())
         if labels is not None:
             labelled += len(labels)
             right, right_before = right + int((got.argmax(1) == labels).sum()), right_before + int((want.argmax(1) == labels).sum())
     facts = {
         "images": sample.kind, **({"why": sample.why} if sample.why else {}), "n": n, "tolerance": TOLERANCE,
-        "max_difference": float(probability), "max_logit_difference": float(logit) / max(1.0, largest), "agreement": agree / n,
+        "max_difference": probability, "max_logit_difference": logit / max(1.0, largest), "agreement": agree / n,
     }  # fmt: skip
     return {**facts, **share("top1", right, labelled), **share("top1_net", right_before, labelled)} if labelled else facts
 
 
 def _furthest(got: Any, want: Any) -> float:
     """The largest absolute difference; infinite where shapes differ or a value is no number."""
-    if got.shape != want.shape or not np.isfinite(got).all():
+    if got.shape != want.shape or not (np.isfinite(got).all() and np.isfinite(want).all()):
         return float("inf")
     return float(np.abs(got.astype(np.float64) - want).max())
 
@@ -163,9 +166,3 @@ def _checked_form(to: str, precision: str) -> Format:
     if precision != "fp32" and to != "onnx":
         raise CallError(f"--{precision} is for --to onnx; received --to {to}: leave one of them out")
     return FORMATS[to]
-
-
-def _move(folder: Path, target: Path) -> None:
-    """Each file of the folder to the target's name with its own suffix; the one that was asked for last."""
-    for file in sorted(folder.iterdir(), key=lambda file: file.suffix == target.suffix):
-        file.replace(target.with_suffix(file.suffix))

@@ -28,7 +28,7 @@ from reslab.use.pipeline import Pipeline, trace
 OPSET = 20  # an antialiased Resize needs 18
 
 Answer = tuple[Logits, Logits]  # probabilities and logits
-Run = Callable[[Pixels], Answer]
+Runner = Callable[[Pixels], Answer]
 
 
 class Format(NamedTuple):
@@ -36,7 +36,7 @@ class Format(NamedTuple):
 
     suffix: str
     write: Callable[[Classifier, Path], None]
-    open: Callable[[Path], Run]
+    open: Callable[[Path], Runner]
 
 
 def metadata(classifier: Classifier, precision: str = "fp32") -> str:
@@ -90,7 +90,7 @@ def write_onnx(classifier: Classifier, path: Path) -> None:
     path.write_bytes(to_onnx(classifier))
 
 
-def run_onnx(path: Path) -> Run:
+def run_onnx(path: Path) -> Runner:
     """The file in onnxruntime."""
     opened = session(path.read_bytes())
     return lambda pixels: tuple(opened.run(list(OUTPUTS), {INPUT: pixels}))
@@ -106,7 +106,7 @@ def write_torch(classifier: Classifier, path: Path) -> None:
         torch.export.save(program, path, extra_files={f"{METADATA}.json": metadata(classifier)})
 
 
-def run_torch(path: Path) -> Run:
+def run_torch(path: Path) -> Runner:
     """The file in torch."""
     with quietly():
         module = torch.export.load(path).module()
@@ -137,7 +137,7 @@ def write_openvino(classifier: Classifier, path: Path) -> None:
     ov.save_model(model, str(path), compress_to_fp16=False)
 
 
-def run_openvino(path: Path) -> Run:
+def run_openvino(path: Path) -> Runner:
     """The files in OpenVINO on the CPU, in fp32 also where the hardware prefers bf16."""
     ov = openvino()
     compiled = ov.Core().compile_model(str(path), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})

@@ -34,12 +34,11 @@ def runtime() -> Any:
     return onnxruntime
 
 
-def session(graph: bytes, threads: int = 0) -> Any:
-    """An InferenceSession on the CPU, on all cores or `threads`. Raises WorkError for what onnxruntime cannot run."""
+def session(graph: bytes) -> Any:
+    """An InferenceSession on the CPU, on all cores. Raises WorkError for what onnxruntime cannot run."""
     ort = runtime()
     options = ort.SessionOptions()
     options.log_severity_level = 4  # what goes wrong is said once, by us
-    options.intra_op_num_threads = threads
     with tempfile.TemporaryDirectory() as nothing:  # tensors kept in other files are looked for in an empty folder
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", nothing)
         try:

@@ -121,7 +121,7 @@ def net_nodes(model: Any) -> list[Any]:
 class _Reader:
     """Calibration images for onnxruntime, a batch at a time: it keeps every activation of what it is given at once."""
 
-    def __init__(self, pixels: Pixels, batch_size: int = 16) -> None:
+    def __init__(self, pixels: Pixels, batch_size: int = 8) -> None:
         self.batches = [{INPUT: pixels[i : i + batch_size]} for i in range(0, len(pixels), batch_size)]
         self.set_range(0, len(self.batches))
 
