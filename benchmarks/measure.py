@@ -38,6 +38,12 @@ def train(*arguments: str | Path) -> Measured:
     return Measured(seconds, usage.ru_maxrss / 2**20, records)
 
 
+def train_here(data: str, out: Path, *arguments: str) -> Path:
+    """The folder of a run that is kept; for what is measured of a trained net."""
+    subprocess.run([sys.executable, "-m", "reslab", "train", data, *arguments, "--out", str(out)], check=True)
+    return out
+
+
 def hardware() -> str:
     """The machine and software in one line, as runs record them."""
     from reslab.train.hardware import machine

@@ -104,7 +104,7 @@ def check(
 
 @app.command
 def predict(
-    run: Annotated[Path, Parameter(help="a run folder, or its model/")],
+    run: Annotated[Path, Parameter(help="a run folder, its model/, or an exported .onnx file")],
     /,
     *images: Annotated[str, Parameter(help="files, folders or patterns such as 'photos/*.jpg'")],
     as_json: JsonFlag = False,
@@ -140,14 +140,14 @@ def predict(
 
 @app.command
 def evaluate(
-    run: Annotated[Path, Parameter(help="a run folder")],
+    run: Annotated[Path, Parameter(help="a run folder, or an exported .onnx file")],
     data: Annotated[str | None, Parameter(help="other labelled images; by default the run's own test part")] = None,
     /,
     *,
     as_json: JsonFlag = False,
 ) -> int:
-    """Score a run on its test part again, or on all of other labelled images."""
-    from reslab.job import evaluate as evaluate_run
+    """Score a run on its test part again, or a run or an exported file on all of other labelled images."""
+    from reslab.use.rescore import evaluate as evaluate_run
 
     with _watch() as show:
         scores = evaluate_run(run, data, show.reading)
@@ -155,6 +155,43 @@ def evaluate(
         print(json.dumps(scores, indent=1))
     else:
         _print_scores(scores)
+    return 0
+
+
+@app.command
+def export(
+    run: Annotated[Path, Parameter(help="a run folder, or its model/")],
+    /,
+    *,
+    to: Annotated[str, Parameter(help="onnx, torch (torch.export), openvino, or card: a folder to give away")],
+    out: Annotated[Path | None, Parameter(help="the file to write, for card the folder; by default below RUN/export")] = None,
+    int8: Annotated[bool, Parameter(negative="", help="ONNX in 8 bits, refused unless it is faster and about as right")] = False,
+    bf16: Annotated[bool, Parameter(negative="", help="ONNX in bfloat16, refused likewise")] = False,
+    max_drop: Annotated[float, Parameter(help="points of val top-1 that --int8 or --bf16 may cost")] = 0.5,
+    push: Annotated[str | None, Parameter(help="with --to card: publish it as owner/name on the Hugging Face Hub (extra `hub`)")] = None,
+) -> int:
+    """Write a run as a file for other programs, checked against the net on the run's val images."""
+    if int8 and bf16:
+        raise CallError("--int8 and --bf16 exclude each other; received both: choose one")
+    if push is not None and to != "card":
+        raise CallError(f"--push publishes a card; received --to {shown(to)}: give --to card")
+    if to == "card":
+        if int8 or bf16:
+            raise CallError("--int8 and --bf16 are for --to onnx; received --to card: leave one of them out")
+        from reslab.use.card import publish, write_card
+
+        card = write_card(run, out)
+        print(shown(card))
+        if push is not None:
+            print(shown(publish(card, push)))
+        return 0
+    from reslab.use.export import export as export_run
+    from reslab.use.export import in_words
+
+    with _watch() as show:
+        precision = "int8" if int8 else "bf16" if bf16 else "fp32"
+        exported = export_run(run, to, out, precision=precision, max_drop=max_drop, reading=show.reading, say=show.say)
+    print("\n".join(in_words(exported)))
     return 0
 
 

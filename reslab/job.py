@@ -16,10 +16,10 @@ from reslab.data.batches import Batches, choose_storage, mean_and_std, mean_imag
 from reslab.data.check import cheap_check
 from reslab.data.images import Images
 from reslab.data.preprocess import Preprocess
-from reslab.data.source import Progress, open_images, silent
+from reslab.data.source import open_images
 from reslab.data.split import split, split_record
 from reslab.describe import Job, run_config, sentence
-from reslab.errors import CallError, WorkError, shown, unknown
+from reslab.errors import CallError, WorkError, shown
 from reslab.family import spec as find_spec
 from reslab.nets.torch import ResNet
 from reslab.nets.weights import load_weights, stem_of
@@ -32,7 +32,8 @@ from reslab.train.hardware import Machine, machine
 from reslab.train.plan import Plan, fit_budget, make_plan
 from reslab.train.recipe import Recipe, find_recipe, resolve
 from reslab.train.recipe import from_dict as recipe_from_dict
-from reslab.use.classifier import Classifier, load
+from reslab.use.artefact import TorchModel, save
+from reslab.use.classifier import BATCH, Classifier
 from reslab.use.evaluate import fit_temperature, label_suspects, mistakes, outputs, score, sure_above
 
 REPORT_SECONDS = 10.0  # kept back from a budget for the report and what surrounds it
@@ -191,7 +192,7 @@ def _prepare(images: Images, spec: Spec, recipe: Recipe, here: Machine, show: Jo
         whole = mean_image(parts["train"])
         means = torch.nn.functional.interpolate(whole[None], size, mode="bilinear", antialias=True)[0] if whole.shape[1] != size else whole
         std = [1.0] * images.channels
-    preprocess = Preprocess(size, canvas, images.channels, means, torch.tensor(std))
+    preprocess = Preprocess(size, canvas, images.channels, means.numpy(), np.array(std, dtype=np.float32))
     return Job(images, spec, recipe, preprocess, parts, f"{storage}: {why}", here)
 
 
@@ -252,12 +253,12 @@ def _finish(job: Job, training: Training, show: JobShow) -> Run:
     net = training.net
     assert isinstance(net, ResNet)
     show.say("testing")
-    found = Classifier(net.eval(), job.images.classes, job.preprocess)
-    val = outputs(found, job.parts["val"])
+    found = Classifier(TorchModel(net.eval(), job.preprocess), job.images.classes)
+    val = outputs(found, job.parts["val"].epoch(BATCH))
     temperature = fit_temperature(val)
     found = replace(found, temperature=temperature, sure=sure_above(val, temperature))
     job.parts["test"].load()
-    test = outputs(found, job.parts["test"])
+    test = outputs(found, job.parts["test"].epoch(BATCH))
     seed, classes = job.recipe.seed, job.images.classes
     # The artefact is written last: a run with model/ is a finished run.
     scores = score(val, classes, found.temperature, seed)
@@ -271,36 +272,10 @@ def _finish(job: Job, training: Training, show: JobShow) -> Run:
     for batches in job.parts.values():
         for name, reason in batches.dropped.items():
             run.record("warning", text=f"left out {shown(name)}: {reason}")
-    found.save(run.model, {"n": len(val.labels), "split": "val", "top1": scores["top1"]})
+    save(found, run.model, {"n": len(val.labels), "split": "val", "top1": scores["top1"]})
     run.record("end")
     write_report(run)
     return run
-
-
-def evaluate(run: str | Path, data: str | Path | None = None, reading: Progress = silent) -> dict[str, Any]:
-    """Scores a finished run on its test part again, or on all images of `data`; the result is also recorded.
-
-    Raises CallError when `data` has a class that the run does not know, WorkError when the run's own data has changed.
-    """
-    opened = Run.open(run)
-    classifier, config = load(run), opened.config
-    images = open_images(config["data"]["source"] if data is None else data, reading)
-    if data is None:
-        images = split(images, config["recipe"]["seed"])
-        if images.fingerprint() != config["data"]["fingerprint"]:
-            raise WorkError(f"the run's own test part needs the data it was trained on; {shown(images.source)} has changed: name other data")
-        items = images.split["test"]
-    else:
-        for name in images.classes:
-            if name not in classifier.classes:
-                raise unknown("class", name, map(shown, classifier.classes), f" (in {shown(data)})")
-        labels = np.array([classifier.classes.index(name) for name in images.classes], dtype=np.int64)[images.labels]
-        images = replace(images, labels=labels, classes=classifier.classes, channels=classifier.preprocess.channels)
-        items = np.arange(len(images), dtype=np.int64)
-    batches = Batches(images, items, classifier.preprocess.canvas, choose_storage(images, classifier.preprocess.canvas)[0])
-    scores = score(outputs(classifier, batches), classifier.classes, classifier.temperature)
-    opened.record("evaluation", data=shown(images.source), **scores)
-    return scores
 
 
 def _check_same(run: Run, config: dict[str, Any], data: Any, net: Any, out: Any, recipe: str | Recipe, fields: dict[str, Any]) -> None:

@@ -1,7 +1,9 @@
 """A Run: one folder that holds all that a training produced and needs to be repeated or resumed."""
 
+import contextlib
 import json
 import os
+import tempfile
 import time
 import tomllib
 from collections.abc import Iterator
@@ -118,6 +120,20 @@ def write_whole(path: Path, data: bytes) -> None:
     except OSError as error:
         temporary.unlink(missing_ok=True)
         raise WorkError(f"{shown(path)} cannot be written: {error.strerror}; what was there is kept") from error
+
+
+@contextlib.contextmanager
+def workplace(target: Path) -> Iterator[Path]:
+    """A temporary folder beside `target`, so that what is finished moves there in one step and what failed is gone.
+
+    Raises WorkError for what the disk refuses.
+    """
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=target.parent, prefix=".unfinished-") as folder:
+            yield Path(folder)
+    except OSError as error:
+        raise WorkError(f"{shown(target)} cannot be written: {error.strerror or shown(str(error))}; what was there is kept") from error
 
 
 def _without_none(value: Any) -> Any:

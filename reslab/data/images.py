@@ -1,7 +1,7 @@
 """`Images`: labelled images from a source, with class names; knows its split."""
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -117,3 +117,17 @@ def read_many(images: Images, items: Indices, size: int, progress: Callable[[int
     threads = THREADS if images.sizes.prod(axis=1).mean() > SMALL_IMAGE else 1
     in_threads(fill, len(items), lambda done, n: progress(done), threads)
     return out, sorted(failed)
+
+
+def read_batches(images: Images, items: Indices, size: int, batch_size: int) -> Iterator[tuple[Pixels, Indices, Indices]]:
+    """(pixels, labels, items) of the readable images, in order: uint8 (n, size, size, channels) and twice int64 (n).
+
+    Decoded as they are asked for, in this process and without torch; a training reads through `Batches` instead.
+    """
+    for start in range(0, len(items), batch_size):
+        chunk = items[start : start + batch_size]
+        pixels, failed = read_many(images, chunk, size)
+        bad = [position for position, _ in failed]
+        good = np.delete(chunk, bad)
+        if len(good):
+            yield np.delete(pixels, bad, axis=0), images.labels[good], good

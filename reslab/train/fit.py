@@ -192,7 +192,7 @@ class Training:
         if recipe.flip != "none":
             x = augment.flip(x, self._mirrored(batch.items, generator))
         if recipe.lighting:
-            x = augment.lighting(x, recipe.lighting, self.preprocess.std.to(device), generator)
+            x = augment.lighting(x, recipe.lighting, torch.as_tensor(self.preprocess.std, device=device), generator)
         if x.shape[2] != size:
             x = interpolate(x, size=size, mode="bilinear", antialias=True)
         if recipe.cutout:

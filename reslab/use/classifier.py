@@ -1,30 +1,48 @@
-"""A Classifier: a Run's finished artefact. It needs no user code and none of the data it was trained on.
+"""A Classifier: what turns image files into calibrated probabilities. It needs no user code and none of the training data.
 
-On disk it is the folder `model/`: spec.json, weights.safetensors, classes.json, preprocess.json, calibration.json.
+It comes from a run folder or from an exported .onnx file. What computes the logits is its `Model`; here, and for an
+exported file all the way down, everything is numpy, and torch need not be installed.
 """
 
-import json
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar
 
-import torch
-from torch import Tensor
+import numpy as np
+from numpy.typing import NDArray
 
 from reslab.data.decode import Pixels, Unreadable, decode
 from reslab.data.images import THREADS
-from reslab.data.preprocess import Preprocess
+from reslab.data.preprocess import Frame
 from reslab.errors import CallError, WorkError, shown
-from reslab.nets.torch import ResNet
-from reslab.run import write_whole
 from reslab.spec import Spec
-from reslab.tensors import read_tensors, write_tensors
+
+if TYPE_CHECKING:
+    from reslab.nets.torch import ResNet
 
 BATCH = 64
 TOP = 5
+
+Logits = NDArray[np.float32]
+Float = TypeVar("Float", np.float32, np.float64)
+
+
+class Model(Protocol):
+    """A net with its preprocessing: torch weights, or an exported file."""
+
+    @property
+    def spec(self) -> Spec:
+        """What the net is."""
+
+    @property
+    def preprocess(self) -> Frame:
+        """What images are to be decoded to."""
+
+    def logits(self, pixels: Pixels) -> Logits:
+        """uint8 (N, canvas, canvas, C) -> (N, classes), computed in fp32 unless the file says otherwise."""
 
 
 class Prediction(NamedTuple):
@@ -37,27 +55,34 @@ class Prediction(NamedTuple):
 
 @dataclass(frozen=True)
 class Classifier:
-    """A trained net with all that turns an image file into probabilities."""
+    """A trained model with all that turns an image file into probabilities."""
 
-    net: ResNet
+    model: Model
     classes: tuple[str, ...]
-    preprocess: Preprocess
     temperature: float = 1.0  # logits are divided by it: Guo et al. 2017 (1706.04599)
     sure: float = 0.5  # an answer with less calibrated probability deserves "not sure"
 
     @property
     def spec(self) -> Spec:
         """What the net is."""
-        return self.net.spec
+        return self.model.spec
 
-    @torch.no_grad()
-    def logits(self, pixels: Tensor) -> Tensor:
-        """uint8 (N, canvas, canvas, C) -> float32 logits (N, classes) on the CPU, in fp32 and not calibrated."""
-        self.net.eval()
-        device = next(self.net.parameters()).device
-        x = self.preprocess(pixels, device).contiguous(memory_format=torch.channels_last)
-        out: Tensor = self.net(x).float().cpu()
-        return out
+    @property
+    def preprocess(self) -> Frame:
+        """What images are decoded to; a run's, a Preprocess, also normalises."""
+        return self.model.preprocess
+
+    @property
+    def net(self) -> "ResNet":
+        """The torch net. Raises CallError for an exported file, which has a graph instead."""
+        net: ResNet | None = getattr(self.model, "net", None)
+        if net is None:
+            raise CallError("this needs the net itself, and an exported file has only its graph: give the run folder")
+        return net
+
+    def logits(self, pixels: Pixels) -> Logits:
+        """uint8 (N, canvas, canvas, C) -> float32 logits (N, classes), not calibrated."""
+        return self.model.logits(pixels)
 
     def predict(self, images: Iterable[str | Path]) -> list[Prediction]:
         """The classes of image files, in order. Raises WorkError, naming the file, at the first that cannot be read."""
@@ -93,54 +118,49 @@ class Classifier:
 
     def predict_pixels(self, decoded: Sequence[Pixels]) -> list[Prediction]:
         """The classes of images that `decode` gave, in order; at least one, and all go through the net at once."""
-        pixels = torch.stack([torch.from_numpy(d.copy()) for d in decoded])
-        probabilities = (self.logits(pixels) / self.temperature).softmax(1)
-        values, labels = probabilities.topk(min(TOP, len(self.classes)), dim=1)
-        tops = [[(self.classes[i], float(v)) for v, i in zip(vs, ls, strict=True)] for vs, ls in zip(values.tolist(), labels.tolist(), strict=True)]
-        return [Prediction(top[0][0], top[0][1], top) for top in tops]
+        probabilities = softmax(self.logits(np.stack(decoded)) / np.float32(self.temperature))
+        likeliest = np.argsort(-probabilities, axis=1, kind="stable")[:, :TOP]
+        tops = [[(self.classes[i], float(row[i])) for i in order] for row, order in zip(probabilities, likeliest, strict=True)]
+        return [Prediction(*top[0], top) for top in tops]
 
-    def save(self, folder: Path, calibration: dict[str, Any] | None = None) -> None:
-        """Writes the artefact; `calibration` are facts to keep beside the temperature."""
-        write_tensors(folder / "weights.safetensors", self.net.state_dict())
-        for name, value in (
-            ("classes", self.classes),
-            ("preprocess", self.preprocess.to_dict()),
-            ("calibration", {"temperature": self.temperature, "sure": self.sure, **(calibration or {})}),
-            ("spec", asdict(self.spec)),  # last: where it is, all is
-        ):
-            write_whole(folder / f"{name}.json", json.dumps(value, indent=1).encode())
+
+def softmax(logits: NDArray[Float]) -> NDArray[Float]:
+    """Rows of probabilities."""
+    e = np.exp(logits - logits.max(1, keepdims=True))
+    probabilities: NDArray[Float] = e / e.sum(1, keepdims=True)
+    return probabilities
 
 
 def load(path: str | Path) -> Classifier:
-    """The Classifier of a run folder, or of its `model/`. Raises CallError when there is none, WorkError when it is damaged."""
-    folder = Path(path)
-    folder = folder / "model" if (folder / "model").is_dir() else folder
-    if not (folder / "spec.json").is_file():
-        unfinished = (Path(path) / "run.toml").is_file()
-        fix = f"finish it with `reslab train --resume {shown(path)}`" if unfinished else "give the folder that `reslab train` wrote"
-        raise CallError(f"a finished run has model/spec.json; {shown(path)} has not: {fix}")
-    held = {name: _json(folder / f"{name}.json") for name in ("spec", "classes", "preprocess", "calibration")}
+    """The Classifier of a run folder, of its `model/`, or of a .onnx file that `reslab export` wrote; the last needs no torch.
+
+    Raises CallError when there is none, WorkError when it is damaged.
+    """
+    path = Path(path)
+    model: Model
+    if path.suffix.lower() == ".onnx":
+        from reslab.use.onnx import read_onnx
+
+        model, held = read_onnx(path)
+    else:
+        try:
+            from reslab.use.artefact import read_folder
+        except ModuleNotFoundError as error:
+            raise WorkError(f"a run folder needs {error.name}, which is not installed: install it, or give a file that `reslab export` wrote") from error
+        model, held = read_folder(path)
+    return Classifier(model, *_checked(path, model.spec, held))
+
+
+def _checked(path: Path, spec: Spec, held: dict[str, Any]) -> tuple[tuple[str, ...], float, float]:
+    """Class names, temperature and the threshold of "sure" as a file holds them. Raises WorkError."""
     try:
-        net = ResNet(Spec.from_dict(held["spec"]))
-        temperature, sure = float(held["calibration"]["temperature"]), float(held["calibration"].get("sure", 0.5))
-        classes = tuple(str(name) for name in held["classes"])
-    except (CallError, KeyError, TypeError, ValueError) as error:
-        raise WorkError(f"the model in {shown(folder)} is damaged: {shown(str(error))}") from error
-    if len(classes) != net.spec.num_classes or not 0 < temperature < 1e3 or not 0 <= sure <= 1:
+        classes, temperature, sure = held["classes"], float(held["temperature"]), float(held.get("sure", 0.5))
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
+        raise WorkError(f"the model in {shown(path)} is damaged: {shown(repr(error))[:120]}") from error
+    if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
+        raise WorkError(f"the model in {shown(path)} is damaged: class names must be a list of texts")
+    if len(classes) != spec.num_classes or not 0 < temperature < 1e3 or not 0 <= sure <= 1:
         raise WorkError(
-            f"the model in {shown(folder)} is damaged: {len(classes)} class names, {net.spec.num_classes} outputs, temperature {temperature}, sure {sure}"
+            f"the model in {shown(path)} is damaged: {len(classes)} class names, {spec.num_classes} outputs, temperature {temperature}, sure {sure}"
         )
-    weights, _ = read_tensors(folder / "weights.safetensors")
-    try:
-        net.load_state_dict(weights)
-    except RuntimeError as error:
-        raise WorkError(f"the weights in {shown(folder)} are of another net than its spec.json") from error
-    net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    return Classifier(net.eval(), classes, Preprocess.from_dict(held["preprocess"]), temperature, sure)
-
-
-def _json(file: Path) -> Any:
-    try:
-        return json.loads(file.read_text("utf-8"))
-    except (OSError, ValueError) as error:
-        raise WorkError(f"{shown(file)} cannot be read: {shown(str(error))[:120]}") from error
+    return tuple(classes), temperature, sure

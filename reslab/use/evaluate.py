@@ -5,20 +5,22 @@ Intervals of counts are Wilson's; of other figures, percentiles of 500 bootstrap
 
 import base64
 import io
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-import torch
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 from PIL import Image
 from scipy.optimize import minimize_scalar
 from sklearn.metrics import confusion_matrix, precision_recall_fscore_support, top_k_accuracy_score
 
-from reslab.data.batches import Batches
 from reslab.data.decode import Pixels, Unreadable
+from reslab.errors import WorkError
 from reslab.interval import share, wilson
-from reslab.use.classifier import BATCH, Classifier
+from reslab.use.classifier import Classifier, softmax
+
+if TYPE_CHECKING:
+    from reslab.data.batches import Batches
 
 BINS = 15  # of the reliability diagram and ECE, equal in width (Guo et al. 2017)
 RESAMPLES = 500
@@ -40,10 +42,12 @@ class Outputs(NamedTuple):
     items: Ints
 
 
-def outputs(classifier: Classifier, batches: Batches) -> Outputs:
-    """The classifier's logits for every image of a part."""
-    rows = [(classifier.logits(b.pixels), b.labels, b.items) for b in batches.epoch(BATCH)]
-    logits, labels, items = (torch.cat(column).numpy() for column in zip(*rows, strict=True))
+def outputs(classifier: Classifier, batches: Iterable[tuple[ArrayLike, ArrayLike, ArrayLike]]) -> Outputs:
+    """The classifier's logits for (pixels, labels, items), arrays or tensors on the CPU. Raises WorkError when there is none."""
+    rows = [(classifier.logits(np.asarray(pixels)), np.asarray(labels), np.asarray(items)) for pixels, labels, items in batches]
+    if not rows:
+        raise WorkError("images to score must be readable; none of these is: `reslab check` lists them")
+    logits, labels, items = (np.concatenate(column) for column in zip(*rows, strict=True))
     return Outputs(logits.astype(np.float64), labels, items)
 
 
@@ -96,7 +100,7 @@ def score(out: Outputs, classes: tuple[str, ...], temperature: float, seed: int 
     return facts
 
 
-def mistakes(out: Outputs, batches: Batches, temperature: float) -> list[dict[str, Any]]:
+def mistakes(out: Outputs, batches: "Batches", temperature: float) -> list[dict[str, Any]]:
     """The wrong answers, worst first: those given with the most confidence."""
     probabilities = softmax(out.logits / temperature)
     predicted = probabilities.argmax(1)
@@ -107,7 +111,7 @@ def mistakes(out: Outputs, batches: Batches, temperature: float) -> list[dict[st
     return [_shown(out, batches, probabilities, int(i), "worst" if i in worst else "confused") for i in chosen]
 
 
-def label_suspects(out: Outputs, batches: Batches, temperature: float) -> list[dict[str, Any]]:
+def label_suspects(out: Outputs, batches: "Batches", temperature: float) -> list[dict[str, Any]]:
     """Images whose label is likely wrong: confident learning (Northcutt et al. 2019, 1911.00068, section 3).
 
     A label is suspected when another class reaches the mean confidence that the images labelled so have in it.
@@ -123,13 +127,6 @@ def label_suspects(out: Outputs, batches: Batches, temperature: float) -> list[d
     margin = probabilities[suspects, likely[suspects]] - own[suspects]
     ranked = suspects[np.argsort(-margin, kind="stable")]
     return [_shown(out, batches, probabilities, int(i), "label") for i in ranked[:SHOWN]]
-
-
-def softmax(logits: Floats) -> Floats:
-    """Rows of probabilities."""
-    e = np.exp(logits - logits.max(1, keepdims=True))
-    probabilities: Floats = e / e.sum(1, keepdims=True)
-    return probabilities
 
 
 def nll(logits: Floats, labels: Ints) -> Floats:
@@ -204,7 +201,7 @@ def _most_confused_examples(out: Outputs, predicted: Ints, pairs: int = 6, each:
     return [i for group in ranked for i in group[:each]]
 
 
-def _shown(out: Outputs, batches: Batches, probabilities: Floats, row: int, why: str) -> dict[str, Any]:
+def _shown(out: Outputs, batches: "Batches", probabilities: Floats, row: int, why: str) -> dict[str, Any]:
     item, images = int(out.items[row]), batches.images
     predicted = int(probabilities[row].argmax())
     try:

@@ -59,7 +59,7 @@ def test_mean_and_deviation_are_those_of_the_pixels(folder: Path) -> None:
 def test_preprocess_crops_the_middle_and_survives_json() -> None:
     import json
 
-    preprocess = Preprocess(4, 8, 1, torch.tensor([0.25]), torch.tensor([0.5]))
+    preprocess = Preprocess(4, 8, 1, np.array([0.25], np.float32), np.array([0.5], np.float32))
     pixels = torch.arange(64, dtype=torch.uint8).view(1, 8, 8, 1)
     got = preprocess(pixels, torch.device("cpu"))
     assert torch.allclose(got[0, 0], (pixels[0, 2:6, 2:6, 0] / 255 - 0.25) / 0.5)

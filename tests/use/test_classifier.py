@@ -45,14 +45,10 @@ def test_artefact_gives_the_training_time_logits_bit_for_bit_in_another_process(
     pixels = np.stack([images.pixels(int(i), 24) for i in images.split["test"]])
     np.save(tmp_path / "pixels.npy", pixels)
     shutil.copytree(run.model, tmp_path / "elsewhere")
-    code = (
-        "import sys, numpy, torch, reslab\n"
-        "clf = reslab.load(sys.argv[1])\n"
-        "numpy.save(sys.argv[3], clf.logits(torch.from_numpy(numpy.load(sys.argv[2]))).numpy())"
-    )
+    code = "import sys, numpy, reslab\nclf = reslab.load(sys.argv[1])\nnumpy.save(sys.argv[3], clf.logits(numpy.load(sys.argv[2])))"
     subprocess.run([sys.executable, "-c", code, tmp_path / "elsewhere", tmp_path / "pixels.npy", tmp_path / "logits.npy"], check=True, cwd=tmp_path)
     theirs = np.load(tmp_path / "logits.npy")
-    ours = reslab.load(run.path).logits(torch.from_numpy(pixels)).numpy()
+    ours = reslab.load(run.path).logits(pixels)
     assert np.array_equal(ours, theirs)
     labels = images.labels[images.split["test"]]
     scaled = torch.from_numpy(theirs).double() / reslab.load(run.path).temperature

@@ -1,0 +1,67 @@
+"""ResNet-50 at 224: our int8 ONNX, from uint8 images on, against torchvision's net in eager fp32. In turns, medians.
+
+python benchmarks/int8_resnet50.py        about five minutes; asked: >= 6x at batch 1, >= 9x at batch 16
+
+Weights are random: time does not depend on them. Ours are torchvision's, so that both compute the same function.
+"""
+
+import sys
+
+import numpy as np
+import torch
+from measure import keep
+
+import reslab
+from reslab.data.preprocess import Preprocess
+from reslab.use import quantize
+from reslab.use.artefact import TorchModel
+from reslab.use.classifier import Classifier
+from reslab.use.formats import to_onnx
+from reslab.use.onnx import INPUT, OUTPUTS, session
+
+SMOKE = "--smoke" in sys.argv
+NET, SIZE = ("resnet18", 64) if SMOKE else ("resnet50", 224)
+CALIBRATION = 4 if SMOKE else 64
+
+
+def torchvision_net() -> torch.nn.Module:
+    """Its compiled operators do not load beside a CPU build of torch; the models do not need them, only their schemas."""
+    library = torch.library.Library("torchvision", "FRAGMENT")
+    for name in ("nms", "qnms"):
+        library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    import torchvision.models
+
+    net: torch.nn.Module = getattr(torchvision.models, NET)(weights=None).eval()
+    net.library = library  # kept alive with the net
+    return net
+
+
+def classifier_like(theirs: torch.nn.Module) -> Classifier:
+    net = reslab.build(NET).eval()
+    net.load_state_dict(theirs.state_dict())
+    mean, std = (np.array(values, np.float32) for values in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+    return Classifier(TorchModel(net, Preprocess(SIZE, SIZE, 3, mean, std)), tuple(map(str, range(1000))))
+
+
+if __name__ == "__main__":
+    torch.manual_seed(0)
+    theirs = torchvision_net()
+    ours = classifier_like(theirs)
+    rng = np.random.default_rng(0)
+    fp32 = to_onnx(ours)
+    int8 = quantize.quantise(ours, fp32, rng.integers(0, 256, (CALIBRATION, SIZE, SIZE, 3), dtype=np.uint8), "MinMax")
+    opened = {"onnx fp32": session(fp32), "onnx int8": session(int8)}
+    lines = [f"{NET} at {SIZE} px, random weights; onnx takes uint8 images, torchvision normalised floats; size {len(int8) / len(fp32):.3f}x"]
+    for batch in (1, 16):
+        pixels = rng.integers(0, 256, (batch, SIZE, SIZE, 3), dtype=np.uint8)
+        x = torch.from_numpy(pixels).permute(0, 3, 1, 2).float().contiguous() / 255
+
+        def eager(x: torch.Tensor = x) -> torch.Tensor:
+            with torch.no_grad():
+                return theirs(x)
+
+        runs = {name: lambda run=one.run, pixels=pixels: run([OUTPUTS[0]], {INPUT: pixels}) for name, one in opened.items()}
+        took = quantize.race({"torchvision eager fp32": eager, **runs}, seconds=1 if SMOKE else 60)
+        base = took["torchvision eager fp32"]
+        lines += [f"batch {batch}: {name} {batch / t:.1f} img/s, {base / t:.2f}x" for name, t in took.items()]
+    keep("int8_resnet50", lines)

@@ -1,0 +1,88 @@
+"""The artefact of a run: the folder `model/` with spec.json, weights.safetensors, classes.json, preprocess.json, calibration.json."""
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from reslab.data.decode import Pixels
+from reslab.data.preprocess import Preprocess
+from reslab.errors import CallError, WorkError, shown
+from reslab.nets.torch import ResNet
+from reslab.run import write_whole
+from reslab.spec import Spec
+from reslab.tensors import read_tensors, write_tensors
+from reslab.use.classifier import Classifier, Logits
+
+
+@dataclass(frozen=True)
+class TorchModel:
+    """A torch net and its preprocessing, as a Classifier's Model."""
+
+    net: ResNet
+    preprocess: Preprocess
+
+    @property
+    def spec(self) -> Spec:
+        """What the net is."""
+        return self.net.spec
+
+    @torch.no_grad()
+    def logits(self, pixels: Pixels) -> Logits:
+        """uint8 (N, canvas, canvas, C) -> (N, classes), in fp32 on the device the net is on."""
+        self.net.eval()
+        raw = torch.from_numpy(pixels if pixels.flags.writeable else pixels.copy())
+        x = self.preprocess(raw, next(self.net.parameters()).device).contiguous(memory_format=torch.channels_last)
+        out: Logits = self.net(x).float().cpu().numpy()
+        return out
+
+
+def save(classifier: Classifier, folder: Path, calibration: dict[str, Any] | None = None) -> None:
+    """Writes the artefact; `calibration` are facts to keep beside the temperature."""
+    model = classifier.model
+    assert isinstance(model, TorchModel)
+    write_tensors(folder / "weights.safetensors", model.net.state_dict())
+    for name, value in (
+        ("classes", classifier.classes),
+        ("preprocess", model.preprocess.to_dict()),
+        ("calibration", {"temperature": classifier.temperature, "sure": classifier.sure, **(calibration or {})}),
+        ("spec", asdict(model.spec)),  # last: where it is, all is
+    ):
+        write_whole(folder / f"{name}.json", json.dumps(value, indent=1).encode())
+
+
+def model_folder(path: Path) -> Path:
+    """Where the artefact is: `model/` in a run folder, or the folder itself. Raises CallError when it is in neither."""
+    folder = path / "model" if (path / "model").is_dir() else path
+    if not (folder / "spec.json").is_file():
+        unfinished = (path / "run.toml").is_file()
+        fix = f"finish it with `reslab train --resume {shown(path)}`" if unfinished else "give the folder that `reslab train` wrote"
+        raise CallError(f"a finished run has model/spec.json; {shown(path)} has not: {fix}")
+    return folder
+
+
+def read_folder(path: Path) -> tuple[TorchModel, dict[str, Any]]:
+    """The model, and the classes, temperature and sure that lie beside it. Raises CallError or WorkError."""
+    folder = model_folder(path)
+    held = {name: _json(folder / f"{name}.json") for name in ("spec", "classes", "preprocess", "calibration")}
+    try:
+        net = ResNet(Spec.from_dict(held["spec"]))
+        facts = {**held["calibration"], "classes": held["classes"]}
+    except (CallError, TypeError, ValueError) as error:
+        raise WorkError(f"the model in {shown(folder)} is damaged: {shown(str(error))}") from error
+    weights, _ = read_tensors(folder / "weights.safetensors")
+    try:
+        net.load_state_dict(weights)
+    except RuntimeError as error:
+        raise WorkError(f"the weights in {shown(folder)} are of another net than its spec.json") from error
+    net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return TorchModel(net.eval(), Preprocess.from_dict(held["preprocess"])), facts
+
+
+def _json(file: Path) -> Any:
+    try:
+        return json.loads(file.read_text("utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise WorkError(f"{shown(file)} cannot be read: {shown(str(error))[:120]}") from error

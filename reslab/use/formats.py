@@ -1,0 +1,169 @@
+"""The files a classifier can be exported to: how each is written, and how it is run again to check it.
+
+ONNX and torch.export keep the image size open and resize in the graph. OpenVINO takes images of the canvas size only:
+it reads ONNX's antialiased Resize as a plain one (2026.4), which answers otherwise without a word.
+"""
+
+import contextlib
+import io
+import json
+import logging
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from reslab.data.decode import Pixels
+from reslab.data.preprocess import Preprocess
+from reslab.errors import needs_extra
+from reslab.use.classifier import Classifier, Logits
+from reslab.use.onnx import INPUT, METADATA, OUTPUTS, session
+from reslab.use.pipeline import Pipeline, trace
+
+OPSET = 20  # an antialiased Resize needs 18
+
+Answer = tuple[Logits, Logits]  # probabilities and logits
+Runner = Callable[[Pixels], Answer]
+
+
+class Format(NamedTuple):
+    """One kind of file. `write` makes it (and files of the same stem beside it) at a path, `open` runs it."""
+
+    suffix: str
+    write: Callable[[Classifier, Path], None]
+    open: Callable[[Path], Runner]
+
+
+def metadata(classifier: Classifier, precision: str = "fp32") -> str:
+    """What an exported file says of itself, as JSON. A mean image is in the graph only: as text it would outweigh the net."""
+    preprocess = classifier.preprocess
+    assert isinstance(preprocess, Preprocess)
+    held = {name: value for name, value in preprocess.to_dict().items() if name != "mean" or preprocess.mean.ndim == 1}
+    facts = {"classes": classifier.classes, "temperature": classifier.temperature, "sure": classifier.sure, "precision": precision}
+    return json.dumps({**facts, "preprocess": held, "spec": asdict(classifier.spec)})
+
+
+def to_onnx(classifier: Classifier, any_size: bool = True) -> bytes:
+    """A whole .onnx file: `images` uint8 (batch, height, width, C) -> `probabilities` and `logits`. Batch norm is folded."""
+    try:
+        import onnx
+        import onnxscript  # noqa: F401  # what torch.onnx is built on
+    except ImportError as error:
+        raise needs_extra(error.name or "onnx", "export") from error
+    with quietly():
+        program = torch.onnx.export(
+            trace(Pipeline(classifier, any_size)),
+            dynamo=True, input_names=[INPUT], output_names=OUTPUTS, opset_version=OPSET, verbose=False,
+        )  # fmt: skip
+    assert program is not None
+    model = program.model_proto
+    for value in (*model.graph.input, *model.graph.output):
+        for dimension, name in zip(value.type.tensor_type.shape.dim, ("batch", "height", "width"), strict=False):
+            if dimension.dim_param:  # a fixed size has a value instead
+                dimension.dim_param = name
+    finish(model, metadata(classifier))
+    onnx.checker.check_model(model)
+    data: bytes = model.SerializeToString()
+    return data
+
+
+def finish(model: Any, text: str) -> None:
+    """Replaces all that tools wrote about the graph, which is large and holds paths of this machine, by our metadata."""
+    graph = model.graph
+    for part in (model, graph):
+        del part.metadata_props[:]
+    for node in (*graph.node, *graph.input, *graph.output, *graph.initializer):
+        del node.metadata_props[:]
+        node.doc_string = ""
+    del graph.value_info[:]
+    model.metadata_props.add(key=METADATA, value=text)
+    model.producer_name = "reslab"
+
+
+def write_onnx(classifier: Classifier, path: Path) -> None:
+    """A .onnx file, its metadata under the key `reslab`: what `reslab.load` reads without torch."""
+    path.write_bytes(to_onnx(classifier))
+
+
+def run_onnx(path: Path) -> Runner:
+    """The file in onnxruntime."""
+    opened = session(path.read_bytes())
+    return lambda pixels: tuple(opened.run(list(OUTPUTS), {INPUT: pixels}))
+
+
+def write_torch(classifier: Classifier, path: Path) -> None:
+    """A .pt2 file for torch.export.load, its metadata as the extra file reslab.json."""
+    program = trace(Pipeline(classifier))
+    program._example_inputs = None  # would be stored as a pickle
+    for node in program.graph.nodes:
+        node.meta.pop("stack_trace", None)  # paths of this machine
+    with quietly():
+        torch.export.save(program, path, extra_files={f"{METADATA}.json": metadata(classifier)})
+
+
+def run_torch(path: Path) -> Runner:
+    """The file in torch."""
+    with quietly():
+        module = torch.export.load(path).module()
+
+    @torch.no_grad()
+    def run(pixels: Pixels) -> Answer:
+        probabilities, logits = module(torch.from_numpy(pixels.copy()))
+        return probabilities.numpy(), logits.numpy()
+
+    return run
+
+
+def openvino() -> Any:
+    """OpenVINO without its telemetry, which reports the import itself. Raises WorkError when it is not installed."""
+    sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]  # OpenVINO puts a stub in its place
+    try:
+        import openvino
+    except ImportError as error:
+        raise needs_extra("openvino", "openvino") from error
+    return openvino
+
+
+def write_openvino(classifier: Classifier, path: Path) -> None:
+    """A .xml file and the .bin of its weights, both in fp32; the metadata are the runtime information `reslab`."""
+    ov = openvino()
+    model = ov.Core().read_model(to_onnx(classifier, any_size=False), b"")
+    model.set_rt_info(metadata(classifier), [METADATA])
+    ov.save_model(model, str(path), compress_to_fp16=False)
+
+
+def run_openvino(path: Path) -> Runner:
+    """The files in OpenVINO on the CPU, in fp32 also where the hardware prefers bf16."""
+    ov = openvino()
+    compiled = ov.Core().compile_model(str(path), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+
+    def run(pixels: Pixels) -> Answer:
+        found = compiled(pixels)
+        return np.array(found[OUTPUTS[0]]), np.array(found[OUTPUTS[1]])
+
+    return run
+
+
+FORMATS = {
+    "onnx": Format(".onnx", write_onnx, run_onnx),
+    "torch": Format(".pt2", write_torch, run_torch),
+    "openvino": Format(".xml", write_openvino, run_openvino),
+}
+
+
+@contextlib.contextmanager
+def quietly() -> Iterator[None]:
+    """Keeps progress and warnings of exporters and quantisers off the terminal; their errors are raised."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)

@@ -1,0 +1,61 @@
+"""A finished classifier and labelled images again: the data a run was trained on, found once more, and scores on any data."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from reslab.data.images import Images, read_batches
+from reslab.data.source import Progress, open_images, silent
+from reslab.data.split import split
+from reslab.errors import CallError, WorkError, shown, unknown
+from reslab.run import Run
+from reslab.use.classifier import BATCH, Classifier, load
+from reslab.use.evaluate import outputs, score
+
+
+def own_images(run: Run, classifier: Classifier, reading: Progress = silent) -> Images:
+    """The images of a run, split as they were for the training. Raises CallError when they are gone, WorkError when changed."""
+    config = run.config
+    try:
+        source, seed, fingerprint = config["data"]["source"], config["recipe"]["seed"], config["data"]["fingerprint"]
+    except (KeyError, TypeError) as error:
+        raise WorkError(f"{shown(run.path / 'run.toml')} is damaged: it does not name the data: restore it") from error
+    images = split(replace(open_images(source, reading), channels=classifier.preprocess.channels), seed)
+    if images.fingerprint() != fingerprint:
+        raise WorkError(f"the run's own images must be those it was trained on; {shown(images.source)} has changed: name other data")
+    return images
+
+
+def evaluate(path: str | Path, data: str | Path | None = None, reading: Progress = silent) -> dict[str, Any]:
+    """Scores a finished run on its test part again, or a run or a .onnx file on all images of `data`. A run records it.
+
+    Raises CallError when `data` has a class that the classifier does not know, WorkError when the run's own data has changed.
+    """
+    is_file = Path(path).suffix.lower() == ".onnx"
+    run = None if is_file else Run.open(path)
+    classifier = load(path)
+    if data is not None:
+        images = _labelled(classifier, data, reading)
+        items = np.arange(len(images), dtype=np.int64)
+    elif run is not None:
+        images = own_images(run, classifier, reading)
+        items = images.split["test"]
+    else:
+        raise CallError(f"an exported file has no images of its own; received {shown(path)} alone: name the data too")
+    batches = read_batches(images, items, classifier.preprocess.canvas, BATCH)
+    scores = score(outputs(classifier, batches), classifier.classes, classifier.temperature)
+    if run is not None:
+        run.record("evaluation", data=shown(images.source), **scores)
+    return scores
+
+
+def _labelled(classifier: Classifier, data: str | Path, reading: Progress) -> Images:
+    """Other images, their labels in the order of the classifier's classes."""
+    images = open_images(data, reading)
+    for name in images.classes:
+        if name not in classifier.classes:
+            raise unknown("class", name, map(shown, classifier.classes), f" (in {shown(data)})")
+    labels = np.array([classifier.classes.index(name) for name in images.classes], dtype=np.int64)[images.labels]
+    return replace(images, labels=labels, classes=classifier.classes, channels=classifier.preprocess.channels)
