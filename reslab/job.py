@@ -25,7 +25,7 @@ from reslab.nets.torch import ResNet
 from reslab.nets.weights import load_weights, stem_of
 from reslab.report.page import write_report
 from reslab.run import Run, write_whole
-from reslab.spec import Spec
+from reslab.spec import STEMS, Spec
 from reslab.train.board import Board, require_tensorboard
 from reslab.train.fit import Show, Training
 from reslab.train.hardware import Machine, machine
@@ -37,6 +37,7 @@ from reslab.use.evaluate import fit_temperature, label_suspects, mistakes, outpu
 
 REPORT_SECONDS = 10.0  # kept back from a budget for the report and what surrounds it
 SMALL = 64  # pixels a side up to which a CIFAR net is the default
+KERNELS = {(3,): "conv3", (7,): "conv7-pool", (3, 3, 3): "deep-pool"}  # of a stem in a weights file: its row in STEMS
 EVAL_MARGIN = 256 / 224  # photos are tested on the middle 224 of 256 pixels
 
 
@@ -203,10 +204,10 @@ def _open_in_turn(data: str | Path, here: Machine, show: JobShow) -> Images:
 
 def _spec_of_weights(net: str | Spec, recipe: Recipe, images: Images) -> tuple[Spec, int]:
     """The net as the file has it, its stem and channels kept, and an image size that suits this stem."""
-    channels, kernel = stem_of(recipe.weights)
+    channels, kernels = stem_of(recipe.weights)
     spec = find_spec(net, in_channels=channels, num_classes=len(images.classes))
-    if kernel != (3 if spec.stem == "conv3" else 7):
-        spec = replace(spec, stem="conv3" if kernel == 3 else "conv7-pool")
+    if kernels in KERNELS and kernels != tuple(kernel for _, kernel, _ in STEMS[spec.stem].convs):
+        spec = replace(spec, stem=KERNELS[kernels])
     size = recipe.image_size or (images.image_size if images.image_size >= 4 * spec.reduction or spec.stem == "conv3" else 224)
     spec.check_size(size)
     return spec, size
