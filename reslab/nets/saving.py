@@ -24,6 +24,8 @@ def save_weights(net: ResNet, path: str | Path, dialect: str = "ours", inputs: I
     Raises CallError when the dialect cannot say what the net is, with what stands in the way, and WorkError when the
     files cannot be written; what was there is kept.
     """
+    if not isinstance(net, ResNet):
+        raise CallError(f"save_weights takes a net that reslab built; received a {type(net).__name__}: load its state into one first")
     spec, path = net.spec, Path(path)
     names = for_saving(dialect, spec)
     config = None
@@ -44,7 +46,7 @@ def _checked(inputs: Inputs, net: ResNet) -> Inputs:
     spec = net.spec
     if not len(inputs.mean) == len(inputs.std) == spec.in_channels:
         raise CallError(f"inputs need one mean and std for each of {spec.in_channels} channels; received {inputs.mean} and {inputs.std}: give inputs")
-    if inputs.classes and len(set(inputs.classes)) != spec.num_classes:
+    if inputs.classes and not len(inputs.classes) == len(set(inputs.classes)) == spec.num_classes:
         raise CallError(f"inputs need one name for each of {spec.num_classes} classes, or none; received {len(set(inputs.classes))} different ones")
     spec.check_size(inputs.image_size)
     return inputs

@@ -1,8 +1,11 @@
 """The nets of torchvision, timm and Transformers that ours are compared with, and the comparison."""
 
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +35,15 @@ CASES = (
 )
 
 
+@contextmanager
+def undrawn() -> Iterator[None]:
+    """Nets built here get no first values, which takes most of the time of building one."""
+    draws = ("kaiming_normal_", "kaiming_uniform_", "normal_", "uniform_", "trunc_normal_")
+    with mock.patch.multiple(nn.init, **{name: lambda tensor, *args, **kwargs: tensor for name in draws}):
+        yield
+
+
+@undrawn()
 def make(library: str, row: str) -> nn.Module:
     """Their net for a row of ours, with random weights and running statistics."""
     if library == "torchvision":
@@ -48,7 +60,8 @@ def loaded(theirs: nn.Module, row: str) -> tuple[ResNet, Loaded]:
     """Our net with their weights, which went through a file."""
     with tempfile.TemporaryDirectory() as folder:
         torch.save(theirs.state_dict(), Path(folder) / "theirs.pth")
-        ours = reslab.build(row).eval()
+        with undrawn():
+            ours = reslab.build(row).eval()
         return ours, reslab.load_weights(ours, Path(folder) / "theirs.pth")
 
 
