@@ -3,9 +3,10 @@
 import json
 import re
 import time
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -35,6 +36,7 @@ from reslab.train.recipe import from_dict as recipe_from_dict
 from reslab.use.classifier import Classifier, load
 from reslab.use.evaluate import fit_temperature, label_suspects, mistakes, outputs, score, sure_above
 
+T = TypeVar("T")
 REPORT_SECONDS = 10.0  # kept back from a budget for the report and what surrounds it
 SMALL = 64  # pixels a side up to which a CIFAR net is the default
 KERNELS = {(3,): "conv3", (7,): "conv7-pool", (3, 3, 3): "deep-pool"}  # of a stem in a weights file: its row in STEMS
@@ -95,12 +97,12 @@ def _start(
     if recipe.jitter or recipe.randaugment:
         require_kornia()
     if recipe.weights:
-        stem_of(recipe.weights)
+        _in_turn(here, lambda: stem_of(recipe.weights))
     elif recipe.freeze != "none" or recipe.trunk_lr != 1:
         raise CallError("fine-tuning (--recipe finetune, --freeze, --trunk-lr) starts from weights; received none: give --weights FILE")
     target = Path(out) if out else _free_folder(data, here)
     Run.check_free(target)
-    images = _open_in_turn(data, here, show)
+    images = _in_turn(here, lambda: open_images(data, show.reading))
     finding = cheap_check(images)
     for line in finding:
         show.say(line)
@@ -152,7 +154,7 @@ def _resume(
     except (KeyError, TypeError, CallError) as error:
         raise WorkError(f"{shown(run.path / 'run.toml')} is damaged: {shown(str(error))}") from error
     try:
-        images = split(_open_in_turn(source, here, show), kept.seed)
+        images = split(_in_turn(here, lambda: open_images(source, show.reading)), kept.seed)
     except CallError as error:
         raise WorkError(f"a run resumes on the data it began with; {shown(source)} is gone: move it back, or train into a new --out") from error
     if kept.weights:
@@ -192,14 +194,14 @@ def _prepare(images: Images, spec: Spec, recipe: Recipe, here: Machine, show: Jo
     return Job(images, spec, recipe, preprocess, parts, f"{storage}: {why}", here)
 
 
-def _open_in_turn(data: str | Path, here: Machine, show: JobShow) -> Images:
-    """The images; of several processes the writer goes first, so that a download happens once."""
+def _in_turn(here: Machine, work: Callable[[], T]) -> T:
+    """What `work` gives; of several processes the writer goes first, so that a download happens once."""
     if not here.is_writer:
         here.agree(0)
-    images = open_images(data, show.reading)
+    done = work()
     if here.is_writer:
         here.agree(0)
-    return images
+    return done
 
 
 def _spec_of_weights(net: str | Spec, recipe: Recipe, images: Images) -> tuple[Spec, int]:

@@ -15,7 +15,7 @@ from reslab.run import write_whole
 FILES = ("model.safetensors", "pytorch_model.bin")
 _PART = r"[A-Za-z0-9_][A-Za-z0-9_.-]*"
 _HUB = re.compile(rf"hf:(?P<repo>{_PART}/{_PART})(@(?P<revision>{_PART}))?(/(?P<file>{_PART}(/{_PART})*))?")
-_DIGITS_IN_NAME = re.compile(r"-([0-9a-f]{8,64})\.")  # the beginning of the SHA-256, as torchvision's files have it
+_DIGITS_IN_NAME = re.compile(r"-(?=[0-9]*[a-f])([0-9a-f]{8,64})\.")  # the beginning of a SHA-256, as torchvision's files have it; not a date
 
 
 def locate(source: str | Path) -> Path:
@@ -43,7 +43,7 @@ def _from_url(text: str) -> Path:
     record = folder / f"{name}.sha256"
     in_name = _DIGITS_IN_NAME.search(name)
     published = in_name[1] if in_name and len(in_name[1]) != MD5_LENGTH else ""
-    recorded = record.read_text("utf-8").strip() if record.is_file() else ""
+    recorded = record.read_text("ascii", "replace").strip() if record.is_file() else ""
     file = fetch(Archive(name, fragment.removeprefix("sha256=") or recorded or published, url), folder, lambda *_: None, otherwise="")
     if not recorded:
         write_whole(record, digest(file).encode())

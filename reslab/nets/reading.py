@@ -46,7 +46,7 @@ def read_tensors(file: Path) -> Held:
         with file.open("rb") as stream:
             start = stream.read(9)
         if start[:8] == HDF5 or (start[:2] == b"PK" and "model.weights.h5" in zipfile.ZipFile(file).namelist()):
-            from reslab.nets.keras_weights import read_h5  # type: ignore[import-not-found]
+            from reslab.nets.keras_files import read_h5  # type: ignore[import-not-found]
 
             return Held(read_h5(file), keras=True)
         # safetensors begin with eight bytes of header length, then JSON

@@ -74,7 +74,7 @@ def load_weights(net: nn.Module, file: str | Path) -> Loaded:
     head_replaced = ""
     if HEAD in tensors and HEAD in wanted and tensors[HEAD].shape[1:] == wanted[HEAD].shape[1:] and len(tensors[HEAD]) != len(wanted[HEAD]):
         head_replaced = f"head replaced: the file has {len(tensors[HEAD])} classes, this net {len(wanted[HEAD])}"
-        tensors |= {name: wanted[name] for name in (HEAD, "fc.bias")}
+        tensors |= {name: wanted[name] for name in (HEAD, "fc.bias") if name in tensors}
     for name, tensor in wanted.items():  # files from before torch 0.4.1 and from Keras lack these counters
         if name.endswith(COUNTER):
             tensors.setdefault(name, torch.zeros_like(tensor))
@@ -93,20 +93,24 @@ def identify(file: str | Path) -> Identified:
     Raises as `load_weights` does for a file that cannot be read.
     """
     found = _find(file)
-    shapes, (channels, _) = found.shapes, _stem(found)
-    return Identified(found.dialect.name, tuple(fitting(shapes)), shapes.get(HEAD, (0,))[0], channels)
+    shapes = found.shapes
+    return Identified(found.dialect.name, tuple(fitting(shapes)), (shapes.get(HEAD) or (0,))[0], _stem(found)[0].shape[1])
 
 
 def stem_of(file: str | Path) -> tuple[int, tuple[int, ...]]:
-    """The input channels, and the kernel size of each convolution of the stem, in a weights file. Raises as `load_weights` does."""
-    return _stem(_find(file))
-
-
-def _stem(found: _Found) -> tuple[int, tuple[int, ...]]:
-    convs = [found.tensors[name] for name in ("conv1.weight", "conv1.0.weight", "conv1.3.weight", "conv1.6.weight") if name in found.tensors]
-    if not convs or any(conv.ndim != 4 for conv in convs) or convs[0].shape[1] not in (1, 3):
-        raise CallError(f"the first convolution must be a conv1.weight for 1 or 3 channels; {found.title} has none: give a residual net's weights")
+    """The input channels, 1 or 3, and the kernel size of each convolution of the stem. Raises as `load_weights` does."""
+    found = _find(file)
+    convs = _stem(found)
+    if convs[0].shape[1] not in (1, 3):
+        raise CallError(f"images have 1 or 3 channels; {found.title} is of a net for {convs[0].shape[1]}: give a net's weights for images")
     return convs[0].shape[1], tuple(conv.shape[2] for conv in convs)
+
+
+def _stem(found: _Found) -> list[Tensor]:
+    convs = [found.tensors[name] for name in ("conv1.weight", "conv1.0.weight", "conv1.3.weight", "conv1.6.weight") if name in found.tensors]
+    if not convs or any(conv.ndim != 4 for conv in convs):
+        raise CallError(f"the first convolution must be a conv1.weight; {found.title} has none: give a residual net's weights")
+    return convs
 
 
 def _find(file: str | Path) -> _Found:
@@ -136,5 +140,5 @@ def _check_values(found: _Found, tensors: Mapping[str, Tensor], wanted: Mapping[
         tensor = tensors[name]
         if tensor.is_floating_point() != wanted[name].is_floating_point():
             raise WorkError(f"{found.title}: {theirs(found.dialect, name)} has dtype {tensor.dtype}, the net needs {wanted[name].dtype}")
-        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+        if tensor.is_floating_point() and not torch.isfinite(tensor.to(wanted[name].dtype)).all():
             raise WorkError(f"{found.title}: {theirs(found.dialect, name)} holds values that are not finite; get the file again")

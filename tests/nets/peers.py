@@ -1,5 +1,6 @@
 """The nets of torchvision, timm and Transformers that ours are compared with, and the comparison."""
 
+import math
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -78,6 +79,7 @@ def differences(theirs: nn.Module, ours: ResNet, size: int) -> dict[str, float]:
     found = {"logits": relative(ours(x, outputs), getattr(want, "logits", want))}
     for number, (stage, depth) in enumerate(zip(held, ours.spec.depths, strict=True), start=1):
         found[f"layer{number}"] = relative(outputs[f"layer{number}.{depth - 1}"], stage)
+    assert all(map(math.isfinite, found.values())), found
     return found
 
 

@@ -93,8 +93,9 @@ def test_a_given_checksum_decides(server: Server) -> None:
 def test_digits_in_a_name_are_a_checksum_as_torchvision_publishes_them(server: Server) -> None:
     right = hashlib.sha256(server.body).hexdigest()[:8]
     assert locate(f"https://{server.host}/net-{right}.safetensors").is_file()
-    with pytest.raises(reslab.WorkError, match="must have SHA-256 01234567; what came had"):
-        locate(f"https://{server.host}/net-01234567.safetensors")
+    with pytest.raises(reslab.WorkError, match="must have SHA-256 0123456a; what came had"):
+        locate(f"https://{server.host}/net-0123456a.safetensors")
+    assert locate(f"https://{server.host}/net-20251231.safetensors").is_file(), "a date is none"
 
 
 def test_a_redirect_may_not_leave_https(server: Server) -> None:
