@@ -22,6 +22,7 @@ from reslab.errors import CallError, WorkError, shown
 AVERAGED = ("state_dict_ema", "model_ema", "ema_state_dict", "ema")  # preferred: what their authors publish and score
 WRAPPERS = (*AVERAGED, "model_state_dict", "state_dict", "model", "net")
 PREFIXES = re.compile(r"^(module\.|_orig_mod\.|model\.|net\.)+|(?<=\.)_orig_mod\.")
+ZIP = b"PK\x03\x04"
 HDF5 = b"\x89HDF\r\n\x1a\n"
 MAX_CONFIG = 1 << 20  # bytes of a config.json
 
@@ -45,7 +46,7 @@ def read_tensors(file: Path) -> Held:
     try:
         with file.open("rb") as stream:
             start = stream.read(9)
-        if start[:8] == HDF5 or (start[:2] == b"PK" and "model.weights.h5" in zipfile.ZipFile(file).namelist()):
+        if _is_keras(file, start):
             from reslab.nets.keras_files import read_h5  # type: ignore[import-not-found]
 
             return Held(read_h5(file), keras=True)
@@ -80,9 +81,16 @@ def read_config(file: Path) -> dict[str, Any]:
     return held
 
 
+def _is_keras(file: Path, start: bytes) -> bool:
+    if start[:4] != ZIP:
+        return start[:8] == HDF5
+    with zipfile.ZipFile(file) as archive:
+        return "model.weights.h5" in archive.namelist()
+
+
 def _read_torch(file: Path, start: bytes) -> Any:
     """The file's content; tensors of a zip file are views of the mapped file."""
-    size, is_zip = file.stat().st_size, start[:4] == b"PK\x03\x04"
+    size, is_zip = file.stat().st_size, start[:4] == ZIP
     if size:
         with file.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as content:
             if content.find(b"bytearray") >= 0:  # `weights_only` makes one of any size
