@@ -3,9 +3,10 @@
 import json
 import re
 import time
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -25,7 +26,7 @@ from reslab.nets.torch import ResNet
 from reslab.nets.weights import load_weights, stem_of
 from reslab.report.page import write_report
 from reslab.run import Run, write_whole
-from reslab.spec import Spec
+from reslab.spec import STEMS, Spec
 from reslab.train.board import Board, require_tensorboard
 from reslab.train.fit import Show, Training
 from reslab.train.hardware import Machine, machine
@@ -36,8 +37,10 @@ from reslab.use.artefact import TorchModel, save
 from reslab.use.classifier import BATCH, Classifier
 from reslab.use.evaluate import fit_temperature, label_suspects, mistakes, outputs, score, sure_above
 
+T = TypeVar("T")
 REPORT_SECONDS = 10.0  # kept back from a budget for the report and what surrounds it
 SMALL = 64  # pixels a side up to which a CIFAR net is the default
+KERNELS = {(3,): "conv3", (7,): "conv7-pool", (3, 3, 3): "deep-pool"}  # of a stem in a weights file: its row in STEMS
 EVAL_MARGIN = 256 / 224  # photos are tested on the middle 224 of 256 pixels
 
 
@@ -95,12 +98,12 @@ def _start(
     if recipe.jitter or recipe.randaugment:
         require_kornia()
     if recipe.weights:
-        stem_of(recipe.weights)
+        _in_turn(here, lambda: stem_of(recipe.weights))
     elif recipe.freeze != "none" or recipe.trunk_lr != 1:
         raise CallError("fine-tuning (--recipe finetune, --freeze, --trunk-lr) starts from weights; received none: give --weights FILE")
     target = Path(out) if out else _free_folder(data, here)
     Run.check_free(target)
-    images = _open_in_turn(data, here, show)
+    images = _in_turn(here, lambda: open_images(data, show.reading))
     finding = cheap_check(images)
     for line in finding:
         show.say(line)
@@ -156,7 +159,7 @@ def _resume(
     except (KeyError, TypeError, CallError) as error:
         raise WorkError(f"{shown(run.path / 'run.toml')} is damaged: {shown(str(error))}") from error
     try:
-        images = split(_open_in_turn(source, here, show), kept.seed)
+        images = split(_in_turn(here, lambda: open_images(source, show.reading)), kept.seed)
     except CallError as error:
         raise WorkError(f"a run resumes on the data it began with; {shown(source)} is gone: move it back, or train into a new --out") from error
     if kept.weights:
@@ -196,22 +199,22 @@ def _prepare(images: Images, spec: Spec, recipe: Recipe, here: Machine, show: Jo
     return Job(images, spec, recipe, preprocess, parts, f"{storage}: {why}", here)
 
 
-def _open_in_turn(data: str | Path, here: Machine, show: JobShow) -> Images:
-    """The images; of several processes the writer goes first, so that a download happens once."""
+def _in_turn(here: Machine, work: Callable[[], T]) -> T:
+    """What `work` gives; of several processes the writer goes first, so that a download happens once."""
     if not here.is_writer:
         here.agree(0)
-    images = open_images(data, show.reading)
+    done = work()
     if here.is_writer:
         here.agree(0)
-    return images
+    return done
 
 
 def _spec_of_weights(net: str | Spec, recipe: Recipe, images: Images) -> tuple[Spec, int]:
     """The net as the file has it, its stem and channels kept, and an image size that suits this stem."""
-    channels, kernel = stem_of(recipe.weights)
+    channels, kernels = stem_of(recipe.weights)
     spec = find_spec(net, in_channels=channels, num_classes=len(images.classes))
-    if kernel != (3 if spec.stem == "conv3" else 7):
-        spec = replace(spec, stem="conv3" if kernel == 3 else "conv7-pool")
+    if kernels in KERNELS and kernels != tuple(kernel for _, kernel, _ in STEMS[spec.stem].convs):
+        spec = replace(spec, stem=KERNELS[kernels])
     size = recipe.image_size or (images.image_size if images.image_size >= 4 * spec.reduction or spec.stem == "conv3" else 224)
     spec.check_size(size)
     return spec, size

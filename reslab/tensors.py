@@ -13,7 +13,7 @@ from reslab.run import write_whole
 def write_tensors(path: Path, tensors: dict[str, Tensor], header: str = "") -> None:
     """Replaces the file. Raises WorkError when it cannot be written; what was there is kept."""
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    write_whole(path, safetensors.torch.save(plain, {"reslab": header}))
+    write_whole(path, safetensors.torch.save(plain, {"format": "pt", "reslab": header}))
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], str]:

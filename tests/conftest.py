@@ -1,10 +1,14 @@
 """What several tests need: folders of small images, the real CIFAR-10 and published weights where they are at hand."""
 
+import importlib
 import os
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -53,6 +57,38 @@ def published() -> Path:
     return SHARED / "weights"
 
 
+@cache
+def _operator_schemas() -> torch.library.Library:
+    """The compiled operators of torchvision do not load beside a CPU build of torch; models do not need them, only their schemas."""
+    library = torch.library.Library("torchvision", "FRAGMENT")
+    for name in ("nms", "qnms"):
+        library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    return library
+
+
+def peer(name: str) -> ModuleType:
+    """A library whose nets ours are compared with; ImportError where it is not installed."""
+    _operator_schemas()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return importlib.import_module(name)
+
+
+@pytest.fixture(scope="session")
+def torchvision_models() -> ModuleType:
+    return peer("torchvision.models")
+
+
+@pytest.fixture(scope="session")
+def timm() -> ModuleType:
+    return peer("timm")
+
+
+@pytest.fixture(scope="session")
+def transformers() -> ModuleType:
+    return peer("transformers")
+
+
 @pytest.fixture
 def cli(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
     """Runs `reslab` as a person does, in an empty folder, and gives back what it printed and its exit status."""
@@ -82,3 +118,8 @@ def scramble(net: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
             elif tensor.is_floating_point():
                 tensor.normal_(0, (1.0 / tensor[0].numel()) ** 0.5, generator=generator)
     return net
+
+
+def relative(a: torch.Tensor, b: torch.Tensor) -> float:
+    """The largest difference, as a part of the largest value of `b`."""
+    return ((a - b).abs().max() / b.abs().max()).item()

@@ -10,9 +10,10 @@ import pytest
 import reslab
 
 PACKAGE = Path(reslab.__file__).parent
-LEAVES = {"errors", "interval", "run", "tensors"}
+LEAVES = {"download", "errors", "interval", "run", "tensors"}
 NETWORK = {"spec", "layout", "family"}
 MAY_IMPORT = {
+    "download": {"errors"},
     "errors": set(),
     "interval": set(),
     "run": {"errors"},
@@ -22,7 +23,7 @@ MAY_IMPORT = {
     "family": {"errors", "spec"},
     "catalogue": {"errors"} | NETWORK,
     "nets": LEAVES | NETWORK,
-    "data": {"errors"},
+    "data": {"download", "errors"},
     "use": LEAVES | NETWORK | {"nets", "data"},
     "serve": LEAVES | NETWORK | {"data", "use", "__init__"},
     "train": LEAVES | NETWORK | {"nets", "data"},

@@ -21,8 +21,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from reslab.data.decode import Pixels
-from reslab.data.download import Archive, fetch
 from reslab.data.images import Images, digest
+from reslab.download import Archive, fetch
 from reslab.errors import WorkError, shown
 
 Progress = Callable[[str, int, int], None]

@@ -1,134 +1,144 @@
-"""The one place that knows how others name and store the weights of residual networks.
+"""Weights into a net: found, read, recognised, matched strictly. And what a file's weights are of."""
 
-Foreign files are read as if an attacker wrote them: safetensors, or a torch file under `weights_only=True`, which
-builds tensors and plain containers and runs nothing.
-"""
-
-import pickle
-import re
-import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
-import safetensors
-import safetensors.torch
 import torch
 from torch import Tensor, nn
 
 from reslab.errors import CallError, WorkError, shown
+from reslab.nets.configs import contradiction
+from reslab.nets.dialects import HEAD, Dialect, recognise, theirs, to_ours
+from reslab.nets.hub import locate
+from reslab.nets.identify import COUNTER, fitting, sentence
+from reslab.nets.reading import read_config, read_tensors
 
-WRAPPERS = ("state_dict", "model", "net", "model_state_dict")
+KERAS = Dialect("Keras", "")
 
 
 @dataclass(frozen=True)
 class Loaded:
-    """What `load_weights` recognised, and whether the head was left as it was because the classes differ in number."""
+    """What `load_weights` recognised, whether the weights are an average, and whether the head was left as it was."""
 
     dialect: str
     tensors: int
-    head_replaced: str = ""
+    head_replaced: str = ""  # because the classes differ in number
+    averaged: str = ""  # the wrapper that holds the average
 
     def __str__(self) -> str:
-        return f"{self.tensors} tensors, {self.dialect} names" + (f"; {self.head_replaced}" if self.head_replaced else "")
+        notes = [f"the average in {self.averaged}"] * bool(self.averaged) + [self.head_replaced] * bool(self.head_replaced)
+        return "; ".join([f"{self.tensors} tensors, {self.dialect} names", *notes])
+
+
+class Identified(NamedTuple):
+    """What the weights in a file are of. `nets` are rows of `FAMILY`; several, where weights cannot tell them apart."""
+
+    dialect: str
+    nets: tuple[str, ...]
+    num_classes: int
+    in_channels: int
+
+
+class _Found(NamedTuple):
+    path: Path
+    dialect: Dialect
+    tensors: dict[str, Tensor]  # under our names
+    averaged: str
+
+    @property
+    def title(self) -> str:
+        return f"{shown(self.path)} ({self.dialect.name} names)"
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return {name: tuple(tensor.shape) for name, tensor in self.tensors.items()}
 
 
 def load_weights(net: nn.Module, file: str | Path) -> Loaded:
-    """Copies the weights in `file` (torch or safetensors; torchvision, akamaster or our own names) into `net`, strictly.
+    """Copies weights into `net`, strictly: every tensor must be there with its shape, and none may be left over.
 
-    Every tensor must be there with its shape, and none may be left over. One exception: a head for another number of
-    classes is not loaded, the net keeps its own, and the result says so.
-    Raises CallError when the file is missing or holds another net's weights, WorkError when it cannot be read. The net
-    is unchanged after an error.
+    `file` is a torch, safetensors or Keras file, a folder with a model.safetensors, an https URL (with `#sha256=...`
+    checked against it) or `hf:owner/name[@revision][/file]`. The names of torchvision, timm, Hugging Face Transformers,
+    akamaster, Keras and our own are recognised by what is in the file. A config.json beside it is heard about what shapes
+    cannot tell, such as where a block halves. One exception to strictness: a head for another number of classes is not
+    loaded, the net keeps its own, and the result says so.
+
+    Raises CallError when there is no file or it holds another net's weights, with the dialect, the first missing and
+    the first unexpected tensor, and the nets that it would fit; WorkError when it cannot be read or fetched. The net is
+    unchanged after an error.
     """
-    file = Path(file)
-    found, dialect = recognise(read_tensors(file))
-    wanted = net.state_dict()
+    found = _find(file)
+    tensors, wanted = dict(found.tensors), net.state_dict()
     head_replaced = ""
-    if "fc.weight" in found and "fc.weight" in wanted and found["fc.weight"].shape[1:] == wanted["fc.weight"].shape[1:]:
-        theirs, ours = len(found["fc.weight"]), len(wanted["fc.weight"])
-        if theirs != ours:
-            found |= {"fc.weight": wanted["fc.weight"], "fc.bias": wanted["fc.bias"]}
-            head_replaced = f"head replaced: the file has {theirs} classes, this net {ours}"
-    for name, tensor in wanted.items():  # files from before torch 0.4.1 lack these counters
-        if name.endswith("num_batches_tracked"):
-            found.setdefault(name, torch.zeros_like(tensor))
-    _check_match(file, found, wanted, dialect)
-    net.load_state_dict(found)
-    return Loaded(dialect, len(found), head_replaced)
+    if HEAD in tensors and HEAD in wanted and tensors[HEAD].shape[1:] == wanted[HEAD].shape[1:] and len(tensors[HEAD]) != len(wanted[HEAD]):
+        head_replaced = f"head replaced: the file has {len(tensors[HEAD])} classes, this net {len(wanted[HEAD])}"
+        tensors |= {name: wanted[name] for name in (HEAD, "fc.bias") if name in tensors}
+    for name, tensor in wanted.items():  # files from before torch 0.4.1 and from Keras lack these counters
+        if name.endswith(COUNTER):
+            tensors.setdefault(name, torch.zeros_like(tensor))
+    _check_match(found, tensors, wanted)
+    spec = getattr(net, "spec", None)
+    if spec is not None and (against := contradiction(read_config(found.path), spec)):
+        raise CallError(f"{found.title} holds another net's weights: the config.json beside it says {against}")
+    _check_values(found, tensors, wanted)
+    net.load_state_dict(tensors)
+    return Loaded(found.dialect.name, len(tensors), head_replaced, found.averaged)
 
 
-def read_tensors(file: Path) -> dict[str, Tensor]:
-    """The tensors of a torch or safetensors file, by name, wrappers such as `state_dict` and `module.` taken off."""
-    if not file.is_file():
-        raise CallError(f"weights must be a file; {shown(file)} is not one: give the path of a .safetensors, .pth or .th file")
-    held: Any
-    start = b""
-    try:
-        with file.open("rb") as stream:
-            start = stream.read(9)
-        if start[8:9] == b"{":  # eight bytes of header length, then JSON
-            held = safetensors.torch.load_file(file)
-        else:
-            with warnings.catch_warnings():  # about odd pickles, which are refused anyway
-                warnings.simplefilter("ignore")
-                held = torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:  # a forged pickle stream can raise anything
-        raise WorkError(_unreadable(file, start, error)) from error
-    for wrapper in WRAPPERS:
-        if isinstance(held, dict) and isinstance(held.get(wrapper), dict):
-            held = held[wrapper]
-            break
-    if not isinstance(held, dict) or not held or not all(isinstance(v, Tensor) for v in held.values()):
-        raise WorkError(f"a weights file holds named tensors; {shown(file)} holds {type(held).__name__}: save net.state_dict()")
-    return {re.sub(r"^(module\.|_orig_mod\.|model\.)+", "", str(name)): tensor for name, tensor in held.items()}
+def identify(file: str | Path) -> Identified:
+    """The networks of the family that the weights in a file fit, exactly; none, where they fit none.
+
+    Raises as `load_weights` does for a file that cannot be read.
+    """
+    found = _find(file)
+    shapes = found.shapes
+    return Identified(found.dialect.name, tuple(fitting(shapes)), (shapes.get(HEAD) or (0,))[0], _stem(found)[0].shape[1])
 
 
-def stem_of(file: str | Path) -> tuple[int, int]:
-    """The input channels and the kernel size of the first convolution in a weights file. Raises as `load_weights` does."""
-    found, _ = recognise(read_tensors(Path(file)))
-    first = found.get("conv1.weight")
-    if first is None or first.ndim != 4 or first.shape[1] not in (1, 3) or first.shape[2] not in (3, 7):
-        raise CallError(f"the first convolution must be a conv1.weight of 3 or 7 px for 1 or 3 channels; {shown(file)} has none: give a residual net's weights")
-    return first.shape[1], first.shape[2]
+def stem_of(file: str | Path) -> tuple[int, tuple[int, ...]]:
+    """The input channels, 1 or 3, and the kernel size of each convolution of the stem. Raises as `load_weights` does."""
+    found = _find(file)
+    convs = _stem(found)
+    if convs[0].shape[1] not in (1, 3):
+        raise CallError(f"images have 1 or 3 channels; {found.title} is of a net for {convs[0].shape[1]}: give a net's weights for images")
+    return convs[0].shape[1], tuple(conv.shape[2] for conv in convs)
 
 
-def recognise(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], str]:
-    """The tensors under our names, and whose names they were."""
-    if "linear.weight" in tensors:
-        renames = {"linear.": "fc.", ".shortcut.": ".downsample."}
-        renamed = {}
-        for name, tensor in tensors.items():
-            for theirs, ours in renames.items():
-                name = name.replace(theirs, ours)
-            renamed[name] = tensor
-        return renamed, "akamaster"
-    return dict(tensors), "torchvision"
+def _stem(found: _Found) -> list[Tensor]:
+    convs = [found.tensors[name] for name in ("conv1.weight", "conv1.0.weight", "conv1.3.weight", "conv1.6.weight") if name in found.tensors]
+    if not convs or any(conv.ndim != 4 for conv in convs):
+        raise CallError(f"the first convolution must be a conv1.weight; {found.title} has none: give a residual net's weights")
+    return convs
 
 
-def _check_match(file: Path, found: dict[str, Tensor], wanted: dict[str, Tensor], dialect: str) -> None:
-    missing = [name for name in wanted if name not in found]
-    extra = [name for name in found if name not in wanted]
-    shapes = [name for name in wanted if name in found and found[name].shape != wanted[name].shape]
-    if missing or extra:
-        first = [f"first {what} {shown(names[0])}" for what, names in (("missing", missing), ("unexpected", extra)) if names]
-        raise CallError(f"{shown(file)} ({dialect} names) holds another net's weights: {', '.join(first)}; choose the net it was made with")
-    if shapes:
+def _find(file: str | Path) -> _Found:
+    path = locate(file)
+    held = read_tensors(path)
+    dialect = KERAS if held.keras else recognise(held.tensors)
+    return _Found(path, dialect, to_ours(dialect, held.tensors), held.averaged)
+
+
+def _check_match(found: _Found, tensors: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> None:
+    missing = [theirs(found.dialect, name) for name in wanted if name not in tensors]
+    extra = [theirs(found.dialect, name) for name in sorted(tensors, key=lambda name: name.endswith(COUNTER)) if name not in wanted]
+    shapes = [name for name in wanted if name in tensors and tensors[name].shape != wanted[name].shape]
+    if not (missing or extra or shapes):
+        return
+    told = [f"first {what} {shown(names[0])}" for what, names in (("missing", missing), ("unexpected", extra)) if names]
+    if not told:
         name = shapes[0]
-        raise CallError(
-            f"{shown(file)} ({dialect} names) holds another net's weights: {name} is {tuple(found[name].shape)}, "
-            f"this net needs {tuple(wanted[name].shape)}; choose the net it was made with"
-        )
+        told = [f"{theirs(found.dialect, name)} is {tuple(tensors[name].shape)}, this net needs {tuple(wanted[name].shape)}"]
+    rows = fitting(found.shapes)
+    fix = f"its tensors fit {sentence(rows, len(found.tensors[HEAD]))}" if rows else "they fit no net of the family exactly: choose the net it was made with"
+    raise CallError(f"{found.title} holds another net's weights: {', '.join(told)}; {fix}")
+
+
+def _check_values(found: _Found, tensors: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> None:
     for name in wanted:
-        if found[name].is_floating_point() != wanted[name].is_floating_point():
-            raise WorkError(f"{shown(file)}: {name} has dtype {found[name].dtype}, the net needs {wanted[name].dtype}")
-        if found[name].is_floating_point() and not torch.isfinite(found[name]).all():
-            raise WorkError(f"{shown(file)}: {name} holds values that are not finite; get the file again")
-
-
-def _unreadable(file: Path, start: bytes, error: Exception) -> str:
-    if start.lstrip()[:1] == b"<":
-        return f"{shown(file)} is a web page, not weights: download the file itself"
-    if isinstance(error, pickle.UnpicklingError):
-        return f"{shown(file)} is not a plain weights file, and reading more could run code in it: ask for .safetensors"
-    return f"{shown(file)} cannot be read as weights (is it whole?): {shown(str(error).splitlines()[0] if str(error) else repr(error))[:120]}"
+        tensor = tensors[name]
+        if tensor.is_floating_point() != wanted[name].is_floating_point():
+            raise WorkError(f"{found.title}: {theirs(found.dialect, name)} has dtype {tensor.dtype}, the net needs {wanted[name].dtype}")
+        if tensor.is_floating_point() and not torch.isfinite(tensor.to(wanted[name].dtype)).all():
+            raise WorkError(f"{found.title}: {theirs(found.dialect, name)} holds values that are not finite; get the file again")

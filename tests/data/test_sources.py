@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 
 from reslab.data import named
-from reslab.data.download import Archive, fetch
 from reslab.data.source import open_images
+from reslab.download import Archive, fetch
 from reslab.errors import CallError, WorkError
 from tests.conftest import COLOURS, draw
 

@@ -8,20 +8,9 @@ from torch import nn
 
 import reslab
 from reslab.nets.torch import Add
-from tests.conftest import scramble
+from tests.conftest import relative, scramble
 
 GOLDENS = Path(__file__).parents[1] / "goldens" / "parameters.json"
-
-
-@pytest.fixture(scope="module")
-def torchvision_models():  # type: ignore[no-untyped-def]
-    # Its compiled operators do not load beside a CPU build of torch; the models do not need them, only their schemas.
-    library = torch.library.Library("torchvision", "FRAGMENT")
-    for name in ("nms", "qnms"):
-        library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-    models = pytest.importorskip("torchvision.models")
-    yield models
-    del library
 
 
 @pytest.mark.parametrize("name", ["resnet18", "resnet50", "wide_resnet50_2", "resnext50_32x4d"])
@@ -37,14 +26,14 @@ def test_equals_torchvision_with_random_weights_and_statistics(torchvision_model
         outputs: dict[str, torch.Tensor] = {}
         got = ours(x, outputs)
     for number, (stage, depth) in enumerate(zip(stages, ours.spec.depths, strict=True), start=1):
-        assert _relative(outputs[f"layer{number}.{depth - 1}"], stage) < 1e-5
-    assert _relative(got, want) < 1e-5
+        assert relative(outputs[f"layer{number}.{depth - 1}"], stage) < 1e-5
+    assert relative(got, want) < 1e-5
 
     with torch.no_grad():
         ours.load_state_dict(theirs.state_dict())
         ours.layer3[1].bn2.running_mean[0] += 0.5
         ours.layer3[1].bn2.bias[0] += 0.5
-        assert _relative(ours(x), want) > 1e-5, "one corrupted channel must be noticed"
+        assert relative(ours(x), want) > 1e-5, "one corrupted channel must be noticed"
 
 
 def _stages(net: nn.Module, x: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
@@ -54,10 +43,6 @@ def _stages(net: nn.Module, x: torch.Tensor) -> tuple[torch.Tensor, list[torch.T
     for hook in hooks:
         hook.remove()
     return out, held
-
-
-def _relative(a: torch.Tensor, b: torch.Tensor) -> float:
-    return ((a - b).abs().max() / b.abs().max()).item()
 
 
 def test_parameter_names_and_shapes_are_the_pinned_ones() -> None:

@@ -1,0 +1,106 @@
+"""Fetching a published file: over the network once, checked, and only then given its name."""
+
+import hashlib
+import http.client
+import os
+import re
+import urllib.error
+import urllib.request
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from reslab.errors import WorkError, shown
+
+CHUNK = 1 << 18
+MAX_BYTES = 4 << 30
+MD5_LENGTH = 32
+ELSEWHERE = ", or set RESLAB_DATA to the folder that has it"
+
+
+class Archive(NamedTuple):
+    """A published file: its name, its checksum as its authors publish it, and where it is served.
+
+    The checksum is an MD5, a SHA-256, or the first digits of a SHA-256, in hexadecimal; or nothing.
+    """
+
+    name: str
+    checksum: str
+    url: str
+
+    @property
+    def kind(self) -> str:
+        return "MD5" if len(self.checksum) == MD5_LENGTH else "SHA-256"
+
+
+def cache() -> Path:
+    """Where downloads go: RESLAB_DATA, or ~/.cache/reslab."""
+    return Path(os.environ.get("RESLAB_DATA") or "~/.cache/reslab").expanduser()
+
+
+def fetch(archive: Archive, folder: Path, progress: Callable[[str, int, int], None], otherwise: str = ELSEWHERE) -> Path:
+    """The checked archive in `folder`, downloaded if it is not there. `progress(name, bytes done, bytes in all)`.
+
+    An interrupted download is kept as NAME.part and, where a checksum will judge the result, continued. Raises WorkError
+    offline, naming the file to put where (or `otherwise`), for a file of more than 4 GiB, for a redirect from https to
+    anything else, and for a file that fails its checksum, which is removed.
+    """
+    target = folder / archive.name
+    if not target.exists():
+        part = target.with_name(target.name + ".part")
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            if not archive.checksum:
+                part.unlink(missing_ok=True)
+            _download(archive, part, progress)
+        except (urllib.error.URLError, TimeoutError, ConnectionError, http.client.HTTPException) as error:
+            reason = getattr(error, "reason", error)
+            raise WorkError(
+                f"{shown(archive.name)} is needed and could not be downloaded ({shown(str(reason))}): put {shown(archive.url)} into {shown(folder)}{otherwise}"
+            ) from error
+        if not (found := digest(part, archive.kind)).startswith(archive.checksum):
+            part.unlink()
+            raise WorkError(f"{archive.name} must have {archive.kind} {archive.checksum}; what came had {found} and was removed: run the command again")
+        part.replace(target)
+    elif not (found := digest(target, archive.kind)).startswith(archive.checksum):
+        raise WorkError(f"{shown(target)} must have {archive.kind} {archive.checksum}; it has {found}: remove it, and it will be downloaded")
+    return target
+
+
+def digest(file: Path, kind: str = "SHA-256") -> str:
+    """MD5 or SHA-256 of a file in hexadecimal."""
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, lambda: hashlib.md5(usedforsecurity=False) if kind == "MD5" else hashlib.sha256()).hexdigest()
+
+
+class _StaySecure(urllib.request.HTTPRedirectHandler):
+    def redirect_request(self, req: urllib.request.Request, fp: Any, code: int, msg: str, headers: Any, newurl: str) -> urllib.request.Request | None:
+        if req.full_url.startswith("https:") and not newurl.startswith("https:"):
+            raise urllib.error.URLError(f"it redirects from https to {newurl.partition(':')[0]}, which anybody on the way can change")
+        return super().redirect_request(req, fp, code, msg, headers, newurl)
+
+
+def _download(archive: Archive, part: Path, progress: Callable[[str, int, int], None]) -> None:
+    have = part.stat().st_size if part.exists() else 0
+    request = urllib.request.Request(archive.url, headers={"Range": f"bytes={have}-"} if have else {})
+    try:
+        reply = urllib.request.build_opener(_StaySecure).open(request, timeout=30)
+    except urllib.error.HTTPError as error:
+        if error.code != 416:
+            raise
+        return  # nothing lies beyond what is here: the checksum decides
+    with reply:
+        if reply.status != 206:
+            have = 0
+        length = reply.headers.get("Content-Length") or "0"
+        total = have + (int(length) if re.fullmatch("[0-9]{1,15}", length) else 0)
+        with part.open("ab" if have else "wb") as out:
+            while chunk := reply.read(CHUNK):
+                have += len(chunk)
+                if max(have, total) > MAX_BYTES:
+                    part.unlink()
+                    raise ConnectionError(f"it has over {MAX_BYTES >> 30} GiB")
+                out.write(chunk)
+                progress(archive.name, have, total)
+    if have < total:
+        raise ConnectionError(f"the connection closed after {have} of {total} bytes")
