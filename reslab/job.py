@@ -34,6 +34,7 @@ from reslab.train.recipe import Recipe, find_recipe, resolve
 from reslab.train.recipe import from_dict as recipe_from_dict
 from reslab.use.classifier import Classifier, load
 from reslab.use.evaluate import fit_temperature, label_suspects, mistakes, outputs, score, sure_above
+from reslab.use.own import own_images
 
 REPORT_SECONDS = 10.0  # kept back from a budget for the report and what surrounds it
 SMALL = 64  # pixels a side up to which a CIFAR net is the default
@@ -259,7 +260,7 @@ def _finish(job: Job, training: Training, show: JobShow) -> Run:
     scores = score(val, classes, found.temperature, seed)
     run.record("calibration", split="val", epoch=training.progress.best_epoch, sure=found.sure, **scores)
     run.record("test", **score(test, classes, found.temperature, seed))
-    for entry in mistakes(test, job.parts["test"], found.temperature):
+    for entry in mistakes(found, test, job.parts["test"]):
         run.record("mistake", split="test", **entry)
     for part, out in (("val", val), ("test", test)):
         for entry in label_suspects(out, job.parts[part], found.temperature):
@@ -279,14 +280,12 @@ def evaluate(run: str | Path, data: str | Path | None = None, reading: Progress 
     Raises CallError when `data` has a class that the run does not know, WorkError when the run's own data has changed.
     """
     opened = Run.open(run)
-    classifier, config = load(run), opened.config
-    images = open_images(config["data"]["source"] if data is None else data, reading)
+    classifier = load(run)
     if data is None:
-        images = split(images, config["recipe"]["seed"])
-        if images.fingerprint() != config["data"]["fingerprint"]:
-            raise WorkError(f"the run's own test part needs the data it was trained on; {shown(images.source)} has changed: name other data")
+        images = own_images(opened, reading)
         items = images.split["test"]
     else:
+        images = open_images(data, reading)
         for name in images.classes:
             if name not in classifier.classes:
                 raise unknown("class", name, map(shown, classifier.classes), f" (in {shown(data)})")

@@ -4,12 +4,12 @@ On disk it is the folder `model/`: spec.json, weights.safetensors, classes.json,
 """
 
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -22,6 +22,8 @@ from reslab.nets.torch import ResNet
 from reslab.run import write_whole
 from reslab.spec import Spec
 from reslab.tensors import read_tensors, write_tensors
+
+T = TypeVar("T")
 
 BATCH = 64
 TOP = 5
@@ -70,14 +72,18 @@ class Classifier:
 
     def predict_each(self, images: Iterable[str | Path]) -> Iterator[tuple[Path, Prediction | str]]:
         """(path, prediction), or (path, why there is none), for each image file; memory does not grow with their number."""
+        return self.each(images, self.predict_pixels)
+
+    def each(self, images: Iterable[str | Path], work: Callable[[list[Pixels]], Iterable[T]]) -> Iterator[tuple[Path, T | str]]:
+        """(path, what `work` gives for it), or (path, why it cannot be read). `work` gets up to 64 decoded images at a time."""
         paths = iter(Path(image) for image in images)
         with ThreadPoolExecutor(THREADS) as pool:
             while chunk := list(islice(paths, BATCH)):
                 decoded = list(pool.map(self._read, chunk))
                 good = [d for d in decoded if not isinstance(d, str)]
-                predictions = iter(self.predict_pixels(good) if good else [])
+                results = iter(work(good) if good else [])
                 for path, d in zip(chunk, decoded, strict=True):
-                    yield path, d if isinstance(d, str) else next(predictions)
+                    yield path, d if isinstance(d, str) else next(results)
 
     def decode(self, image: bytes) -> Pixels:
         """The content of an image file -> uint8 (canvas, canvas, C). Raises Unreadable, which says why."""

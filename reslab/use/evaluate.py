@@ -4,6 +4,7 @@ Intervals of counts are Wilson's; of other figures, percentiles of 500 bootstrap
 """
 
 import base64
+import contextlib
 import io
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -19,6 +20,8 @@ from reslab.data.batches import Batches
 from reslab.data.decode import Pixels, Unreadable
 from reslab.interval import share, wilson
 from reslab.use.classifier import BATCH, Classifier
+from reslab.use.explain import heat_maps
+from reslab.use.overlay import data_uri, fitted, overlay
 
 BINS = 15  # of the reliability diagram and ECE, equal in width (Guo et al. 2017)
 RESAMPLES = 500
@@ -96,15 +99,17 @@ def score(out: Outputs, classes: tuple[str, ...], temperature: float, seed: int 
     return facts
 
 
-def mistakes(out: Outputs, batches: Batches, temperature: float) -> list[dict[str, Any]]:
-    """The wrong answers, worst first: those given with the most confidence."""
-    probabilities = softmax(out.logits / temperature)
+def mistakes(classifier: Classifier, out: Outputs, batches: Batches) -> list[dict[str, Any]]:
+    """The wrong answers, worst first: those given with the most confidence, and these with what spoke for the answer."""
+    probabilities = softmax(out.logits / classifier.temperature)
     predicted = probabilities.argmax(1)
     wrong = np.flatnonzero(predicted != out.labels)
     worst = wrong[np.argsort(-probabilities[wrong, predicted[wrong]], kind="stable")][:SHOWN]
     confused = _most_confused_examples(out, predicted)
-    chosen = list(dict.fromkeys([*worst.tolist(), *confused]))
-    return [_shown(out, batches, probabilities, int(i), "worst" if i in worst else "confused") for i in chosen]
+    rest = [i for i in dict.fromkeys(confused) if i not in worst]
+    pictures = _overlays(classifier, batches, out.items[worst], predicted[worst])
+    entries = [{**_shown(out, batches, probabilities, int(i), "worst"), "overlay": picture} for i, picture in zip(worst, pictures, strict=True)]
+    return entries + [_shown(out, batches, probabilities, i, "confused") for i in rest]
 
 
 def label_suspects(out: Outputs, batches: Batches, temperature: float) -> list[dict[str, Any]]:
@@ -220,6 +225,22 @@ def _shown(out: Outputs, batches: Batches, probabilities: Floats, row: int, why:
         "label_probability": float(probabilities[row, out.labels[row]]),
         "image": picture,
     }
+
+
+def _overlays(classifier: Classifier, batches: Batches, items: Ints, labels: Ints) -> list[str]:
+    """The Grad-CAM of each item's class over its thumbnail, as a data URI; empty where the image cannot be read any more."""
+    readable: dict[int, Pixels] = {}
+    for position, item in enumerate(items):
+        with contextlib.suppress(Unreadable):
+            readable[position] = batches.images.pixels(int(item), batches.size)
+    pictures = [""] * len(items)
+    if readable:
+        pixels = torch.from_numpy(np.stack(list(readable.values())))
+        heats = heat_maps(classifier, pixels, torch.from_numpy(labels[list(readable)]))
+        for (position, seen), heat in zip(readable.items(), heats, strict=True):
+            picture = fitted(Image.fromarray(seen.repeat(3 // seen.shape[2], axis=2)), THUMBNAIL)
+            pictures[position] = data_uri(overlay(picture, heat, classifier.preprocess))
+    return pictures
 
 
 def thumbnail(pixels: Pixels) -> str:

@@ -47,7 +47,8 @@ def heat_map(classifier: Classifier, pixels: Pixels, method: str = "grad-cam", a
     """
     batch = torch.from_numpy(pixels.copy())[None]
     index = int(classifier.logits(batch).argmax()) if label is None else class_index(classifier, label)
-    return heat_maps(classifier, batch, torch.tensor([index]), method, at)[0]
+    heat: Floats = heat_maps(classifier, batch, torch.tensor([index]), method, at)[0]
+    return heat
 
 
 def heat_maps(classifier: Classifier, pixels: Tensor, labels: Tensor, method: str = "grad-cam", at: str = LAST) -> Floats:
@@ -99,7 +100,8 @@ def evidence(net: ResNet, x: Tensor, labels: Tensor, method: str = "grad-cam", a
         "occlusion": partial(occlusion, net),
     }
     labels = labels.to(x.device)
-    parts = zip(x.split(_together(net, x)), labels.split(_together(net, x)), strict=True)
+    together = _together(net, x)
+    parts = zip(torch.split(x, together), torch.split(labels, together), strict=True)
     maps = torch.cat([of[method](images, classes).float().cpu() for images, classes in parts])
     return maps.nan_to_num(0, 0, 0)  # what overflows, as in a deep net without norms, is no evidence
 
@@ -126,12 +128,13 @@ def integrated_gradients(net: ResNet, x: Tensor, labels: Tensor, steps: int = ST
 
     Shares add up to the difference, up to the error of the integral.
     """
+    together = _together(net, x)
     nodes, sizes = np.polynomial.legendre.leggauss(steps)
     with _as_found(net):
         total = torch.zeros_like(x)
         for i, (image, label) in enumerate(zip(x.detach().clone(), labels.tolist(), strict=True)):
             alphas, weights = (image.new_tensor(v / 2).view(-1, 1, 1, 1) for v in (nodes + 1, sizes))
-            for some, share in zip(alphas.split(_together(net, x)), weights.split(_together(net, x)), strict=True):
+            for some, share in zip(torch.split(alphas, together), torch.split(weights, together), strict=True):
                 points = (some * image).requires_grad_()
                 (gradients,) = torch.autograd.grad(net(points)[:, label].sum(), points)
                 total[i] += (share * gradients).sum(0) * image
@@ -143,13 +146,14 @@ def occlusion(net: ResNet, x: Tensor, labels: Tensor, window: int | None = None,
 
     `window` is its side, by default a fifth of the image's; `stride` how far it moves, by default half of that.
     """
+    together = _together(net, x)
     window = window or max(1, x.shape[2] // 5)
     masks = _squares(x.shape[2], x.shape[3], window, stride or max(1, window // 2)).to(x)
     maps = []
     with _as_found(net), torch.no_grad():
         for image, label in zip(x.detach(), labels.tolist(), strict=True):
             whole = net(image[None])[:, label]
-            falls = [whole - net(image * (1 - some[:, None]))[:, label] for some in masks.split(_together(net, x))]
+            falls = [whole - net(image * (1 - some[:, None]))[:, label] for some in torch.split(masks, together)]
             maps.append((torch.cat(falls).view(-1, 1, 1) * masks).sum(0) / masks.sum(0))
     return torch.stack(maps)
 

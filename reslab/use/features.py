@@ -12,8 +12,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from reslab.data.batches import Batches
+from reslab.errors import CallError, shown
 from reslab.run import write_whole
-from reslab.use.classifier import BATCH, Classifier
+from reslab.use.classifier import BATCH, Classifier, load
 
 
 class Neighbours(NamedTuple):
@@ -52,8 +53,24 @@ def nearest(classifier: Classifier, queries: Tensor, batches: Batches, n: int, p
     return best
 
 
-def write_features(path: Path, images: list[str], found: NDArray[np.float32]) -> None:
-    """An .npz of `paths`, unicode (N), and `features`, float32 (N, features); no pickle. Raises WorkError."""
-    held = io.BytesIO()
-    np.savez(held, paths=np.array(images, dtype=np.str_), features=found)
-    write_whole(path, held.getvalue())
+def write_features(run: str | Path, images: list[Path], out: Path) -> tuple[int, int, dict[Path, str]]:
+    """Features of image files -> an .npz of `paths`, unicode (N), and `features`, float32 (N, features); no pickle.
+
+    Returns N, features, and why each other file could not be read. Nothing is written when no file can be.
+    Raises CallError for a name that is not .npz, WorkError when it cannot be written.
+    """
+    if out.suffix.lower() != ".npz" or out.is_dir():
+        raise CallError(f"--out must be a file that ends in .npz; received {shown(out)}")
+    classifier = load(run)
+    paths, rows, failed = list[str](), list[NDArray[np.float32]](), dict[Path, str]()
+    for path, found in classifier.each(images, lambda decoded: features(classifier, torch.from_numpy(np.stack(decoded))).numpy()):
+        if isinstance(found, str):
+            failed[path] = found
+        else:
+            paths.append(str(path))
+            rows.append(found)
+    if rows:
+        held = io.BytesIO()
+        np.savez(held, paths=np.array(paths, dtype=np.str_), features=np.stack(rows))
+        write_whole(out, held.getvalue())
+    return len(rows), len(rows[0]) if rows else 0, failed
