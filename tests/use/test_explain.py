@@ -12,8 +12,17 @@ from reslab.nets.torch import ResNet, build
 from reslab.spec import Spec
 from reslab.use.classifier import Classifier
 from reslab.use.explain import (
-    METHODS, evidence, grad_cam, grad_cam_plus_plus, heat_map, integrated_gradients, occlusion, on_canvas, rank_correlation, reinitialised,
-)  # fmt: skip
+    METHODS,
+    evidence,
+    grad_cam,
+    grad_cam_plus_plus,
+    heat_map,
+    integrated_gradients,
+    occlusion,
+    on_canvas,
+    rank_correlation,
+    reinitialised,
+)
 from tests.conftest import scramble
 
 NETS = {
