@@ -31,6 +31,7 @@ from reslab.nets.torch import ResNet, build
 from reslab.use.classifier import BATCH, Classifier
 
 METHODS = ("grad-cam", "grad-cam++", "integrated-gradients", "occlusion")
+PLACED = ("grad-cam", "grad-cam++")  # those that work on activations, at a place in the net
 LAST = "last"  # the output of the last block
 STEPS = 50  # of the integral, at Gauss-Legendre nodes
 MEMORY = 1 << 29  # bytes of activations that may live at once
@@ -65,7 +66,7 @@ def prepared(classifier: Classifier, pixels: Tensor) -> Tensor:
 def class_index(classifier: Classifier, label: str) -> int:
     """The index of a class name. Raises CallError with the nearest name."""
     if label not in classifier.classes:
-        raise unknown("class", shown(label), map(shown, classifier.classes))
+        raise unknown("class", label, map(shown, classifier.classes))
     return classifier.classes.index(label)
 
 
@@ -86,7 +87,7 @@ def check_method(net: ResNet, method: str, at: str) -> None:
     if method not in METHODS:
         raise unknown("method", method, METHODS)
     place(net, at)
-    if at != LAST and method not in ("grad-cam", "grad-cam++"):
+    if at != LAST and method not in PLACED:
         raise CallError(f"--at chooses the activations that grad-cam and grad-cam++ weigh; {method} works on pixels: leave --at {at} out")
 
 

@@ -2,6 +2,7 @@
 
 import itertools
 import re
+import unicodedata
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from reslab.errors import CallError, shown
 from reslab.nets.torch import ResNet
 from reslab.run import Run, write_whole
 from reslab.use.classifier import Classifier, Prediction, load
-from reslab.use.explain import LAST, check_method, class_index, evidence, on_canvas, prepared, rank_correlation, reinitialised
+from reslab.use.explain import LAST, PLACED, check_method, class_index, evidence, on_canvas, prepared, rank_correlation, reinitialised
 from reslab.use.features import features, nearest
 from reslab.use.overlay import data_uri, fitted, overlay, png
 from reslab.use.own import own_images
@@ -26,7 +27,7 @@ from reslab.use.sheet import write_sheet
 
 SIDE = 320  # pixels of a picture on the page
 SMALL = 128  # of a neighbour
-DEPENDS = 0.5  # mean rank correlation with the control up to which maps count as the net's own
+DEPENDS = 0.5  # mean rank correlation with the control up to which maps count as the net's own; a trained net's are near 0
 MOST_NEIGHBOURS = 100
 NAME_LENGTH = 60  # of a file name without its ending: at most 240 bytes of UTF-8
 
@@ -80,7 +81,7 @@ class Explanations:
             "rank_correlation": self.rank_correlation,
             "depends_on_weights": self.depends_on_weights,
         }
-        return {"method": self.method, "at": self.at, **(done if self.explained else {}), "images": rows}
+        return {"method": self.method, "at": self.at if self.method in PLACED else None, **(done if self.explained else {}), "images": rows}
 
 
 def explain_files(
@@ -159,7 +160,7 @@ def free_folder(out: Path | None) -> Path:
 
 def _file_name(path: Path, taken: set[str]) -> str:
     """The image's own name, made safe, as .png; numbered when another has it, also one that differs only in case."""
-    stem = re.sub(r"[^\w.-]+", "-", path.stem)[:NAME_LENGTH].strip("-.") or "image"
+    stem = re.sub(r"[^\w.-]+", "-", unicodedata.normalize("NFC", path.stem))[:NAME_LENGTH].strip("-.") or "image"
     names = itertools.chain([stem], (f"{stem}-{i}" for i in itertools.count(2)))
     name = next(name for name in names if name.casefold() not in taken)
     taken.add(name.casefold())

@@ -10,6 +10,7 @@ from rich.text import Text
 
 from reslab.errors import shown
 from reslab.run import write_whole
+from reslab.use.explain import PLACED
 from reslab.use.overlay import scale
 
 if TYPE_CHECKING:
@@ -22,8 +23,8 @@ def write_sheet(found: "Explanations", run: str, sure: float) -> Path:
     Names and labels come from outside and are escaped.
     """
     environment = Environment(loader=PackageLoader("reslab", "use"), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters |= {"shown": shown, "percent": lambda share: f"{100 * share:.1f}\N{NO-BREAK SPACE}%"}
-    page = environment.get_template("sheet.html.j2").render(found=found, run=run, sure=sure, scale=scale(), at_place=found.method.startswith("grad-cam"))
+    environment.filters |= {"shown": shown, "correlation": lambda value: f"{value:z.2f}", "percent": lambda share: f"{100 * share:.1f}\N{NO-BREAK SPACE}%"}
+    page = environment.get_template("sheet.html.j2").render(found=found, run=run, sure=sure, scale=scale(), at_place=found.method in PLACED)
     target = found.out / "sheet.html"
     write_whole(target, page.encode("utf-8", "backslashreplace"))
     return target
@@ -36,7 +37,7 @@ def print_table(found: "Explanations", console: Console) -> None:
         column.overflow = "fold"
     for one in found.explained:
         names = (Text(shown(text)) for text in (one.path, one.prediction.label))
-        table.add_row(*names, f"{one.prediction.probability:.1%}", Text(shown(one.label)), f"{one.rank_correlation:.2f}", one.file)
+        table.add_row(*names, f"{one.prediction.probability:.1%}", Text(shown(one.label)), f"{one.rank_correlation:z.2f}", one.file)
     for path, reason in found.failed.items():
         table.add_row(Text(shown(path)), Text(reason, style="red"))
     console.print(table)
@@ -46,5 +47,5 @@ def print_table(found: "Explanations", console: Console) -> None:
             print(f"nearest to {shown(one.path)}: {near}")
     if found.explained:
         verdict = "the maps depend on the net" if found.depends_on_weights else "the maps hardly depend on the net: read nothing about it from them"
-        print(f"sanity: rank correlation {found.rank_correlation:.2f} with the maps of random weights; {verdict}")
+        print(f"sanity: rank correlation {found.rank_correlation:z.2f} with the maps of random weights; {verdict}")
         print(f"sheet: {shown(found.out / 'sheet.html')}")
