@@ -115,7 +115,7 @@ def predict(
 
     from reslab.use.classifier import Prediction, load
 
-    paths = _expand(images)
+    paths = _expand(images, "predict")
     classifier = load(run)
     failed = False
     table = Table("image", "class", "probability", "next")
@@ -135,6 +135,54 @@ def predict(
         print(json.dumps(rows, indent=1))
     else:
         _console().print(table)
+    return 1 if failed else 0
+
+
+@app.command
+def explain(
+    run: Annotated[Path, Parameter(help="a run folder, or its model/")],
+    /,
+    *images: Annotated[str, Parameter(help="files, folders or patterns such as 'photos/*.jpg'")],
+    method: Annotated[str, Parameter(help="grad-cam, grad-cam++, integrated-gradients or occlusion")] = "grad-cam",
+    at: Annotated[str, Parameter(help="activations that grad-cam weighs: stem, a stage (layer3), a block (layer3.0) or last")] = "last",
+    label: Annotated[str | None, Parameter(name="--class", help="the class to explain; by default the predicted one")] = None,
+    neighbours: Annotated[int, Parameter(help="show that many of the run's training images, the nearest in feature space")] = 0,
+    out: Annotated[Path | None, Parameter(help="a new or empty folder; by default explain/, numbered when that is taken")] = None,
+    as_json: JsonFlag = False,
+) -> int:
+    """Heat maps over images, and a page of them. Exit status 1 when an image could not be read; the others are done."""
+    from reslab.use.explained import explain_files
+    from reslab.use.sheet import print_table
+
+    paths = _expand(images, "explain")
+    with _watch() as show:
+        found = explain_files(run, paths, method, at, label, neighbours, out, show.reading)
+    if as_json:
+        print(json.dumps(found.facts(), indent=1))
+    else:
+        print_table(found, _console())
+    return 1 if found.failed else 0
+
+
+@app.command
+def features(
+    run: Annotated[Path, Parameter(help="a run folder, or its model/")],
+    /,
+    *images: Annotated[str, Parameter(help="files, folders or patterns such as 'photos/*.jpg'")],
+    out: Annotated[Path, Parameter(help="the .npz to write: paths, and features as float32 (images, features)")] = Path("features.npz"),
+    as_json: JsonFlag = False,
+) -> int:
+    """What the net's head is given for images, as vectors. Exit status 1 when an image could not be read; the others are done."""
+    from reslab.use.features import write_features
+
+    n, length, failed = write_features(run, _expand(images, "features"), out)
+    if as_json:
+        errors = [{"image": str(path), "error": reason} for path, reason in failed.items()]
+        print(json.dumps({"out": str(out) if n else None, "images": n, "features": length, "errors": errors}, indent=1))
+    else:
+        for path, reason in failed.items():
+            print(f"left out {shown(path)}: {reason}")
+        print(f"{shown(out)}: paths, features ({n:,} x {length:,})" if n else "nothing was written: no image could be read")
     return 1 if failed else 0
 
 
@@ -339,7 +387,7 @@ def _console() -> "Console":
     return Console(width=None if sys.stdout.isatty() else 200, highlight=False)
 
 
-def _expand(images: tuple[str, ...]) -> list[Path]:
+def _expand(images: tuple[str, ...], verb: str) -> list[Path]:
     """Files as given, the image files of folders, and what patterns match."""
     from reslab.data.folder import image_paths
 
@@ -353,7 +401,7 @@ def _expand(images: tuple[str, ...]) -> list[Path]:
         else:
             found.append(path)
     if not found:
-        raise CallError(f"predict needs image files; received {' '.join(map(shown, images)) or 'none'}, which names no image: give files, folders or patterns")
+        raise CallError(f"{verb} needs image files; received {' '.join(map(shown, images)) or 'none'}, which names no image: give files, folders or patterns")
     return found
 
 

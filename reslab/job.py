@@ -35,7 +35,8 @@ from reslab.train.recipe import Recipe, find_recipe, resolve
 from reslab.train.recipe import from_dict as recipe_from_dict
 from reslab.use.artefact import TorchModel, save
 from reslab.use.classifier import BATCH, Classifier
-from reslab.use.evaluate import fit_temperature, label_suspects, mistakes, outputs, score, sure_above
+from reslab.use.evaluate import fit_temperature, outputs, score, sure_above
+from reslab.use.second_look import label_suspects, mistakes
 
 T = TypeVar("T")
 REPORT_SECONDS = 10.0  # kept back from a budget for the report and what surrounds it
@@ -267,7 +268,7 @@ def _finish(job: Job, training: Training, show: JobShow) -> Run:
     scores = score(val, classes, found.temperature, seed)
     run.record("calibration", split="val", epoch=training.progress.best_epoch, sure=found.sure, **scores)
     run.record("test", **score(test, classes, found.temperature, seed))
-    for entry in mistakes(test, job.parts["test"], found.temperature):
+    for entry in mistakes(found, test, job.parts["test"]):
         run.record("mistake", split="test", **entry)
     for part, out in (("val", val), ("test", test)):
         for entry in label_suspects(out, job.parts[part], found.temperature):

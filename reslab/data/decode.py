@@ -87,6 +87,16 @@ def decode(data: bytes, size: int, channels: int) -> Pixels:
             raise Unreadable(_reason(error)) from error
 
 
+def decode_whole(data: bytes) -> Pixels:
+    """uint8 (height, width, 3): all of the image at its own resolution, upright. Raises Unreadable."""
+    with _open(data) as image:
+        try:
+            turn = TURNS.get(_orientation(image))
+            return np.asarray(_eight_bit(image if turn is None else image.transpose(turn), 3))
+        except Exception as error:  # decoders raise many types on broken files
+            raise Unreadable(_reason(error)) from error
+
+
 def resize(pixels: Pixels, size: int) -> Pixels:
     """uint8 (H, W, C) -> (size, size, C), as `decode` does."""
     grey = pixels.shape[2] == 1

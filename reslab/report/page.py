@@ -49,7 +49,7 @@ def _facts(run: Run, test: Record) -> dict[str, Any]:
         "map": figures.confusion(test["confusion"], classes) if len(classes) > TABLE_CLASSES else "",
         "per_class": sorted(test["classes"], key=lambda row: row["f1"])[:LISTED_CLASSES],
         "pairs": _pairs(test, classes, mistakes),
-        "worst": [m for m in mistakes if m["why"] == "worst"],
+        "worst": [{"overlay": "", **m} for m in mistakes if m["why"] == "worst"],  # runs of before heat maps have none
         "suspects": sorted(suspects, key=lambda s: s["label_probability"] - s["probability"])[:12],
         "warnings": list(dict.fromkeys(w["text"] for w in run.records("warning"))),
         "epochs": epochs,

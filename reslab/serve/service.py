@@ -39,7 +39,6 @@ from reslab.serve.openapi import describe
 from reslab.serve.problems import Problem
 from reslab.serve.uploads import Memory, Upload, read_uploads
 from reslab.use.classifier import Classifier, Prediction
-from reslab.use.heat import has_heat_map, heat_map
 
 MAX_PIXELS = 50_000_000  # of an uploaded image: phones make 50 megapixels
 LARGE_PIXELS = 8_000_000  # images above it are decoded one at a time, which bounds the memory
@@ -142,7 +141,7 @@ class Service:
             "image_size": c.preprocess.image_size,
             "canvas": c.preprocess.canvas,
             "channels": c.preprocess.channels,
-            "heat_map": has_heat_map(c),
+            "heat_map": c.has_net,
             "report": self.published.report is not None,
             "max_body_bytes": self.limits.body,
             "max_images": self.most_images,
@@ -164,7 +163,7 @@ class Service:
 
     async def _predict(self, request: Request) -> Response:
         wants_heat = _heat_asked(request)
-        if wants_heat and not has_heat_map(self.classifier):
+        if wants_heat and not self.classifier.has_net:
             raise Problem(422, "a heat map needs the net's gradients, which an exported model has not: leave heat_map out, or serve the run")
         try:
             self.predictions.check_room()  # before the body is read
@@ -219,10 +218,13 @@ class Service:
             return error
 
     def _draw(self, pixels: list[Pixels]) -> list[str]:
-        """In a thread of the batcher: heat maps as data URLs of 8-bit grey PNGs."""
-        urls = []
+        """In a thread of the batcher: heat maps of what the net sees, as data URLs of 8-bit grey PNGs."""
+        from reslab.use.explain import heat_map
+
+        urls, frame = [], self.classifier.preprocess
+        start, end = (frame.canvas - frame.image_size) // 2, (frame.canvas + frame.image_size) // 2
         for each in pixels:
-            grey = (heat_map(self.classifier, each) * 255).round().clip(0, 255).astype(np.uint8)
+            grey = np.rint(heat_map(self.classifier, each)[start:end, start:end] * 255).astype(np.uint8)
             png = io.BytesIO()
             Image.fromarray(grey).save(png, "PNG")
             urls.append("data:image/png;base64," + base64.b64encode(png.getvalue()).decode())

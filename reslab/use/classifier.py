@@ -4,7 +4,7 @@ It comes from a run folder or from an exported .onnx file. What computes the log
 exported file all the way down, everything is numpy, and torch need not be installed.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
@@ -22,6 +22,8 @@ from reslab.spec import Spec
 
 if TYPE_CHECKING:
     from reslab.nets.torch import ResNet
+
+T = TypeVar("T")
 
 BATCH = 64
 TOP = 5
@@ -73,8 +75,13 @@ class Classifier:
         return self.model.preprocess
 
     @property
+    def has_net(self) -> bool:
+        """Whether there is a torch net with gradients; an exported file has a graph instead."""
+        return hasattr(self.model, "net")
+
+    @property
     def net(self) -> "ResNet":
-        """The torch net. Raises CallError for an exported file, which has a graph instead."""
+        """The torch net. Raises CallError for an exported file."""
         net: ResNet | None = getattr(self.model, "net", None)
         if net is None:
             raise CallError("this needs the net itself, and an exported file has only its graph: give the run folder")
@@ -95,14 +102,18 @@ class Classifier:
 
     def predict_each(self, images: Iterable[str | Path]) -> Iterator[tuple[Path, Prediction | str]]:
         """(path, prediction), or (path, why there is none), for each image file; memory does not grow with their number."""
+        return self.each(images, self.predict_pixels)
+
+    def each(self, images: Iterable[str | Path], work: Callable[[list[Pixels]], Iterable[T]]) -> Iterator[tuple[Path, T | str]]:
+        """(path, what `work` gives for it), or (path, why it cannot be read). `work` gets up to 64 decoded images at a time."""
         paths = iter(Path(image) for image in images)
         with ThreadPoolExecutor(THREADS) as pool:
             while chunk := list(islice(paths, BATCH)):
                 decoded = list(pool.map(self._read, chunk))
                 good = [d for d in decoded if not isinstance(d, str)]
-                predictions = iter(self.predict_pixels(good) if good else [])
+                results = iter(work(good) if good else [])
                 for path, d in zip(chunk, decoded, strict=True):
-                    yield path, d if isinstance(d, str) else next(predictions)
+                    yield path, d if isinstance(d, str) else next(results)
 
     def decode(self, image: bytes) -> Pixels:
         """The content of an image file -> uint8 (canvas, canvas, C). Raises Unreadable, which says why."""

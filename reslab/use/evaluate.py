@@ -3,29 +3,20 @@
 Intervals of counts are Wilson's; of other figures, percentiles of 500 bootstrap resamples of the images.
 """
 
-import base64
-import io
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from PIL import Image
 from scipy.optimize import minimize_scalar
 from sklearn.metrics import confusion_matrix, precision_recall_fscore_support, top_k_accuracy_score
 
-from reslab.data.decode import Pixels, Unreadable
 from reslab.errors import WorkError
 from reslab.interval import share, wilson
 from reslab.use.classifier import Classifier, softmax
 
-if TYPE_CHECKING:
-    from reslab.data.batches import Batches
-
 BINS = 15  # of the reliability diagram and ECE, equal in width (Guo et al. 2017)
 RESAMPLES = 500
-SHOWN = 24  # worst mistakes, and suspected label errors, kept with a thumbnail
-THUMBNAIL = 96
 TEMPERATURES = (0.25, 100.0)
 SURE = 0.95  # the share of right answers that "sure" stands for
 FEW_MISTAKES = 10  # that many wrong answers are needed to tell that a net is not confident enough
@@ -100,35 +91,6 @@ def score(out: Outputs, classes: tuple[str, ...], temperature: float, seed: int 
     return facts
 
 
-def mistakes(out: Outputs, batches: "Batches", temperature: float) -> list[dict[str, Any]]:
-    """The wrong answers, worst first: those given with the most confidence."""
-    probabilities = softmax(out.logits / temperature)
-    predicted = probabilities.argmax(1)
-    wrong = np.flatnonzero(predicted != out.labels)
-    worst = wrong[np.argsort(-probabilities[wrong, predicted[wrong]], kind="stable")][:SHOWN]
-    confused = _most_confused_examples(out, predicted)
-    chosen = list(dict.fromkeys([*worst.tolist(), *confused]))
-    return [_shown(out, batches, probabilities, int(i), "worst" if i in worst else "confused") for i in chosen]
-
-
-def label_suspects(out: Outputs, batches: "Batches", temperature: float) -> list[dict[str, Any]]:
-    """Images whose label is likely wrong: confident learning (Northcutt et al. 2019, 1911.00068, section 3).
-
-    A label is suspected when another class reaches the mean confidence that the images labelled so have in it.
-    """
-    probabilities = softmax(out.logits / temperature)
-    own = probabilities[np.arange(len(out.labels)), out.labels]
-    counts = np.bincount(out.labels, minlength=probabilities.shape[1])
-    threshold = np.bincount(out.labels, own, minlength=probabilities.shape[1]) / np.maximum(counts, 1)
-    threshold[counts == 0] = np.inf
-    confident = np.where(probabilities >= threshold, probabilities, -1)
-    likely = confident.argmax(1)
-    suspects = np.flatnonzero((confident.max(1) > 0) & (likely != out.labels) & (probabilities.argmax(1) == likely))
-    margin = probabilities[suspects, likely[suspects]] - own[suspects]
-    ranked = suspects[np.argsort(-margin, kind="stable")]
-    return [_shown(out, batches, probabilities, int(i), "label") for i in ranked[:SHOWN]]
-
-
 def nll(logits: Floats, labels: Ints) -> Floats:
     """The negative log-likelihood of each label, in nats."""
     top = logits.max(1)
@@ -191,38 +153,3 @@ def _confusion(labels: Ints, predicted: Ints, classes: int) -> list[tuple[int, i
     """(label, predicted, count) of every pair that occurs: a full matrix would be large for many classes."""
     matrix = confusion_matrix(labels, predicted, labels=np.arange(classes))
     return [(int(i), int(j), int(matrix[i, j])) for i, j in zip(*np.nonzero(matrix), strict=True)]
-
-
-def _most_confused_examples(out: Outputs, predicted: Ints, pairs: int = 6, each: int = 4) -> list[int]:
-    counts: dict[tuple[int, int], list[int]] = {}
-    for i in np.flatnonzero(predicted != out.labels):
-        counts.setdefault((int(out.labels[i]), int(predicted[i])), []).append(int(i))
-    ranked = sorted(counts.values(), key=len, reverse=True)[:pairs]
-    return [i for group in ranked for i in group[:each]]
-
-
-def _shown(out: Outputs, batches: "Batches", probabilities: Floats, row: int, why: str) -> dict[str, Any]:
-    item, images = int(out.items[row]), batches.images
-    predicted = int(probabilities[row].argmax())
-    try:
-        picture = thumbnail(images.pixels(item, min(THUMBNAIL, batches.size)))
-    except Unreadable:
-        picture = ""
-    return {
-        "why": why,
-        "name": images.names[item],
-        "label": images.classes[out.labels[row]],
-        "predicted": images.classes[predicted],
-        "probability": float(probabilities[row, predicted]),
-        "label_probability": float(probabilities[row, out.labels[row]]),
-        "image": picture,
-    }
-
-
-def thumbnail(pixels: Pixels) -> str:
-    """uint8 (H, W, C) -> a data URI: PNG for tiny images, whose every pixel counts, JPEG for others."""
-    image = Image.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels)
-    kind = "PNG" if image.width <= 32 else "JPEG"
-    held = io.BytesIO()
-    image.save(held, kind, quality=80)
-    return f"data:image/{kind.lower()};base64,{base64.b64encode(held.getvalue()).decode()}"

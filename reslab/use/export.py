@@ -20,7 +20,7 @@ from reslab.run import Run, workplace
 from reslab.use import quantize
 from reslab.use.classifier import BATCH, Classifier, load, softmax
 from reslab.use.formats import FORMATS, Format, Runner
-from reslab.use.rescore import own_images
+from reslab.use.own import own_images
 
 TOLERANCE = 1e-4  # in probabilities, and in logits as a part of the largest
 RANDOM_IMAGES = 256
@@ -141,7 +141,7 @@ def find_images(path: Path, classifier: Classifier, reading: Progress) -> tuple[
     if not (path / "run.toml").is_file():
         return None, f"{shown(path)} has no run.toml that names its data"
     try:
-        return own_images(Run.open(path), classifier, reading), ""
+        return own_images(Run.open(path), reading), ""
     except (CallError, WorkError) as error:
         return None, str(error)
 

@@ -1,4 +1,4 @@
-"""A finished classifier and labelled images again: the data a run was trained on, found once more, and scores on any data."""
+"""A finished classifier on labelled images again: a run's own test part, or any data."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -8,24 +8,11 @@ import numpy as np
 
 from reslab.data.images import Images, read_batches
 from reslab.data.source import Progress, open_images, silent
-from reslab.data.split import split
-from reslab.errors import CallError, WorkError, shown, unknown
+from reslab.errors import CallError, shown, unknown
 from reslab.run import Run
 from reslab.use.classifier import BATCH, Classifier, load
 from reslab.use.evaluate import outputs, score
-
-
-def own_images(run: Run, classifier: Classifier, reading: Progress = silent) -> Images:
-    """The images of a run, split as they were for the training. Raises CallError when they are gone, WorkError when changed."""
-    config = run.config
-    try:
-        source, seed, fingerprint = config["data"]["source"], config["recipe"]["seed"], config["data"]["fingerprint"]
-    except (KeyError, TypeError) as error:
-        raise WorkError(f"{shown(run.path / 'run.toml')} is damaged: it does not name the data: restore it") from error
-    images = split(replace(open_images(source, reading), channels=classifier.preprocess.channels), seed)
-    if images.fingerprint() != fingerprint:
-        raise WorkError(f"the run's own images must be those it was trained on; {shown(images.source)} has changed: name other data")
-    return images
+from reslab.use.own import own_images
 
 
 def evaluate(path: str | Path, data: str | Path | None = None, reading: Progress = silent) -> dict[str, Any]:
@@ -40,7 +27,7 @@ def evaluate(path: str | Path, data: str | Path | None = None, reading: Progress
         images = _labelled(classifier, data, reading)
         items = np.arange(len(images), dtype=np.int64)
     elif run is not None:
-        images = own_images(run, classifier, reading)
+        images = own_images(run, reading)
         items = images.split["test"]
     else:
         raise CallError(f"an exported file has no images of its own; received {shown(path)} alone: name the data too")

@@ -97,7 +97,7 @@ def test_what_cannot_explain_itself_has_no_heat_map(run: Path) -> None:
 
     class Exported:
         classes, preprocess, temperature, sure, spec = held.classes, held.preprocess, held.temperature, held.sure, held.spec
-        decode, predict_pixels = held.decode, held.predict_pixels
+        decode, predict_pixels, has_net = held.decode, held.predict_pixels, False
 
     with TestClient(make(run, classifier=Exported()).app, base_url="http://localhost") as client:
         assert client.get("/model").json()["heat_map"] is False
