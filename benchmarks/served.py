@@ -56,14 +56,16 @@ def model(folder: Path, net: str = "resnet20") -> Path:
     given = [Path(word) for word in sys.argv[1:] if not word.startswith("--")]
     if given:
         return given[0]
+    import numpy as np
     import torch
 
     import reslab
     from reslab.data.preprocess import Preprocess
+    from reslab.use.artefact import TorchModel, save
     from reslab.use.classifier import Classifier
 
     torch.manual_seed(0)
     classes = tuple(f"class {i}" for i in range(10))
-    built = reslab.build(net, num_classes=10)
-    Classifier(built.eval(), classes, Preprocess(32, 32, 3, torch.full((3,), 0.5), torch.full((3,), 0.25))).save(folder / "model")
+    preprocess = Preprocess(32, 32, 3, np.full(3, 0.5, np.float32), np.full(3, 0.25, np.float32))
+    save(Classifier(TorchModel(reslab.build(net, num_classes=10).eval(), preprocess), classes), folder / "model")
     return folder / "model"

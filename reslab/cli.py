@@ -4,14 +4,12 @@ import contextlib
 import glob
 import json
 import os
-import shutil
 import sys
 import traceback
-from collections.abc import Callable, Iterator
 from dataclasses import field as dataclass_field
 from dataclasses import fields, make_dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
+from typing import Annotated, Any, get_type_hints
 
 import cyclopts
 from cyclopts import App, Parameter
@@ -19,14 +17,8 @@ from cyclopts import App, Parameter
 from reslab import __version__
 from reslab.catalogue.models import Sort
 from reslab.errors import CallError, WorkError, shown
+from reslab.terminal import console, print_checkup, print_lines, print_result, print_scores, watch, width
 from reslab.train.recipe import RECIPES, Recipe, helps
-
-if TYPE_CHECKING:
-    from rich.console import Console
-    from rich.progress import Progress, TaskID
-
-    from reslab.data.check import Checkup
-    from reslab.run import Run
 
 DIGITS = "digits"
 app = App(
@@ -74,10 +66,10 @@ def train(
     from reslab.job import train as run_training
 
     given = {name: value for name, value in vars(flags).items() if value is not None}
-    with _watch() as show:
+    with watch() as show:
         run = run_training(data, net, out, resume=resume, recipe=recipe, budget=budget, tensorboard=tensorboard, show=show, **given)
     if int(os.environ.get("RANK", "0")) == 0:
-        _print_result(run)
+        print_result(run)
     return 0
 
 
@@ -92,13 +84,13 @@ def check(
     from reslab.data.check import check as examine
     from reslab.data.source import open_images
 
-    with _watch() as show:
+    with watch() as show:
         images = open_images(data, show.reading)
         found = examine(images, show.reading)
     if as_json:
         print(json.dumps({"data": data, "images": len(images), **found.to_dict()}, indent=1))
     else:
-        _print_checkup(shown(images.name), len(images), found)
+        print_checkup(shown(images.name), len(images), found)
     return 0 if found.is_healthy else 1
 
 
@@ -134,7 +126,7 @@ def predict(
     if as_json:
         print(json.dumps(rows, indent=1))
     else:
-        _console().print(table)
+        console().print(table)
     return 1 if failed else 0
 
 
@@ -155,12 +147,12 @@ def explain(
     from reslab.use.sheet import print_table
 
     paths = _expand(images, "explain")
-    with _watch() as show:
+    with watch() as show:
         found = explain_files(run, paths, method, at, label, neighbours, out, show.reading)
     if as_json:
         print(json.dumps(found.facts(), indent=1))
     else:
-        print_table(found, _console())
+        print_table(found, console())
     return 1 if found.failed else 0
 
 
@@ -197,12 +189,12 @@ def evaluate(
     """Score a run on its test part again, or a run or an exported file on all of other labelled images."""
     from reslab.use.rescore import evaluate as evaluate_run
 
-    with _watch() as show:
+    with watch() as show:
         scores = evaluate_run(run, data, show.reading)
     if as_json:
         print(json.dumps(scores, indent=1))
     else:
-        _print_scores(scores)
+        print_scores(scores)
     return 0
 
 
@@ -236,7 +228,7 @@ def export(
     from reslab.use.export import export as export_run
     from reslab.use.export import in_words
 
-    with _watch() as show:
+    with watch() as show:
         precision = "int8" if int8 else "bf16" if bf16 else "fp32"
         exported = export_run(run, to, out, precision=precision, max_drop=max_drop, reading=show.reading, say=show.say)
     print("\n".join(in_words(exported)))
@@ -294,7 +286,7 @@ def models(
     if as_json:
         print(json.dumps([model.to_dict() for model in found], indent=1))
     else:
-        _print_lines(listing(found, _width()))
+        print_lines(listing(found, width()))
     return 0
 
 
@@ -323,7 +315,7 @@ def show(
     if as_json:
         print(json.dumps(to_dict(subject, batch), indent=1))
     else:
-        _print_lines(sheet(subject, batch, whole, _width()))
+        print_lines(sheet(subject, batch, whole, width()))
     return 0
 
 
@@ -369,24 +361,6 @@ def _complain(line: str, status: int) -> int:
     return status
 
 
-def _width() -> int | None:
-    """Columns of the terminal; None where there is none, and nothing is cut."""
-    return shutil.get_terminal_size().columns if sys.stdout.isatty() else None
-
-
-def _print_lines(lines: list[str]) -> None:
-    """What the terminal's encoding does not have becomes a question mark."""
-    text = "\n".join(lines)
-    print(text.encode(sys.stdout.encoding or "utf-8", "replace").decode(sys.stdout.encoding or "utf-8"))
-
-
-def _console() -> "Console":
-    """For tables: on a terminal as wide as it is, otherwise wide enough to cut nothing."""
-    from rich.console import Console
-
-    return Console(width=None if sys.stdout.isatty() else 200, highlight=False)
-
-
 def _expand(images: tuple[str, ...], verb: str) -> list[Path]:
     """Files as given, the image files of folders, and what patterns match."""
     from reslab.data.folder import image_paths
@@ -403,99 +377,6 @@ def _expand(images: tuple[str, ...], verb: str) -> list[Path]:
     if not found:
         raise CallError(f"{verb} needs image files; received {' '.join(map(shown, images)) or 'none'}, which names no image: give files, folders or patterns")
     return found
-
-
-class _Watcher:
-    """Shows a training on a terminal: a bar with the rate, time left, loss and top-1. Elsewhere only what `say` says."""
-
-    def __init__(self, progress: "Progress | None") -> None:
-        self.progress = progress
-        self.tasks: dict[str, TaskID] = {}
-
-    def step(self, epoch: int, epochs: int, step: int, steps: int, facts: dict[str, float]) -> None:
-        if self.progress:
-            text = f"loss {facts['loss']:.3f}  top-1 {facts['top1']:6.1%}  epoch {epoch}/{epochs}"
-            self._show("training", (epoch - 1) * steps + step, epochs * steps, text)
-
-    def epoch(self, epoch: int, epochs: int, facts: dict[str, float]) -> None:
-        if self.progress:
-            self.progress.console.print(
-                f"epoch {epoch:3d}/{epochs}  loss {facts['loss']:.3f}  train top-1 {facts['top1']:6.1%}  val top-1 {facts['val_top1']:6.1%}"
-            )
-
-    def say(self, text: str) -> None:
-        if self.progress:
-            self.progress.console.print(text, markup=False)
-        else:
-            print(text, flush=True)
-
-    def reading(self, what: str, done: int, total: int) -> None:
-        if self.progress:
-            self._show(what, done, total, "")
-            if done >= total:
-                self.progress.remove_task(self.tasks.pop(what))
-
-    def _show(self, what: str, done: int, total: int, text: str) -> None:
-        assert self.progress
-        if what not in self.tasks:
-            self.tasks[what] = self.progress.add_task(what, total=total)
-        self.progress.update(self.tasks[what], completed=done, total=total, text=text)
-
-
-@contextlib.contextmanager
-def _watch() -> Iterator[_Watcher]:
-    from rich.console import Console
-
-    console = Console(stderr=False, highlight=False)
-    if not console.is_terminal:
-        yield _Watcher(None)
-        return
-    from rich.progress import BarColumn, Progress, ProgressColumn, TextColumn, TimeRemainingColumn
-    from rich.text import Text
-
-    class Rate(ProgressColumn):
-        def render(self, task: Any) -> Text:
-            return Text(f"{task.speed:.1f}/s" if task.speed else "", style="cyan")
-
-    columns = (TextColumn("{task.description}"), BarColumn(), Rate(), TimeRemainingColumn(), TextColumn("{task.fields[text]}"))
-    with Progress(*columns, console=console, transient=True) as progress:
-        add = progress.add_task
-        progress.add_task = lambda *args, **kwargs: add(*args, text="", **kwargs)  # type: ignore[method-assign]
-        yield _Watcher(progress)
-
-
-def _print_result(run: "Run") -> None:
-    test = run.last("test")
-    assert test
-    _print_scores(test)
-    print(f"report: {shown(run.path / 'report.html')}")
-    print(f"try: reslab predict {shown(run.path)} IMAGE")
-
-
-def _print_scores(scores: dict[str, Any]) -> None:
-    def line(name: str, key: str, form: Callable[[float], str]) -> str:
-        return f"{name} {form(scores[key])} (95 % interval {form(scores[f'{key}_low'])} to {form(scores[f'{key}_high'])})"
-
-    parts = [line("top-1", "top1", "{:.2%}".format)]
-    parts += [line("top-5", "top5", "{:.2%}".format)] if "top5" in scores else []
-    parts += [line("loss", "loss", "{:.3f}".format), line("calibration error", "ece", "{:.2%}".format)]
-    print(f"test, n = {scores['n']:,}: " + "\n  ".join(parts))
-
-
-def _print_checkup(name: str, n: int, found: "Checkup") -> None:
-    from rich.table import Table
-    from rich.text import Text
-
-    console = _console()
-    parts = sorted({part for row in found.counts.values() for part in row})
-    table = Table("class", *parts, title=f"{name}: {n:,} images, {len(found.counts)} classes")
-    for label, row in list(found.counts.items())[:100]:
-        table.add_row(Text(shown(label)), *(str(row[part]) for part in parts))
-    console.print(table)
-    console.print("  ".join(f"{axis} {low} / {mid} / {high} px" for axis, (low, mid, high) in found.sizes.items()) + " (smallest / median / largest)")
-    for finding in found.findings:
-        console.print(Text("problem  " if finding.is_problem else "note     ", style="red" if finding.is_problem else "yellow") + Text(finding.text))
-    console.print("healthy" if found.is_healthy else "not healthy: the problems above make results untrustworthy")
 
 
 if __name__ == "__main__":

@@ -30,7 +30,8 @@ MAY_IMPORT = {
     "report": LEAVES,
     "describe": LEAVES | NETWORK | {"data", "train"},
     "job": LEAVES | NETWORK | {"nets", "data", "train", "use", "report", "describe"},
-    "cli": LEAVES | NETWORK | {"catalogue", "nets", "data", "train", "use", "serve", "report", "job", "__init__"},
+    "terminal": {"data", "errors", "run"},
+    "cli": LEAVES | NETWORK | {"catalogue", "nets", "data", "train", "use", "serve", "report", "job", "terminal", "__init__"},
 }
 STANDARD_ONLY = [PACKAGE / f"{name}.py" for name in ("spec", "layout", "family", "errors")] + sorted((PACKAGE / "catalogue").glob("*.py"))
 

@@ -14,12 +14,12 @@ from typing import Any
 
 import numpy as np
 import tomli_w
-import torch
 from PIL import Image
 
 from reslab.data.preprocess import Preprocess
 from reslab.nets.torch import ResNet
 from reslab.spec import Spec
+from reslab.use.artefact import TorchModel, save
 from reslab.use.classifier import Classifier
 from tests.conftest import scramble
 
@@ -31,8 +31,8 @@ def make_run(path: Path) -> Path:
     """A run folder with a net of random weights, which is as good as any for serving it."""
     net = scramble(ResNet(Spec("basic", (1, 1), (8, 16), "conv3", num_classes=3)), seed=3)
     assert isinstance(net, ResNet)
-    preprocess = Preprocess(SIZE, CANVAS, 3, torch.full((3,), 0.5), torch.full((3,), 0.25))
-    Classifier(net.eval(), CLASSES, preprocess, 1.0, 0.6).save(path / "model")
+    preprocess = Preprocess(SIZE, CANVAS, 3, np.full(3, 0.5, np.float32), np.full(3, 0.25, np.float32))
+    save(Classifier(TorchModel(net.eval(), preprocess), CLASSES, 1.0, 0.6), path / "model")
     (path / "run.toml").write_text(tomli_w.dumps({"net": "resnet8", "data": {"name": "colours"}}))
     test = {"kind": "test", "time": 1.0, "n": 36, "top1": 0.9, "top1_low": 0.8, "top1_high": 0.95, "classes": []}
     (path / "log.jsonl").write_text(json.dumps(test) + "\n")

@@ -10,6 +10,7 @@ from reslab.data.preprocess import Preprocess
 from reslab.errors import CallError
 from reslab.nets.torch import ResNet, build
 from reslab.spec import Spec
+from reslab.use.artefact import TorchModel
 from reslab.use.classifier import Classifier
 from reslab.use.explain import (
     METHODS,
@@ -43,8 +44,8 @@ def made(name: str) -> tuple[ResNet, Tensor, Tensor]:
 
 def classifier(net: ResNet, size: int, canvas: int) -> Classifier:
     channels = net.spec.in_channels
-    preprocess = Preprocess(size, canvas, channels, torch.full((channels,), 0.5), torch.full((channels,), 0.25))
-    return Classifier(net, tuple(f"class {i}" for i in range(net.spec.num_classes)), preprocess)
+    preprocess = Preprocess(size, canvas, channels, np.full(channels, 0.5, np.float32), np.full(channels, 0.25, np.float32))
+    return Classifier(TorchModel(net, preprocess), tuple(f"class {i}" for i in range(net.spec.num_classes)))
 
 
 def far(ours: Tensor, theirs: Tensor) -> float:

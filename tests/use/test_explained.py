@@ -15,11 +15,12 @@ from PIL import Image
 import reslab
 from reslab.cli import main
 from reslab.data.decode import decode, decode_whole
-from reslab.data.preprocess import Preprocess
+from reslab.data.preprocess import Frame, Preprocess
 from reslab.nets.torch import ResNet
 from reslab.report.page import write_report
 from reslab.run import Run
 from reslab.spec import Spec
+from reslab.use.artefact import TorchModel, save
 from reslab.use.classifier import Classifier
 from reslab.use.overlay import overlay, seen_box
 from tests.conftest import COLOURS, draw, scramble
@@ -60,8 +61,8 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capture
 
 def grey_model(folder: Path) -> Path:
     spec = Spec("basic", (1, 1), (8, 16), "conv3", "none", in_channels=1, num_classes=2)
-    preprocess = Preprocess(28, 32, 1, torch.tensor([0.5]), torch.tensor([0.3]))
-    Classifier(scramble(ResNet(spec)).eval(), ("even", "odd"), preprocess).save(folder)  # type: ignore[arg-type]
+    preprocess = Preprocess(28, 32, 1, np.array([0.5], np.float32), np.array([0.3], np.float32))
+    save(Classifier(TorchModel(scramble(ResNet(spec)).eval(), preprocess), ("even", "odd")), folder)  # type: ignore[arg-type]
     return folder
 
 
@@ -156,7 +157,7 @@ def test_features_are_what_the_head_reads_and_load_without_pickle(run: Run, phot
     classifier = reslab.load(run.path)
     pixels = torch.from_numpy(np.stack([classifier.decode(Path(path).read_bytes()) for path in paths.tolist()]))
     logits = classifier.net.fc(torch.from_numpy(found)).detach()
-    assert torch.allclose(logits, classifier.logits(pixels), atol=1e-5)
+    assert torch.allclose(logits, torch.from_numpy(classifier.logits(pixels.numpy())), atol=1e-5)
     none = here("features", run.path, tmp_path / "broken.png", "--out", tmp_path / "never.npz")
     assert (none.returncode, (tmp_path / "never.npz").exists()) == (1, False)
 
@@ -198,7 +199,7 @@ def test_the_report_shows_what_spoke_for_its_worst_mistakes_and_old_runs_do_with
 @pytest.mark.parametrize("kind", ["PNG", "JPEG"])
 def test_heat_lands_on_the_pixels_it_came_from(size: tuple[int, int], turned: int, kind: str, tmp_path: Path) -> None:
     """A spot in the file is found in what the net sees; heat there must be drawn on the spot in the whole image."""
-    preprocess = Preprocess(56, 64, 3, torch.zeros(3), torch.ones(3))
+    preprocess = Frame(56, 64, 3)
     middle, radius = (0.55 * size[0], 0.42 * size[1]), max(2, min(size) // 24)
     array = np.zeros((size[1], size[0], 3), np.uint8)
     array[int(middle[1]) - radius : int(middle[1]) + radius, int(middle[0]) - radius : int(middle[0]) + radius] = 255
@@ -214,7 +215,7 @@ def test_heat_lands_on_the_pixels_it_came_from(size: tuple[int, int], turned: in
 
 
 def test_what_the_net_does_not_see_is_darkened_and_the_rest_stays_visible() -> None:
-    preprocess = Preprocess(56, 64, 3, torch.zeros(3), torch.ones(3))
+    preprocess = Frame(56, 64, 3)
     image = Image.new("RGB", (160, 100), (200, 100, 50))
     left, top, right, bottom = seen_box(160, 100, preprocess)
     assert (left, top) == (36, 6)
