@@ -135,6 +135,24 @@ def squeezed(spec: Spec, channels: int) -> int:
     return max(LEAST_SQUEEZED, channels // spec.squeeze)
 
 
+def start_scales(spec: Spec) -> dict[str, float]:
+    """What the first parameters of some layers are multiplied by, by the layer's name; nets of both frameworks start so.
+
+    `zero_init` starts the last scale of each residual branch at zero; where no norm ends the branch, the last convolution.
+    Fixup (1901.09321, section 3): L^(-1 / (2m - 2)) on a branch of m layers, whose last starts at zero, as the head does.
+    """
+    scales: dict[str, float] = {"fc": 0.0} if spec.init == "fixup" else {}
+    for unit in (unit for stage in stages(spec) for unit in stage):
+        count = len(unit.convs)
+        if spec.zero_init:
+            last = "bn" if spec.norm != "none" and is_normed(spec, count, count) else "conv"
+            scales[f"{unit.name}.{last}{count}"] = 0.0
+        if spec.init == "fixup":
+            factor = sum(spec.depths) ** (-1 / (2 * count - 2))
+            scales |= {f"{unit.name}.conv{number}": factor if number < count else 0.0 for number in range(1, count + 1)}
+    return scales
+
+
 def layers(spec: Spec, image_size: Size) -> list[Layer]:
     """Every leaf module of the built net in the order it runs, for images of that size."""
     height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
