@@ -11,18 +11,19 @@ import pytest
 import reslab
 
 PACKAGE = Path(reslab.__file__).parent
-LEAVES = {"errors", "interval", "run", "tensors"}
+LEAVES = {"errors", "interval", "keras_backend", "run", "tensors"}
 NETWORK = {"spec", "layout", "family"}
 MAY_IMPORT = {
     "errors": set(),
     "interval": set(),
+    "keras_backend": {"errors"},
     "run": {"errors"},
     "tensors": {"errors", "run"},
     "spec": {"errors", "layout"},  # only when layers are asked for
     "layout": {"spec"},
     "family": {"errors", "spec"},
     "nets": LEAVES | NETWORK,
-    "data": {"errors"},
+    "data": {"errors", "keras_backend"},
     "use": LEAVES | NETWORK | {"nets", "data"},
     "train": LEAVES | NETWORK | {"nets", "data"},
     "report": LEAVES,

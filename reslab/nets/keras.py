@@ -2,22 +2,29 @@
 row of `KINDS` makes each. Images are (N, H, W, C); `identity_block` and `convolutional_block` are for those who build by hand.
 
 A layer bears its torch module's name, with - for . (Keras's torch backend forbids the dot): `layer1-0-conv1`. So weights go
-both ways by name (`keras_weights.py`); what only prepares a layer's input is called NAME-pad and the like. Keras updates a batch norm's moving variance with the batch's biased
-variance, torch with the unbiased one: training gives the same outputs, and statistics that differ by a factor n / (n - 1).
+both ways by name (`keras_weights.py`); what only prepares a layer's input is called NAME-pad and the like. In training a
+batch norm gives what torch's gives, but Keras moves its variance by the batch's biased one and torch by the unbiased one,
+larger by n / (n - 1).
 """
 
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+from reslab.errors import CallError, shown
 from reslab.family import spec as find_spec
 from reslab.keras_backend import keras
 from reslab.layout import SCALING, Layer, norm_groups, start_scales
 from reslab.nets.keras_parts import AddExclusive, AddGated, BlurPool, PadShortcut, Scale, ScaleShift, Shift
-from reslab.nets.keras_weights import keras_name
+from reslab.nets.keras_weights import keras_name, to_keras
+from reslab.run import write_whole
 from reslab.spec import Size, Spec
+
+if TYPE_CHECKING:
+    from reslab.nets.torch import ResNet
 
 MOMENTUM = 0.9  # of the old moving statistics; torch says 0.1, of the new ones
 Value = Any  # a symbolic tensor of Keras
@@ -42,8 +49,8 @@ def build(net: str | Spec, image_size: Size | None = None, **changes: Any) -> An
     """A plain functional `keras.Model`, initialised, from a name in `FAMILY` or a Spec; `changes` are Spec fields.
 
     (N, H, W, in_channels) float -> logits (N, num_classes), without softmax: compile with `from_logits=True`. Without
-    `image_size` any size from the net's smallest will do, except where the last map is flattened. Random numbers come from
-    Keras's seed (`keras.utils.set_random_seed`). Raises CallError (a ValueError) for an unknown name or field or a size
+    `image_size` any size from the net's smallest will do, except where the last map is flattened; some exports need one.
+    Random numbers come from Keras's seed (`keras.utils.set_random_seed`). Raises CallError (a ValueError) for an unknown name or field or a size
     that is too small, WorkError where Keras is not installed.
     """
     spec = find_spec(net, **changes)
@@ -61,6 +68,28 @@ def build(net: str | Spec, image_size: Size | None = None, **changes: Any) -> An
         return keras.Model(made["input"], made["fc"], name=net if isinstance(net, str) else "resnet")
 
 
+def from_torch(net: "ResNet", image_size: Size | None = None) -> Any:
+    """The `keras.Model` of a torch net's spec with its weights."""
+    model = build(net.spec, image_size)
+    to_keras(net, model)
+    return model
+
+
+def save(net: "ResNet", path: str | Path) -> None:
+    """Writes a torch net as a `.keras` file, whole or not at all.
+
+    Raises CallError for another suffix, WorkError when it cannot be written; what was there is kept.
+    """
+    path = Path(path)
+    if path.suffix != ".keras":
+        raise CallError(f"a Keras file ends in .keras; received {shown(path.name)}: call it {shown(path.stem)}.keras")
+    model = from_torch(net)
+    with tempfile.TemporaryDirectory() as folder:
+        whole = Path(folder) / path.name
+        model.save(whole)
+        write_whole(path, whole.read_bytes())
+
+
 def load(path: str | Path) -> Any:
     """`keras.models.load_model`, for nets of any depth: on its own it fails beyond about a thousand layers."""
     with _deep():
@@ -69,7 +98,7 @@ def load(path: str | Path) -> Any:
 
 @contextmanager
 def _deep() -> Iterator[None]:
-    """Keras goes through a graph recursively, a frame a layer; ResNet-1202 has 4,200 layers in a row."""
+    """Keras goes through a graph recursively, a frame a layer; ResNet-1202 has thousands in a row."""
     limit = sys.getrecursionlimit()
     sys.setrecursionlimit(max(limit, 200_000))
     try:
@@ -152,7 +181,7 @@ def _flatten(at: At, x: Value) -> Value:
 
 
 def _add_scaled(at: At, *inputs: Value) -> Value:
-    assert SCALING == 1 / len(inputs)  # so the mean is what the paper adds
+    assert 1 / len(inputs) == SCALING  # so the mean is what the paper adds
     return has.Average(name=at.name)(inputs)
 
 
