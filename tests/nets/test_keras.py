@@ -162,8 +162,9 @@ def test_layers_bear_the_torch_modules_names() -> None:
     assert all(name == "image" or name.endswith("-pad") for name in extra)
 
 
-@pytest.mark.filterwarnings("ignore:You are using the legacy TorchScript:DeprecationWarning")  # Keras does
-def test_onnx_export_gives_the_same(tmp_path: Path) -> None:
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # Keras uses the older of torch's two exporters
+def test_onnx_export_gives_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ORT_DISABLE_TELEMETRY", "1")
     runtime = pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
     _, model = pair(shallow(FAMILY["resnet18_blur"].spec))
