@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 HDF5 = b"\x89HDF\r\n\x1a\n"
 ZIP = b"PK\x03\x04"
 WEIGHTS, CONFIG = "model.weights.h5", "config.json"  # members of a .keras file
-MOST_CONFIG = 64 << 20  # bytes; ResNet-1202's takes a tenth of it
-MOST_LAYERS = 1 << 16
+MOST_CONFIG = 16 << 20  # bytes
+MOST_MEMBERS = 1 << 17  # many times what ResNet-1202 needs
 MOST_DEPTH = 8  # of groups in an old .h5: model_weights, layer, scopes, variable
 
 # What Keras 3 calls a layer's group (its class, then _1, _2 and so on) and what the layer saves, in this order
@@ -76,7 +76,7 @@ def read_h5(path: Path) -> "dict[str, Tensor]":
     try:
         source, size, names = _unpacked(path)
         with h5py.File(source, "r") as file:
-            layers = dict(_layers(h5py, file, size, names))
+            layers = dict(_Reader(h5py, size).layers(file, names))
     except Exception as error:  # a forged HDF5 can raise anything
         why = str(error).splitlines()[0] if str(error) else repr(error)
         raise WorkError(f"{shown(path)} cannot be read as weights of Keras (is it whole?): {shown(why)[:120]}") from error
@@ -91,8 +91,9 @@ def _unpacked(path: Path) -> tuple[Any, int, dict[str, str]]:
             return path, path.stat().st_size, {}
     with zipfile.ZipFile(path) as archive:
         config, weights = archive.getinfo(CONFIG), archive.getinfo(WEIGHTS)
-        if config.file_size > MOST_CONFIG or weights.compress_type != zipfile.ZIP_STORED or weights.file_size > path.stat().st_size:
-            raise _Refused(f"{WEIGHTS} must be stored as it is, as Keras does, and {CONFIG} have at most {MOST_CONFIG >> 20} MiB")
+        stored = config.compress_type == weights.compress_type == zipfile.ZIP_STORED
+        if not stored or config.file_size > MOST_CONFIG or weights.file_size > path.stat().st_size:
+            raise _Refused(f"{WEIGHTS} and {CONFIG} must be stored as they are, as Keras does, and {CONFIG} have at most {MOST_CONFIG >> 20} MiB")
         return io.BytesIO(archive.read(weights)), weights.file_size, _configured(archive.read(config))
 
 
@@ -100,63 +101,75 @@ def _configured(config: bytes) -> dict[str, str]:
     """The layers' names by their groups: Keras counts the layers of each class in the model's order."""
     counts: dict[str, int] = {}
     names: dict[str, str] = {}
-    for layer in json.loads(config)["config"]["layers"]:
-        kind = CLASSES.get(str(layer["class_name"]).rpartition(">")[2])
-        if kind:
-            number = counts[kind] = counts.get(kind, -1) + 1
-            names[f"{kind}_{number}" if number else kind] = str(layer["config"]["name"])
+    try:
+        for layer in json.loads(config)["config"]["layers"]:
+            kind = CLASSES.get(str(layer["class_name"]).rpartition(">")[2])
+            if kind:
+                number = counts[kind] = counts.get(kind, -1) + 1
+                names[f"{kind}_{number}" if number else kind] = str(layer["config"]["name"])
+    except (LookupError, TypeError, RecursionError) as error:
+        raise _Refused(f"{CONFIG} must list the model's layers") from error
     return names
 
 
-def _layers(h5py: Any, file: Any, size: int, names: dict[str, str]) -> Iterator[tuple[str, "dict[str, Tensor]"]]:
-    """Each layer's name and its variables. `size`: no more bytes than the file has can be in it."""
-    left = size
+class _Reader:
+    """Takes plain arrays out of an open HDF5 file, no more bytes than `size`, which is the file's own."""
 
-    def tensor(dataset: Any) -> "Tensor":
-        nonlocal left
-        left -= dataset.nbytes
-        plain = dataset.chunks is None and not dataset.is_virtual and not dataset.external and dataset.dtype.kind == "f" and dataset.dtype.itemsize <= 8
-        if left < 0 or not plain or dataset.id.get_storage_size() != dataset.nbytes:
-            raise _Refused(f"{dataset.name} must be a plain array of floats that lies in the file")
-        return to_tensor(dataset[...])
+    def __init__(self, h5py: Any, size: int) -> None:
+        self.h5py = h5py
+        self.bytes_left, self.members_left = size, MOST_MEMBERS
 
-    new = "layers" in file
-    root = _member(h5py, file, "layers" if new else "model_weights") if new or "model_weights" in file else file
-    if len(root) > MOST_LAYERS:
-        raise _Refused(f"it has {len(root)} layers")
-    for group in root:
-        if group == "optimizer_weights":
-            continue
-        held = _member(h5py, root, group)
-        if not new:
-            found = {name: tensor(dataset) for name, dataset in _datasets(h5py, held) if name in SUFFIX}
-            if found:
-                yield group, found
-        elif re.sub(r"_\d+$", "", group) in VARIABLES:
-            variables = _member(h5py, held, "vars")
-            order = VARIABLES[re.sub(r"_\d+$", "", group)]
-            if not 0 < len(variables) <= len(order):
-                raise _Refused(f"{group} has {len(variables)} variables, its class at most {len(order)}")
-            name = names[group] if names else variables.attrs.get("name")
-            if not isinstance(name, str):
-                raise _Refused("its layers have no names: save the whole model, as .keras")
-            yield name, {order[i]: tensor(_member(h5py, variables, str(i))) for i in range(len(variables))}
+    def member(self, group: Any, name: str) -> Any:
+        """What a group holds under a name, where it is not a link to elsewhere."""
+        self.members_left -= 1
+        if self.members_left < 0:
+            raise _Refused(f"it must hold at most {MOST_MEMBERS} groups and arrays")
+        if not isinstance(group, self.h5py.Group) or not isinstance(group.get(name, getlink=True), self.h5py.HardLink):
+            raise _Refused(f"{name} must lie in the file itself, links are not followed")
+        return group[name]
 
+    def tensor(self, array: Any) -> "Tensor":
+        if not isinstance(array, self.h5py.Dataset):
+            raise _Refused(f"{array.name} must be an array")
+        self.bytes_left -= array.nbytes
+        plain = array.chunks is None and not array.is_virtual and not array.external and array.dtype.kind == "f" and array.dtype.itemsize <= 8
+        if self.bytes_left < 0 or not plain or array.id.get_storage_size() != array.nbytes:
+            raise _Refused(f"{array.name} must be a plain array of floats that lies in the file")
+        return to_tensor(array[...])
 
-def _datasets(h5py: Any, group: Any, depth: int = 0) -> Iterator[tuple[str, Any]]:
-    """Every array below a layer's group of an old file, by its last name: conv1_conv/kernel:0 is the kernel."""
-    if depth > MOST_DEPTH or len(group) > MOST_LAYERS:
-        raise _Refused(f"its groups are more than {MOST_DEPTH} deep, or hold too much")
-    for name in group:
-        member = _member(h5py, group, name)
-        if isinstance(member, h5py.Group):
-            yield from _datasets(h5py, member, depth + 1)
-        else:
-            yield name.removesuffix(":0"), member
+    def layers(self, file: Any, names: dict[str, str]) -> Iterator[tuple[str, "dict[str, Tensor]"]]:
+        """Each layer's name and its variables."""
+        if "layers" in file:
+            root = self.member(file, "layers")
+            for group in root:
+                kind = re.sub(r"_\d+$", "", group)
+                if kind in VARIABLES:
+                    yield self.layer(self.member(root, group), kind, names.get(group, "") if names else None)
+            return
+        root = self.member(file, "model_weights") if "model_weights" in file else file
+        for group in root:
+            held = {name: self.tensor(array) for name, array in self.arrays(self.member(root, group)) if name in SUFFIX}
+            if held:
+                yield group, held
 
+    def layer(self, group: Any, kind: str, name: str | None) -> tuple[str, "dict[str, Tensor]"]:
+        """Of Keras 3: arrays called 0, 1 and so on. Newer ones say the layer's name there too."""
+        held, order = self.member(group, "vars"), VARIABLES[kind]
+        if name is None:
+            name = held.attrs.get("name")
+        if not isinstance(name, str) or not name:
+            raise _Refused(f"{group.name} has no layer's name: save the whole model, as .keras")
+        if not 0 < len(held) <= len(order):
+            raise _Refused(f"{group.name} has {len(held)} variables, its class at most {len(order)}")
+        return name, {order[i]: self.tensor(self.member(held, str(i))) for i in range(len(held))}
 
-def _member(h5py: Any, group: Any, name: str) -> Any:
-    """What a group holds under a name, where it is not a link to elsewhere."""
-    if not isinstance(group, h5py.Group) or not isinstance(group.get(name, getlink=True), h5py.HardLink):
-        raise _Refused(f"{name} must lie in the file itself, links are not followed")
-    return group[name]
+    def arrays(self, group: Any, depth: int = 0) -> Iterator[tuple[str, Any]]:
+        """Of an old file: every array below a layer's group, by its last name; conv1_conv/kernel:0 is the kernel."""
+        if depth > MOST_DEPTH:
+            raise _Refused(f"its groups are more than {MOST_DEPTH} deep")
+        for name in group:
+            member = self.member(group, name)
+            if isinstance(member, self.h5py.Group):
+                yield from self.arrays(member, depth + 1)
+            else:
+                yield name.removesuffix(":0"), member

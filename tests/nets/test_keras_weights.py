@@ -129,6 +129,14 @@ def _loop(group: h5py.Group) -> None:
     group["again"] = group
 
 
+def _paths(group: h5py.Group) -> None:
+    for _ in range(6):
+        below = group.create_group("0")
+        for i in range(1, 40):
+            group[str(i)] = below
+        group = below
+
+
 def _crowded(path: Path, good: Path) -> None:
     with h5py.File(path, "w") as file:
         variables = file.create_group("layers/conv2d/vars")
@@ -171,12 +179,13 @@ def _renamed(path: Path, good: Path) -> None:
         _old(_many),
         _old(_deep),
         _old(_loop),
+        _old(_paths),
         _crowded,
     ],
     ids=[
         "truncated", "truncated inside", "compressed", "bomb", "bomb of a config", "deep json", "no layers", "a layer without a name", "html", "empty", "noise",
         "missing", "lying shape", "lying shape in chunks", "compressed array", "kept in another file", "integers", "text", "external link", "soft link",
-        "virtual", "many names for one array", "deep", "in a circle", "more variables than its class has",
+        "virtual", "many names for one array", "deep", "in a circle", "40^6 paths", "more variables than its class has",
     ],
 )  # fmt: skip
 def test_what_no_weights_file_of_keras_holds_is_one_line_and_little_memory(make: Callable[[Path, Path], None], good: Path, tmp_path: Path) -> None:
