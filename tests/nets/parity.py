@@ -5,6 +5,8 @@ python -m tests.nets.parity NAME...       the worst relative difference of each 
 
 import math
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 
 import numpy as np
@@ -43,9 +45,11 @@ def sizes(spec: Spec) -> list[int]:
     return [spec.flatten] if spec.flatten else [2 * spec.reduction, 2 * spec.reduction + 1]
 
 
-def pair(spec: Spec, seed: int = 0) -> tuple[nn.Module, keras.Model]:
+def pair(spec: Spec, dtype: str = "float32") -> tuple[nn.Module, keras.Model]:
     """Both nets of a spec with the same scrambled weights; what drops at random drops nothing."""
-    net, model = scramble(reslab.build(spec), seed), build(spec)
+    net = scramble(reslab.build(spec)).to(getattr(torch, dtype))
+    with _precision(dtype):
+        model = build(spec)
     to_keras(net, model)
     for module in net.modules():
         if isinstance(module, nn.Dropout):
@@ -64,27 +68,51 @@ def blocks(spec: Spec, model: keras.Model) -> keras.Model:
     limit = sys.getrecursionlimit()
     sys.setrecursionlimit(200_000)
     try:
-        return keras.Model(model.input, [*(model.get_layer(keras_name(end)).output for end in ends.values()), model.output])
+        with _precision(model.compute_dtype):
+            return keras.Model(model.input, [*(model.get_layer(keras_name(end)).output for end in ends.values()), model.output])
     finally:
         sys.setrecursionlimit(limit)
+
+
+@contextmanager
+def _precision(dtype: str) -> Iterator[None]:
+    """Of what Keras makes, and of what it is fed: it rounds arrays to its floatx, and batch norms to fp32 whatever that is."""
+    from keras.src.backend.common.dtypes import BIT64_TO_BIT32_DTYPE as rounded  # noqa: N811
+
+    usual = rounded["float64"]
+    keras.config.set_floatx(dtype)
+    keras.config.set_dtype_policy(dtype)
+    rounded["float64"] = dtype
+    try:
+        yield
+    finally:
+        keras.config.set_floatx("float32")
+        keras.config.set_dtype_policy("float32")
+        rounded["float64"] = usual
 
 
 def differences(spec: Spec, net: nn.Module, probe: keras.Model, size: int, train: bool) -> list[float]:
     """max |torch - Keras| / max |torch| of every block and the logits. Train mode compares outputs, not the moved statistics."""
     held = {name: tensor.clone() for name, tensor in net.state_dict().items()}
-    x = torch.randn(BATCH, spec.in_channels, size, size, generator=torch.Generator().manual_seed(size))
+    x = images(spec, size).to(net.fc.weight.dtype)
     outputs: dict[str, torch.Tensor] = {}
-    with torch.no_grad():
+    with torch.no_grad(), _precision(probe.compute_dtype):
         logits = net.train(train)(x, outputs)
         theirs = probe(x.permute(0, 2, 3, 1).numpy(), training=train)
     net.load_state_dict(held)
     to_keras(net, probe)
     ours = [tensor for name, tensor in outputs.items() if name != "stem"] + [logits]
     assert len(ours) == len(theirs) == sum(spec.depths) + 1
-    return [_relative(a.numpy(), keras.ops.convert_to_numpy(b)) for a, b in zip(ours, theirs, strict=True)]
+    return [relative(a.numpy(), keras.ops.convert_to_numpy(b)) for a, b in zip(ours, theirs, strict=True)]
 
 
-def _relative(ours: np.ndarray, theirs: np.ndarray) -> float:
+def images(spec: Spec, size: int) -> torch.Tensor:
+    """Random ones, (N, C, H, W)."""
+    return torch.randn(BATCH, spec.in_channels, size, size, generator=torch.Generator().manual_seed(size))
+
+
+def relative(ours: np.ndarray, theirs: np.ndarray) -> float:
+    """max |a - b| / max |a|; Keras's maps are turned to torch's axes."""
     theirs = np.moveaxis(theirs, -1, 1) if theirs.ndim == 4 else theirs
     assert ours.shape == theirs.shape
     difference = float(np.abs(ours - theirs).max() / np.abs(ours).max())
