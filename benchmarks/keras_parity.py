@@ -81,7 +81,7 @@ def application(name: str) -> tuple[str, bool]:
     return f"{APPLICATIONS[name]:28} {theirs.count_params():>12,} {'exact' if exact else 'WRONG':>15} {worst:9.1e}", exact and worst <= TOLERANCE
 
 
-if __name__ == "__main__":
+def main() -> int:
     names = SMOKE if "--smoke" in sys.argv else list(FAMILY)
     lines, fine = [f"{'row':28} {'trainable':>12} {'not':>9} count  eval fp32 train fp64  train fp32  rounding"], []
     for name in names:
@@ -96,4 +96,8 @@ if __name__ == "__main__":
             lines.append(line)
             fine.append(good)
     keep("keras_parity", [*lines, f"{sum(fine)} of {len(fine)} lines as asked: counts exact, at most {TOLERANCE:g}"])
-    sys.exit(0 if all(fine) else 1)
+    return 0 if all(fine) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
