@@ -12,8 +12,8 @@ from reslab.data.source import open_images
 from reslab.data.split import split
 from reslab.nets.keras import build, keras, load
 
-EPOCHS = 6
-BATCH = 32
+EPOCHS = 8
+BATCH = 64
 
 keras.utils.set_random_seed(0)
 images = split(open_images("digits"), seed=0)

@@ -14,11 +14,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from reslab.errors import CallError, shown
+from reslab.errors import CallError, WorkError, shown
 from reslab.family import spec as find_spec
 from reslab.keras_backend import keras
 from reslab.layout import SCALING, Layer, norm_groups, start_scales
-from reslab.nets.keras_parts import AddExclusive, AddGated, BlurPool, PadShortcut, Scale, ScaleShift, Shift
+from reslab.nets.keras_parts import AddExclusive, AddGated, BlurPool, PadShortcut, Scale, ScaleShift, Shift, Value
 from reslab.nets.keras_weights import keras_name, to_keras
 from reslab.run import write_whole
 from reslab.spec import Size, Spec
@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     from reslab.nets.torch import ResNet
 
 MOMENTUM = 0.9  # of the old moving statistics; torch says 0.1, of the new ones
-Value = Any  # a symbolic tensor of Keras
 
 has = keras.layers
 
@@ -50,9 +49,11 @@ def build(net: str | Spec, image_size: Size | None = None, **changes: Any) -> An
 
     (N, H, W, in_channels) float -> logits (N, num_classes), without softmax: compile with `from_logits=True`. Without
     `image_size` any size from the net's smallest will do, except where the last map is flattened; some exports need one.
-    Random numbers come from Keras's seed (`keras.utils.set_random_seed`). Raises CallError (a ValueError) for an unknown name or field or a size
-    that is too small, WorkError where Keras is not installed.
+    Random numbers come from Keras's seed (`keras.utils.set_random_seed`). Raises CallError (a ValueError) for an unknown name
+    or field, a size that is too small, and a Keras that is set to channels first.
     """
+    if keras.config.image_data_format() != "channels_last":
+        raise CallError("images must have their channels last; Keras is set to channels_first: keras.config.set_image_data_format('channels_last')")
     spec = find_spec(net, **changes)
     size = image_size or spec.flatten or None
     height, width = size if isinstance(size, tuple) else (size, size)
@@ -86,7 +87,10 @@ def save(net: "ResNet", path: str | Path) -> None:
     model = from_torch(net)
     with tempfile.TemporaryDirectory() as folder:
         whole = Path(folder) / path.name
-        model.save(whole)
+        try:
+            model.save(whole)
+        except OSError as error:
+            raise WorkError(f"{shown(path)} cannot be written, {shown(folder)} has no room for it: {shown(str(error))[:120]}") from error
         write_whole(path, whole.read_bytes())
 
 

@@ -154,6 +154,15 @@ def test_nets_deeper_than_pythons_stack_build_save_and_load(tmp_path: Path) -> N
     assert sys.getrecursionlimit() == limit
 
 
+def test_dropped_paths_are_whole_images_as_often_as_said() -> None:
+    layer = build(shallow(FAMILY["resnet110_stochastic"].spec)).get_layer("layer3-1-drop_path")
+    keras.utils.set_random_seed(0)
+    out = layer(np.ones((1000, 2, 2, 3), np.float32), training=True).numpy()
+    assert set(np.unique(out)) == {0, 2} and (out == out[:, :1, :1, :1]).all()
+    assert abs(out.mean() - 1) < 0.1
+    assert (layer(np.ones((4, 2, 2, 3), np.float32), training=False).numpy() == 1).all()
+
+
 def test_layers_bear_the_torch_modules_names() -> None:
     modules = {name.replace(".", "-") for name, module in reslab.build("resnet50d").named_modules() if not list(module.children())}
     layers = [layer.name for layer in build("resnet50d").layers]
@@ -162,7 +171,7 @@ def test_layers_bear_the_torch_modules_names() -> None:
     assert all(name == "image" or name.endswith("-pad") for name in extra)
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # Keras uses the older of torch's two exporters
+@pytest.mark.filterwarnings("ignore")  # Keras uses the older of torch's two exporters, which warns of much
 def test_onnx_export_gives_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ORT_DISABLE_TELEMETRY", "1")
     runtime = pytest.importorskip("onnxruntime")
@@ -188,6 +197,12 @@ def test_build_takes_names_specs_changes_and_sizes() -> None:
     ]:
         with pytest.raises(reslab.CallError, match=message):
             call()
+
+
+def test_channels_first_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(keras.config, "image_data_format", lambda: "channels_first")
+    with pytest.raises(reslab.CallError, match="Keras is set to channels_first"):
+        build("resnet20")
 
 
 def test_example_reaches_97_percent_on_digits() -> None:
