@@ -6,6 +6,8 @@ Their parameters bear the torch module's names.
 
 from typing import Any
 
+import numpy as np
+
 from reslab.keras_backend import keras
 
 register = keras.saving.register_keras_serializable(package="reslab")
@@ -54,10 +56,12 @@ class BlurPool(keras.layers.Layer):
         super().__init__(**options)
         self.stride = stride
 
+    def build(self, shape: tuple[Any, ...]) -> None:
+        line = np.array([0.25, 0.5, 0.25], np.float32)
+        self.kernel = np.tile(np.outer(line, line)[:, :, None, None], (1, 1, shape[-1], 1))  # exporters need it whole
+
     def call(self, x: Value) -> Value:
-        line = keras.ops.convert_to_tensor([0.25, 0.5, 0.25], dtype=x.dtype)
-        kernel = keras.ops.reshape(keras.ops.outer(line, line), (3, 3, 1, 1))
-        kernel = keras.ops.tile(kernel, (1, 1, x.shape[-1], 1))
+        kernel = keras.ops.convert_to_tensor(self.kernel, dtype=x.dtype)
         x = keras.ops.pad(x, [(0, 0), (1, 1), (1, 1), (0, 0)], mode="reflect")
         return keras.ops.depthwise_conv(x, kernel, self.stride, "valid", "channels_last")
 
