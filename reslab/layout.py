@@ -147,6 +147,24 @@ def squeezed(spec: Spec, channels: int) -> int:
     return max(LEAST_SQUEEZED, channels // spec.squeeze)
 
 
+def start_scales(spec: Spec) -> dict[str, float]:
+    """What the first parameters of some layers are multiplied by, by the layer's name; nets of both frameworks start so.
+
+    `zero_init` starts the last scale of each residual branch at zero; where no norm ends the branch, the last convolution.
+    Fixup (1901.09321, section 3): L^(-1 / (2m - 2)) on a branch of m layers, whose last starts at zero, as the head does.
+    """
+    scales: dict[str, float] = {"fc": 0.0} if spec.init == "fixup" else {}
+    for unit in (unit for stage in stages(spec) for unit in stage):
+        count = len(unit.convs)
+        if spec.zero_init:
+            last = "bn" if spec.norm != "none" and is_normed(spec, count, count) else "conv"
+            scales[f"{unit.name}.{last}{count}"] = 0.0
+        if spec.init == "fixup":
+            factor = sum(spec.depths) ** (-1 / (2 * count - 2))
+            scales |= {f"{unit.name}.conv{number}": factor if number < count else 0.0 for number in range(1, count + 1)}
+    return scales
+
+
 def layers(spec: Spec, image_size: Size) -> list[Layer]:
     """Every leaf module of the built net in the order it runs, for images of that size."""
     return [layer for part in parts(spec, image_size, fold=False) for layer in part.layers]
@@ -168,22 +186,6 @@ def parts(spec: Spec, image_size: Size, fold: bool = True) -> list[Part]:
             made.append(Part(tuple(unit.name for unit in units), walk.take()))
     walk.head()
     return [*made, Part((), walk.take())]
-
-
-def receptive_field(net: list[Layer]) -> dict[str, int]:
-    """Input pixels, along one side, that a pixel of each layer's output can depend on (Araujo et al. 2019, eq. 2).
-
-    Squeeze-and-excitation and the head see everything; they are left out, as is usual.
-    """
-    field, step = {"input": 1}, {"input": 1}
-    for layer in net:
-        known = [name for name in layer.inputs if name in field]
-        if known and len(layer.shape) == 3 and layer.kind != "globalpool":
-            window = layer.conv or layer.pool or Conv(0, 1, 1)
-            field[layer.name] = max(field[name] + (window.kernel - 1) * step[name] for name in known)
-            step[layer.name] = max(step[name] for name in known) * window.stride
-    del field["input"]
-    return field
 
 
 class _Walk:

@@ -7,6 +7,7 @@ import tempfile
 import time
 import tomllib
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -118,7 +119,8 @@ def write_whole(path: Path, data: bytes) -> None:
             os.fsync(out.fileno())
         temporary.replace(path)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # below a file there is nothing to remove, and no way to ask
+            temporary.unlink(missing_ok=True)
         raise WorkError(f"{shown(path)} cannot be written: {error.strerror}; what was there is kept") from error
 
 

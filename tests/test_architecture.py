@@ -10,12 +10,13 @@ import pytest
 import reslab
 
 PACKAGE = Path(reslab.__file__).parent
-LEAVES = {"download", "errors", "interval", "run", "tensors"}
+LEAVES = {"download", "errors", "interval", "keras_backend", "run", "tensors"}
 NETWORK = {"spec", "layout", "family"}
 MAY_IMPORT = {
     "download": {"errors"},
     "errors": set(),
     "interval": set(),
+    "keras_backend": {"errors"},
     "run": {"errors"},
     "tensors": {"errors", "run"},
     "spec": {"errors", "layout"},  # only when layers are asked for
@@ -23,7 +24,7 @@ MAY_IMPORT = {
     "family": {"errors", "spec"},
     "catalogue": {"errors"} | NETWORK,
     "nets": LEAVES | NETWORK,
-    "data": {"download", "errors"},
+    "data": {"download", "errors", "keras_backend"},
     "use": LEAVES | NETWORK | {"nets", "data"},
     "serve": LEAVES | NETWORK | {"data", "use", "__init__"},
     "train": LEAVES | NETWORK | {"nets", "data"},

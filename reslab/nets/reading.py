@@ -18,12 +18,12 @@ import torch
 from torch import Tensor
 
 from reslab.errors import CallError, WorkError, shown
+from reslab.nets.keras_files import is_keras, read_h5
 
 AVERAGED = ("state_dict_ema", "model_ema", "ema_state_dict", "ema")  # preferred: what their authors publish and score
 WRAPPERS = (*AVERAGED, "model_state_dict", "state_dict", "model", "net")
 PREFIXES = re.compile(r"^(module\.|_orig_mod\.|model\.|net\.)+|(?<=\.)_orig_mod\.")
 ZIP = b"PK\x03\x04"
-HDF5 = b"\x89HDF\r\n\x1a\n"
 MAX_CONFIG = 1 << 20  # bytes of a config.json
 
 
@@ -46,9 +46,7 @@ def read_tensors(file: Path) -> Held:
     try:
         with file.open("rb") as stream:
             start = stream.read(9)
-        if _is_keras(file, start):
-            from reslab.nets.keras_files import read_h5  # type: ignore[import-not-found]
-
+        if is_keras(file):
             return Held(read_h5(file), keras=True)
         # safetensors begin with eight bytes of header length, then JSON
         held: Any = safetensors.torch.load_file(file) if start[8:9] == b"{" else _read_torch(file, start)
@@ -79,13 +77,6 @@ def read_config(file: Path) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError) as error:
         raise WorkError(f"a config.json beside weights must be a JSON object; {shown(config)} is not: {shown(str(error))[:120]}") from error
     return held
-
-
-def _is_keras(file: Path, start: bytes) -> bool:
-    if start[:4] != ZIP:
-        return start[:8] == HDF5
-    with zipfile.ZipFile(file) as archive:
-        return "model.weights.h5" in archive.namelist()
 
 
 def _read_torch(file: Path, start: bytes) -> Any:
