@@ -81,11 +81,16 @@ class Duplicate(nn.Module):
 
 
 class ZeroPaddedMaxPool(nn.MaxPool2d):
-    """A max-pool whose padding is zero, not minus infinity: as in Keras, where zeros are padded first."""
+    """A max-pool whose padding is zero, not minus infinity: as in Keras, where zeros are padded first.
+
+    The zeros are put around by concatenation: onnxruntime 1.31 folds a Pad into the pool behind it, and then pads nothing.
+    """
 
     def forward(self, x: Tensor) -> Tensor:
-        p = int(self.padding)  # type: ignore[arg-type]
-        return F.max_pool2d(F.pad(x, (p, p, p, p)), self.kernel_size, self.stride)
+        for dim in (2, 3):
+            edge = torch.zeros_like(x.narrow(dim, 0, int(self.padding)))  # type: ignore[arg-type]
+            x = torch.cat((edge, x, edge), dim)
+        return F.max_pool2d(x, self.kernel_size, self.stride)
 
 
 class BlurPool(nn.Module):

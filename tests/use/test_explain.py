@@ -30,6 +30,8 @@ NETS = {
     "basic": (Spec("basic", (1, 2), (8, 16), "conv3", "A", num_classes=5), 16),
     "plain": (Spec("basic", (2, 1), (8, 16), "conv3", "none", num_classes=5), 15),
     "grey bottleneck": (Spec("bottleneck", (1, 1, 1), (4, 8, 8), "conv7-pool", "B", in_channels=1, num_classes=3), 50),
+    "pre-activation": (Spec("basic", (1, 1), (8, 16), "conv3", order="preact", squeeze=4, num_classes=5), 17),
+    "SkipBlock": (Spec("skip", (1, 2), (8, 16), "conv3-pool", bias="all", flatten=16, num_classes=3), 16),
     "without norms": (Spec("basic", (1, 1), (8, 8), "conv7", "C", norm="none", num_classes=4), 33),
 }
 PLACES = {"stem": "stem", "layer1": "layer1.0", "layer2.0": "layer2.0"}
@@ -58,7 +60,7 @@ def far(ours: Tensor, theirs: Tensor) -> float:
 @pytest.mark.parametrize("at", PLACES)
 def test_grad_cam_is_captums(name: str, at: str) -> None:
     net, x, labels = made(name)
-    module = (net.maxpool if net.spec.stem == "conv7-pool" else net.relu) if at == "stem" else net.get_submodule(PLACES[at])
+    module = (net.maxpool or net.relu) if at == "stem" else net.get_submodule(PLACES[at])
     if name == "plain" and at == "layer1":
         module = net.layer1[1]
     theirs = captum.attr.LayerGradCam(net, module).attribute(x, labels)[:, 0].detach()
