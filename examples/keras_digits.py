@@ -12,7 +12,7 @@ from reslab.data.source import open_images
 from reslab.data.split import split
 from reslab.nets.keras import build, keras, load
 
-EPOCHS = 8
+EPOCHS = 7
 BATCH = 64
 
 keras.utils.set_random_seed(0)

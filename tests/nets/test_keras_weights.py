@@ -11,6 +11,7 @@ import torch
 
 import reslab
 from reslab.family import FAMILY
+from reslab.nets import keras_files
 from reslab.nets.keras import build, from_torch, keras, save
 from reslab.nets.keras_files import CONFIG, WEIGHTS, is_keras, read_h5
 from reslab.nets.keras_weights import from_keras, to_keras, torch_names
@@ -188,7 +189,10 @@ def _renamed(path: Path, good: Path) -> None:
         "virtual", "many names for one array", "deep", "in a circle", "40^6 paths", "more variables than its class has",
     ],
 )  # fmt: skip
-def test_what_no_weights_file_of_keras_holds_is_one_line_and_little_memory(make: Callable[[Path, Path], None], good: Path, tmp_path: Path) -> None:
+def test_what_no_weights_file_of_keras_holds_is_one_line_and_little_memory(
+    make: Callable[[Path, Path], None], good: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(keras_files, "MOST_MEMBERS", 2000)  # so that the last of them is soon there
     bad = tmp_path / "bad"
     make(bad, good)
     tracemalloc.start()
