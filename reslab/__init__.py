@@ -10,6 +10,7 @@ from reslab.spec import Cost, Spec
 
 if TYPE_CHECKING:
     from reslab.job import train
+    from reslab.nets.saving import save_weights
     from reslab.nets.torch import build
     from reslab.nets.weights import load_weights
     from reslab.train.recipe import RECIPES, Recipe
@@ -31,6 +32,7 @@ __all__ = [
     "build",
     "load",
     "load_weights",
+    "save_weights",
     "spec",
     "train",
 ]
@@ -43,6 +45,7 @@ _HOMES = {
     "build": "reslab.nets.torch",
     "load": "reslab.use.classifier",
     "load_weights": "reslab.nets.weights",
+    "save_weights": "reslab.nets.saving",
     "train": "reslab.job",
 }
 

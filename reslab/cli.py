@@ -203,7 +203,7 @@ def export(
     run: Annotated[Path, Parameter(help="a run folder, or its model/")],
     /,
     *,
-    to: Annotated[str, Parameter(help="onnx, torch (torch.export), openvino, or card: a folder to give away")],
+    to: Annotated[str, Parameter(help="onnx, torch (torch.export), keras, openvino, or card: a folder to give away")],
     out: Annotated[Path | None, Parameter(help="the file to write, for card the folder; by default below RUN/export")] = None,
     int8: Annotated[bool, Parameter(negative="", help="ONNX in 8 bits, refused unless it is faster and about as right")] = False,
     bf16: Annotated[bool, Parameter(negative="", help="ONNX in bfloat16, refused likewise")] = False,

@@ -97,7 +97,8 @@ def test_nothing_slow_is_loaded_before_it_is_used(code: str, unwanted: tuple[str
 
 def test_public_names_are_these_and_all_load() -> None:
     assert set(reslab.__all__) == {
-        "FAMILY", "RECIPES", "CallError", "Classifier", "Cost", "Prediction", "Recipe", "Spec", "WorkError", "build", "load", "load_weights", "spec", "train",
+        "FAMILY", "RECIPES", "CallError", "Classifier", "Cost", "Prediction", "Recipe", "Spec", "WorkError", "build", "load", "load_weights",
+        "save_weights", "spec", "train",
     }  # fmt: skip
     for name in reslab.__all__:
         assert getattr(reslab, name).__doc__ or name in ("FAMILY", "RECIPES")

@@ -1,7 +1,7 @@
 """The files a classifier can be exported to: how each is written, and how it is run again to check it.
 
-ONNX and torch.export keep the image size open and resize in the graph. OpenVINO takes images of the canvas size only:
-it reads ONNX's antialiased Resize as a plain one (2026.4), which answers otherwise without a word.
+ONNX and torch.export keep the image size open and resize in the graph. Keras and OpenVINO take images of the canvas size
+only: Keras has no resize that decodes as we do, and OpenVINO reads ONNX's antialiased Resize as a plain one (2026.4), which answers otherwise without a word.
 """
 
 import contextlib
@@ -149,9 +149,46 @@ def run_openvino(path: Path) -> Runner:
     return run
 
 
+def write_keras(classifier: Classifier, path: Path) -> None:
+    """A .keras file of images of the canvas size; beside it, as NAME.reslab.json, the metadata. Needs reslab to be read again."""
+    from reslab.keras_backend import keras
+    from reslab.nets.keras import from_torch
+
+    preprocess = classifier.preprocess
+    assert isinstance(preprocess, Preprocess)
+    size, canvas, layers = preprocess.image_size, preprocess.canvas, keras.layers
+    mean = np.moveaxis(preprocess.mean, 0, -1)  # Keras has channels last
+    images = keras.Input((canvas, canvas, preprocess.channels), dtype="uint8", name=INPUT)
+    x = layers.Rescaling(1 / 255)(images)
+    if canvas > size:
+        before = (canvas - size) // 2
+        x = layers.Cropping2D(((before, canvas - size - before),) * 2)(x)
+    x = layers.Normalization((1, 2, 3) if mean.ndim == 3 else -1, mean, np.broadcast_to(preprocess.std**2, mean.shape))(x)
+    logits = from_torch(classifier.net, size)(x)
+    probabilities = layers.Softmax(name=OUTPUTS[0])(layers.Rescaling(1 / classifier.temperature)(logits))
+    with quietly():
+        keras.Model(images, {OUTPUTS[0]: probabilities, OUTPUTS[1]: logits}).save(path)
+    path.with_suffix(f".{METADATA}.json").write_text(metadata(classifier), "utf-8")
+
+
+def run_keras(path: Path) -> Runner:
+    """The file in Keras, on the backend that it is set to."""
+    from reslab.nets.keras import load
+
+    with quietly():
+        model = load(path)
+
+    def run(pixels: Pixels) -> Answer:
+        found = model.predict_on_batch(pixels)
+        return np.asarray(found[OUTPUTS[0]]), np.asarray(found[OUTPUTS[1]])
+
+    return run
+
+
 FORMATS = {
     "onnx": Format(".onnx", write_onnx, run_onnx),
     "torch": Format(".pt2", write_torch, run_torch),
+    "keras": Format(".keras", write_keras, run_keras),
     "openvino": Format(".xml", write_openvino, run_openvino),
 }
 

@@ -80,7 +80,7 @@ def test_one_corrupted_weight_is_noticed() -> None:
     assert nan["max_difference"] == float("inf")
 
 
-@pytest.mark.parametrize(("to", "channels"), [("onnx", 1), ("onnx", 3), ("torch", 1), ("openvino", 1)])
+@pytest.mark.parametrize(("to", "channels"), [("onnx", 1), ("onnx", 3), ("torch", 1), ("keras", 1), ("keras", 3), ("openvino", 1)])
 def test_every_format_holds_mean_image_and_crop_also_with_one_channel(to: str, channels: int, tmp_path: Path) -> None:
     if to == "openvino":
         pytest.importorskip("openvino")
