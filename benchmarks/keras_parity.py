@@ -1,6 +1,6 @@
 """Torch against Keras, every row of FAMILY in full: exact counts, and values with the same random weights and statistics.
 
-python benchmarks/keras_parity.py      about half an hour; asked: counts exact, worst relative difference at most 1e-4
+python benchmarks/keras_parity.py      about a quarter of an hour; asked: counts exact, worst relative difference at most 1e-4
 python benchmarks/keras_parity.py --smoke      three rows
 
 Differences are max |torch - Keras| / max |torch| of one tensor, the worst over all blocks and the logits, over an even and
