@@ -18,8 +18,8 @@ from reslab.run import Run
 from reslab.use.classifier import BATCH, load
 from reslab.use.evaluate import outputs
 from reslab.use.export import export
+from reslab.use.own import own_images
 from reslab.use.quantize import in_words
-from reslab.use.rescore import own_images
 
 
 def measured(run: Path, folder: Path) -> list[str]:
@@ -33,7 +33,7 @@ def measured(run: Path, folder: Path) -> list[str]:
     right = {}
     for name, path in (("fp32", run), ("int8", found.path)):
         classifier = load(path)
-        images = own_images(Run.open(run), classifier)
+        images = own_images(Run.open(run))
         out = outputs(classifier, read_batches(images, images.split["test"], classifier.preprocess.canvas, BATCH))
         right[name] = float((out.logits.argmax(1) == out.labels).mean())
     return [
