@@ -26,9 +26,11 @@ MAY_IMPORT = {
     "use": LEAVES | NETWORK | {"nets", "data"},
     "train": LEAVES | NETWORK | {"nets", "data"},
     "report": LEAVES,
+    "study": LEAVES | NETWORK | {"__init__", "nets", "data", "train"},
+    "studies": LEAVES | NETWORK | {"__init__", "data", "study", "report", "job"},
     "describe": LEAVES | NETWORK | {"data", "train"},
     "job": LEAVES | NETWORK | {"nets", "data", "train", "use", "report", "describe"},
-    "cli": LEAVES | NETWORK | {"nets", "data", "train", "use", "report", "job", "__init__"},
+    "cli": LEAVES | NETWORK | {"nets", "data", "train", "use", "report", "job", "study", "studies", "__init__"},
 }
 STANDARD_ONLY = ("spec", "layout", "family", "errors")
 

@@ -25,7 +25,7 @@ from reslab.nets.torch import ResNet
 from reslab.run import Record, write_whole
 from reslab.spec import Spec
 from reslab.study import STUDIES
-from reslab.study.data import Data, load, prepare
+from reslab.study.data import Data, Facts, load, prepare
 from reslab.study.kinds import Cell, Schedule, Setting, Study
 from reslab.train.hardware import keep_freed_memory
 
@@ -41,8 +41,8 @@ def find(name: str) -> Study:
     return study
 
 
-def run(name: str, source: str, size: int | None, setting: Setting, out: Path, tell: Tell = print, progress: Progress = silent) -> list[Record]:
-    """All records of a study, those of finished cells from before included. Raises CallError when no cell fits the budget."""
+def run(name: str, source: str, size: int | None, setting: Setting, out: Path, tell: Tell = print, progress: Progress = silent) -> tuple[list[Record], Facts]:
+    """All records of a study, those of finished cells from before included, and what is known of the images. Raises CallError when no cell fits the budget."""
     study, started = find(name), time.monotonic()
     data = prepare(source, size, out / "data", progress)
     cells = _plan(study, name, data, setting, out)
@@ -50,7 +50,7 @@ def run(name: str, source: str, size: int | None, setting: Setting, out: Path, t
     tell(f"{name}: {len(cells)} cells on {data.facts.name} at {data.facts.size} px, {len(cells) - len(waiting)} done before")
     for done, cell in enumerate(_work(name, out, waiting, setting.jobs), start=len(cells) - len(waiting) + 1):
         tell(f"{done}/{len(cells)}  {cell.name}  {time.monotonic() - started:.0f} s")
-    return [record for cell in cells for record in read(_file(out, cell, name, data))]
+    return [record for cell in cells for record in read(_file(out, cell, name, data))], data.facts
 
 
 def _plan(study: Study, name: str, data: Data, setting: Setting, out: Path) -> list[Cell]:
