@@ -246,6 +246,34 @@ def report(run: Annotated[Path, Parameter(help="a run folder")], /) -> int:
 
 
 @app.command
+def study(
+    name: Annotated[str | None, Parameter(help="a question that `reslab study` lists")] = None,
+    /,
+    *,
+    data: Annotated[str | None, Parameter(help="as for train; by default digits for short budgets and cifar10 from 5m")] = None,
+    budget: Annotated[str, Parameter(help="time such as 2m or 10m, or `paper` for the published protocol")] = "10m",
+    image_size: Annotated[int | None, Parameter(help="pixels a side; by default half of CIFAR-10's at short budgets, otherwise the images' own")] = None,
+    out: Annotated[Path | None, Parameter(help="the study's folder; by default below studies/. An interrupted study goes on there")] = None,
+    seeds: Annotated[int, Parameter(help="trainings of each net")] = 3,
+    jobs: Annotated[int | None, Parameter(help="processes; by default one a core")] = None,
+) -> int:
+    """Answer a question about residual networks by measuring. Without a name: the list of questions."""
+    from reslab.study import STUDIES
+
+    if name is None:
+        print_lines([f"{key:14}{question}" for key, question in STUDIES.items()])
+        return 0
+    from reslab.studies import study as run_study
+
+    with watch() as show:
+        page, claims = run_study(name, data, budget, image_size, out, seeds, jobs, show)
+    for claim in claims:
+        print(f"{claim.verdict}: {claim.paper}\n  {claim.measured}")
+    print(f"page: {shown(page)}")
+    return 0
+
+
+@app.command
 def serve(
     model: Annotated[Path, Parameter(help="a run folder, its model/, or an exported .onnx file")],
     /,

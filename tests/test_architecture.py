@@ -29,10 +29,12 @@ MAY_IMPORT = {
     "serve": LEAVES | NETWORK | {"data", "use", "__init__"},
     "train": LEAVES | NETWORK | {"nets", "data"},
     "report": LEAVES,
+    "study": LEAVES | NETWORK | {"__init__", "nets", "data", "train"},
+    "studies": LEAVES | NETWORK | {"__init__", "data", "study", "report", "job"},
     "describe": LEAVES | NETWORK | {"data", "train"},
     "job": LEAVES | NETWORK | {"nets", "data", "train", "use", "report", "describe"},
     "terminal": {"data", "errors", "run"},
-    "cli": LEAVES | NETWORK | {"catalogue", "nets", "data", "train", "use", "serve", "report", "job", "terminal", "__init__"},
+    "cli": LEAVES | NETWORK | {"catalogue", "nets", "data", "train", "use", "serve", "report", "job", "study", "studies", "terminal", "__init__"},
 }
 STANDARD_ONLY = [PACKAGE / f"{name}.py" for name in ("spec", "layout", "family", "errors")] + sorted((PACKAGE / "catalogue").glob("*.py"))
 

@@ -51,7 +51,7 @@ def curves(epochs: list[Record], val: list[Record], steps: list[Record]) -> str:
         rate.set_ylim(bottom=0)
         for axes in (loss, top1, rate):
             axes.locator_params(axis="x", integer=True, nbins=6)
-        return _svg(figure, "Loss, top-1 and learning rate over the training")
+        return as_svg(figure, "Loss, top-1 and learning rate over the training")
 
 
 def calibration(scores: Record) -> str:
@@ -71,7 +71,7 @@ def calibration(scores: Record) -> str:
             axes.set_ylim(0, 1.02)
         left.set_ylabel("top-1")
         left.legend(frameon=False, fontsize=9, loc="upper left")
-        return _svg(figure, "Reliability diagram: top-1 against confidence")
+        return as_svg(figure, "Reliability diagram: top-1 against confidence")
 
 
 def confusion(matrix: list[tuple[int, int, int]], classes: list[str]) -> str:
@@ -93,7 +93,7 @@ def confusion(matrix: list[tuple[int, int, int]], classes: list[str]) -> str:
         ticks = range(0, len(classes), max(1, len(classes) // 25))
         axes.set_xticks(ticks, [_short(classes[i]) for i in ticks], rotation=90, fontsize=7)
         axes.set_yticks(ticks, [_short(classes[i]) for i in ticks], fontsize=7)
-        return _svg(figure, "Confusion matrix")
+        return as_svg(figure, "Confusion matrix")
 
 
 def _short(name: str) -> str:
@@ -106,7 +106,8 @@ def _without_peaks(rows: list[Record]) -> list[Record]:
     return sorted(rows, key=lambda r: r["loss"])[: max(1, len(rows) - len(rows) // 10)] if rows else []
 
 
-def _svg(figure: Figure, title: str) -> str:
+def as_svg(figure: Figure, title: str) -> str:
+    """The figure as inline SVG with the page's colours; equal records give equal text."""
     held = io.BytesIO()
     figure.savefig(held, format="svg", transparent=True, metadata={"Date": None, "Title": title})
     text = held.getvalue().decode()

@@ -1,0 +1,5 @@
+"""Studies: questions about residual networks, each answered by records. A study never plots; `report` draws."""
+
+STUDIES: dict[str, str] = {
+    "degradation": "Does a plain net train worse the deeper it is, and a residual one not?",
+}

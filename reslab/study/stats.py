@@ -1,0 +1,46 @@
+"""Means over seeds and their 95 % intervals, by Student's t."""
+
+import math
+from collections.abc import Mapping, Sequence
+from statistics import fmean, stdev
+from typing import NamedTuple
+
+from scipy.stats import t as student
+
+
+class Estimate(NamedTuple):
+    """A mean over n seeds and its 95 % interval; without an interval (infinite) for fewer than two."""
+
+    mean: float
+    low: float
+    high: float
+    n: int
+
+    @property
+    def is_above_zero(self) -> bool:
+        return self.low > 0
+
+    @property
+    def is_below_zero(self) -> bool:
+        return self.high < 0
+
+
+def estimate(values: Sequence[float]) -> Estimate:
+    """The mean of at least one value. Equal values have an interval of no width."""
+    mean, n = fmean(values), len(values)
+    if n < 2:
+        return Estimate(mean, -math.inf, math.inf, n)
+    half = float(student.ppf(0.975, n - 1)) * stdev(values) / math.sqrt(n)
+    return Estimate(mean, mean - half, mean + half, n)
+
+
+def paired(after: Mapping[int, float], before: Mapping[int, float]) -> Estimate:
+    """The mean difference over the seeds that both have: twins share their seed, so its luck cancels."""
+    return estimate([after[seed] - before[seed] for seed in sorted(after.keys() & before.keys())])
+
+
+def points(e: Estimate) -> str:
+    """A difference of shares in percentage points, with its interval."""
+    return (
+        f"{100 * e.mean:+.1f} points (95 % interval {100 * e.low:+.1f} to {100 * e.high:+.1f}, n = {e.n})" if e.n > 1 else f"{100 * e.mean:+.1f} points (n = 1)"
+    )

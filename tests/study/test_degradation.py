@@ -1,0 +1,46 @@
+"""Verdicts on records whose answer is known."""
+
+import pytest
+from scipy import stats as scipy_stats
+
+from reslab.study.degradation import claims
+from reslab.study.stats import estimate, paired
+
+
+def records(plain: list[float], residual: list[float]) -> list[dict]:
+    """Deep nets with the given training errors, shallow ones with 0.1, a seed each."""
+    rows = []
+    for kind, deep in (("plain", plain), ("resnet", residual)):
+        for seed, error in enumerate(deep):
+            rows += [
+                {"kind": "result", "cell_kind": kind, "depth": depth, "seed": seed, "train_error": e, "test_error": e}
+                for depth, e in ((20, 0.1 + 0.001 * seed), (56, error))
+            ]
+    return rows
+
+
+@pytest.mark.parametrize(
+    ("plain", "residual", "verdicts"),
+    [
+        ([0.6, 0.62, 0.61], [0.1, 0.11, 0.1], ["agrees", "agrees", "agrees"]),
+        ([0.6, 0.62, 0.61], [0.5, 0.52, 0.51], ["agrees", "disagrees", "agrees"]),
+        ([0.05, 0.06, 0.05], [0.05, 0.06, 0.05], ["disagrees", "agrees", "not decided at this budget"]),
+        ([0.1, 0.9, 0.2], [0.1, 0.9, 0.3], ["not decided at this budget"] * 3),
+        ([0.6], [0.1], ["not decided at this budget"] * 3),
+    ],
+)
+def test_verdicts(plain: list[float], residual: list[float], verdicts: list[str]) -> None:
+    assert [claim.verdict for claim in claims(records(plain, residual))] == verdicts
+
+
+def test_intervals_are_students() -> None:
+    values = [0.3, 0.5, 0.1, 0.45]
+    want = scipy_stats.ttest_1samp(values, 0).confidence_interval(0.95)
+    assert estimate(values)[1:3] == pytest.approx((want.low, want.high))
+
+
+def test_pairing_cancels_the_luck_of_a_seed() -> None:
+    difference = paired({0: 0.9, 1: 0.5, 2: 0.1}, {0: 0.8, 1: 0.4, 2: 0.0, 3: 1.0})
+    assert difference.mean == pytest.approx(0.1)
+    assert difference.n == 3
+    assert difference.is_above_zero
