@@ -1,5 +1,8 @@
 """Each ordering, shortcut and part against its formula, written out here once more from the papers."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -171,3 +174,23 @@ def test_keras_v2_pools_zeros_where_torch_pools_nothing() -> None:
     assert zero(negative)[0, 0, 0, 0] == 0
     assert lowest(negative)[0, 0, 0, 0] == -1
     assert torch.equal(zero(-negative), lowest(-negative))
+
+
+@pytest.mark.parametrize("inputs", [1, 8, 15, 16])
+def test_strided_projections_of_narrow_nets_survive_several_threads(inputs: int) -> None:
+    """In a process of its own: torch's own strided 1x1 convolution ends it."""
+    code = f"""if True:
+        import torch
+        from reslab.nets.parts import conv
+        from reslab.spec import Conv
+        torch.set_num_threads(4)
+        ours = conv({inputs}, Conv(32, 1, 2), bias=False).to(memory_format=torch.channels_last)
+        x = torch.randn(7, {inputs}, 12, 12, requires_grad=True)
+        for _ in range(50):
+            y = ours(x.contiguous(memory_format=torch.channels_last))
+            y.sum().backward()
+        theirs = torch.nn.functional.conv2d(x, ours.weight, stride=2)
+        assert torch.allclose(y, theirs, atol=1e-5)
+    """
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
