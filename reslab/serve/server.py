@@ -41,7 +41,7 @@ STALE_SECONDS = 20.0  # a connection that has been without a whole request so lo
 DRAIN_SECONDS = 2.0  # for clients with open connections to send what they were about to
 STOP_SECONDS = 30  # for answers under way
 # A forward pass takes Python's interpreter lock a hundred times, and by default may wait 5 ms for it each time while the
-# event loop is busy. A shorter interval raised the throughput and halved p99 at half load (docs/log.md).
+# event loop is busy. A shorter interval raised the throughput and lowered p99 at half load (docs/log.md).
 SWITCH_SECONDS = 5e-4
 FACTS = ("n", "top1", "top1_low", "top1_high", "top5", "top5_low", "top5_high", "ece", "loss")
 
