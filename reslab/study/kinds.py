@@ -60,7 +60,6 @@ class Setting(NamedTuple):
     seconds: float  # the budget; 0 for the published protocol
     jobs: int
     seeds: int
-    net: str | None = None
 
     @property
     def is_paper(self) -> bool:
