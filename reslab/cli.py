@@ -247,12 +247,13 @@ def report(run: Annotated[Path, Parameter(help="a run folder")], /) -> int:
 
 @app.command
 def study(
-    name: Annotated[str | None, Parameter(help="a question that `reslab study` lists")] = None,
+    name: Annotated[str | None, Parameter(help="a question that `reslab study` lists, or all")] = None,
     /,
-    *,
+    *runs: Annotated[Path, Parameter(help="trained runs to look at, for studies of trained nets; twins are compared")],
     data: Annotated[str | None, Parameter(help="as for train; by default digits for short budgets and cifar10 from 5m")] = None,
+    net: Annotated[str | None, Parameter(help="a name that `reslab models` lists, to vary; by default resnet20, above 64 px resnet18")] = None,
     budget: Annotated[str, Parameter(help="time such as 2m or 10m, or `paper` for the published protocol")] = "10m",
-    image_size: Annotated[int | None, Parameter(help="pixels a side; by default half of CIFAR-10's at short budgets, otherwise the images' own")] = None,
+    image_size: Annotated[int | None, Parameter(help="pixels a side; by default the images' own, fewer for budgets below an hour")] = None,
     out: Annotated[Path | None, Parameter(help="the study's folder; by default below studies/. An interrupted study goes on there")] = None,
     seeds: Annotated[int, Parameter(help="trainings of each net")] = 3,
     jobs: Annotated[int | None, Parameter(help="processes; by default one a core")] = None,
@@ -263,13 +264,16 @@ def study(
     if name is None:
         print_lines([f"{key:14}{question}" for key, question in STUDIES.items()])
         return 0
+    from reslab.studies import Call, study_all
     from reslab.studies import study as run_study
 
+    call = Call(data, runs, net, budget, image_size, out, seeds, jobs)
     with watch() as show:
-        page, claims = run_study(name, data, budget, image_size, out, seeds, jobs, show)
-    for claim in claims:
-        print(f"{claim.verdict}: {claim.paper}\n  {claim.measured}")
-    print(f"page: {shown(page)}")
+        answered = study_all(call, show) if name == "all" else [(name, *run_study(name, call, show))]
+    for each, page, claims in answered:
+        for claim in claims:
+            print(f"{each}, {claim.verdict}: {claim.paper}\n  {claim.measured}")
+        print(f"page: {shown(page)}")
     return 0
 
 

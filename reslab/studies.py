@@ -1,22 +1,38 @@
-"""A study from the call to its page: which images, which budget, the records, the verdicts, the page."""
+"""A study from the call to its page: which images, which nets, which budget; the records, the verdicts, the page."""
 
+import hashlib
 import os
 import platform
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
 import torch
 
 from reslab import __version__
+from reslab.data.images import Images
 from reslab.data.named import roots
+from reslab.data.preprocess import Preprocess
+from reslab.data.source import open_images
+from reslab.data.split import split
 from reslab.errors import CallError, shown
+from reslab.family import spec as find_spec
 from reslab.job import seconds
 from reslab.report.study import write_study
-from reslab.study.kinds import Claim, Setting
-from reslab.study.lab import find, run
+from reslab.run import Run
+from reslab.study import STUDIES
+from reslab.study.data import prepare
+from reslab.study.kinds import Claim, Given, Setting, Study
+from reslab.study.lab import Outcome, Place, find, keep, run
+from reslab.use.artefact import TorchModel
+from reslab.use.classifier import Classifier, load
+from reslab.use.own import own_images
 
 SHORT = 300.0  # seconds; a budget below it is for digits
-HALF_BELOW = 3600.0  # CIFAR-10 at half its resolution below that budget
+LONG = 3600.0  # seconds; below it images are made smaller
+SMALL = {"cifar10": 16, "cifar100": 16}  # pixels a side in a budget below LONG; otherwise
+MOST_PIXELS = 64
+SPLIT_SEED = 0
 MOST_SEEDS = 100
 
 
@@ -27,43 +43,129 @@ class Show(Protocol):
     def reading(self, what: str, done: int, total: int) -> None: ...
 
 
-def study(
-    name: str, data: str | None, budget: str, image_size: int | None, out: Path | None, seeds: int, jobs: int | None, show: Show
-) -> tuple[Path, list[Claim]]:  # fmt: skip
+@dataclass(frozen=True)
+class Call:
+    """What `reslab study` was asked, as typed."""
+
+    data: str | None = None
+    runs: tuple[Path, ...] = ()
+    net: str | None = None
+    budget: str = "10m"
+    image_size: int | None = None
+    out: Path | None = None
+    seeds: int = 3
+    jobs: int | None = None
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.seeds <= MOST_SEEDS or not 1 <= (self.jobs or 1) <= 1024 or not 4 <= (self.image_size or 32) <= 1024:
+            raise CallError(
+                f"--seeds must be 1 to {MOST_SEEDS}, --jobs 1 to 1024, --image-size 4 to 1024; received {self.seeds}, {self.jobs}, {self.image_size}"
+            )
+        if self.runs and (self.data or self.net or self.image_size):
+            raise CallError("a study of trained runs looks at the data they were trained on; received a run and --data, --net or --image-size: leave them out")
+
+    @property
+    def seconds(self) -> float:
+        """The budget; 0 for the published protocol."""
+        return 0.0 if self.budget == "paper" else float(seconds(self.budget) or 0)
+
+    @property
+    def workers(self) -> int:
+        return self.jobs or len(os.sched_getaffinity(0))
+
+
+def study(name: str, call: Call, show: Show) -> tuple[Path, list[Claim]]:
     """Measures what is missing and writes OUT/study.html; returns its path and the claims.
 
-    Raises CallError for an unknown study, a budget that is no time or too short, and WorkError for work that failed.
+    Raises CallError for an unknown study, a run where none belongs, a budget that is no time or too short, and WorkError
+    for work that failed.
     """
     found = find(name)
-    if not 1 <= seeds <= MOST_SEEDS or not 1 <= (jobs or 1) <= 1024 or not 4 <= (image_size or 32) <= 1024:
-        raise CallError(f"--seeds must be 1 to {MOST_SEEDS}, --jobs 1 to 1024, --image-size 4 to 1024; received {seeds}, {jobs}, {image_size}")
-    time = 0.0 if budget == "paper" else float(seconds(budget) or 0)
-    source = data or ("digits" if 0 < time < SHORT or not _has_cifar() else "cifar10")
-    size = image_size or (16 if source == "cifar10" and 0 < time < HALF_BELOW else None)
-    setting = Setting(time, jobs or len(os.sched_getaffinity(0)), seeds)
-    target = out or Path("studies") / f"{name}-{Path(source).stem}-{budget}"
-    records, facts = run(name, source, size, setting, target, show.say, show.reading)
-    claims = found.claims(records)
+    if call.runs and not found.shipped:
+        raise CallError(f"study {name} makes its own nets; received the run {shown(call.runs[0])}: leave it out")
+    source = call.data or ("digits" if 0 < call.seconds < SHORT or not _has_cifar() else "cifar10")
+    subject = call.runs[0].name if call.runs else Path(source).stem
+    out = call.out or Path("studies") / f"{name}-{subject}-{call.budget}"
+    store = call.out or Path("studies")
+    return _answered(name, found, replace(call, data=None if call.runs else source), Place(out, store, store), show)
+
+
+def study_all(call: Call, show: Show) -> list[tuple[str, Path, list[Claim]]]:
+    """Every study in turn, each with the whole budget, in OUT/NAME; they share prepared images and trained nets."""
+    if call.runs:
+        raise CallError("`study all` makes its own nets; received a run: name one study")
+    store = call.out or Path("studies")
+    source = call.data or ("digits" if 0 < call.seconds < SHORT or not _has_cifar() else "cifar10")
+    answered = []
+    for name in STUDIES:
+        out = (call.out / name) if call.out else Path("studies") / f"{name}-{Path(source).stem}-{call.budget}"
+        answered.append((name, *_answered(name, find(name), replace(call, data=source), Place(out, store, store), show)))
+    return answered
+
+
+def _answered(name: str, found: Study, call: Call, place: Place, show: Show) -> tuple[Path, list[Claim]]:
+    if call.runs:
+        given = [(str(path), load(path)) for path in call.runs]
+        images, size, preprocess = _of_runs(call.runs, [c for _, c in given], show)
+    else:
+        assert call.data
+        images = split(open_images(call.data, show.reading), SPLIT_SEED)
+        size, preprocess, given = call.image_size or _size(images, call), None, []
+    data, folder = prepare(images, size, place.store, preprocess)
+    base = call.net or ("resnet20" if size <= MOST_PIXELS else "resnet18")
+    shape = {"in_channels": data.facts.channels, "num_classes": data.facts.classes}
+    nets = tuple(Given(Path(path).name, c.spec, keep(c.net, place.store)) for path, c in given)
+    setting = Setting(call.seconds, call.workers, call.seeds, find_spec(base, **shape), nets)
+    outcome = run(name, place._replace(data=folder), setting, show.say)
+    claims = found.claims(outcome.records)
     page = {
         "name": name,
         "study": found,
+        "answer": found.answer(outcome.records),
         "claims": claims,
-        "data": facts.name,
-        "size": facts.size,
-        "protocol": _protocol(setting, records, facts.size, source),
-        "command": f"reslab study {name} --data {shown(source)} --budget {budget} --image-size {facts.size} --seeds {seeds} --jobs {setting.jobs}",
-        "cells": len({r["cell"] for r in records}),
+        "data": data.facts.name,
+        "size": data.facts.size,
+        "protocol": _protocol(call, setting, outcome, images.image_size, size),
+        "command": _command(name, call, size),
+        "cells": outcome.done,
         "version": __version__,
         "hardware": f"{platform.machine()}, {setting.jobs} processes on {len(os.sched_getaffinity(0))} cores, torch {torch.__version__}",
     }
-    return write_study(target / "study.html", page, records), claims
+    return write_study(place.out / "study.html", page, outcome.records), claims
 
 
-def _protocol(setting: Setting, records: list[dict[str, object]], size: int, source: str) -> str:
-    steps = max((int(str(r["steps"])) for r in records if "steps" in r), default=0)
-    kind = "The published protocol" if setting.is_paper else f"A budget of {setting.seconds / 60:g} minutes, which gave every net {steps:,} steps"
-    small = "; the images are at half their resolution" if source == "cifar10" and size == 16 else ""
-    return f"{kind}, {setting.seeds} seeds{small}. What needs longer trainings cannot be decided here."
+def _of_runs(paths: tuple[Path, ...], classifiers: list[Classifier], show: Show) -> tuple[Images, int, Preprocess]:
+    """The images that the runs were trained on. Raises CallError unless all saw the same ones in the same way, WorkError when they are gone."""
+    first = classifiers[0].model
+    assert isinstance(first, TorchModel)
+    prints = {hashlib.sha256(repr(c.preprocess.to_dict() if isinstance(c.preprocess, Preprocess) else None).encode()).hexdigest() for c in classifiers}
+    images = [own_images(Run.open(path), show.reading) for path in paths]
+    if len(prints) > 1 or len({i.fingerprint() for i in images}) > 1:
+        raise CallError("runs can be compared when they saw the same images in the same way; these differ in data or preprocessing: study them one by one")
+    return images[0], first.preprocess.image_size, first.preprocess
+
+
+def _size(images: Images, call: Call) -> int:
+    """Pixels a side: the images' own, or fewer for a budget below an hour."""
+    own = images.image_size
+    if not 0 < call.seconds < LONG:
+        return own
+    return min(own, SMALL.get(str(call.data), MOST_PIXELS))
+
+
+def _protocol(call: Call, setting: Setting, outcome: Outcome, own: int, size: int) -> str:
+    steps = max((int(r["steps"]) for r in outcome.records if "steps" in r), default=0)
+    trained = f", which gave every net {steps:,} steps" if steps else ""
+    kind = "The published protocol" if setting.is_paper else f"A budget of {setting.seconds / 60:g} minutes{trained}"
+    small = f"; the images are {size} pixels a side, where their own size is {own}" if size < own and not call.runs else ""
+    missing = "" if outcome.done == outcome.planned else f" Only {outcome.done} of {outcome.planned} cells fitted: the same command does the rest."
+    return f"{kind}, {setting.seeds} seeds{small}. What needs longer trainings cannot be decided here.{missing}"
+
+
+def _command(name: str, call: Call, size: int) -> str:
+    what = " ".join(shown(path) for path in call.runs) if call.runs else f"--data {shown(str(call.data))} --image-size {size}"
+    net = f" --net {call.net}" if call.net else ""
+    return f"reslab study {name} {what}{net} --budget {call.budget} --seeds {call.seeds} --jobs {call.workers}"
 
 
 def _has_cifar() -> bool:

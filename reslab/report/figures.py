@@ -1,35 +1,10 @@
-"""Records -> inline SVG. Colours are CSS variables of the page, so that one figure serves light, dark and print."""
-
-import io
-import re
-from typing import Any
+"""A run's records -> its figures."""
 
 import matplotlib
 from matplotlib.figure import Figure
 
+from reslab.report.svg import GRID, MUTED, SERIES, STYLE, as_svg
 from reslab.run import Record
-
-INK, MUTED, GRID = "#010101", "#020202", "#030303"
-SERIES = ("#040404", "#050505")
-VARIABLES = {INK: "--ink", MUTED: "--muted", GRID: "--line", SERIES[0]: "--first", SERIES[1]: "--second"}
-STYLE: dict[Any, Any] = {
-    "svg.fonttype": "none",
-    "svg.hashsalt": "reslab",  # equal records give an equal page
-    "font.family": "sans-serif",
-    "font.size": 10,
-    "text.color": INK,
-    "axes.labelcolor": MUTED,
-    "axes.edgecolor": GRID,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "grid.color": GRID,
-    "grid.linewidth": 0.6,
-    "xtick.color": MUTED,
-    "ytick.color": MUTED,
-    "lines.linewidth": 1.8,
-}
 
 
 def curves(epochs: list[Record], val: list[Record], steps: list[Record]) -> str:
@@ -104,25 +79,3 @@ def _short(name: str) -> str:
 def _without_peaks(rows: list[Record]) -> list[Record]:
     """Without the highest tenth: one wild epoch of val must not flatten the curve."""
     return sorted(rows, key=lambda r: r["loss"])[: max(1, len(rows) - len(rows) // 10)] if rows else []
-
-
-def as_svg(figure: Figure, title: str) -> str:
-    """The figure as inline SVG with the page's colours; equal records give equal text."""
-    held = io.BytesIO()
-    figure.savefig(held, format="svg", transparent=True, metadata={"Date": None, "Title": title})
-    text = held.getvalue().decode()
-    text = text[text.index("<svg") :]
-    for colour, variable in VARIABLES.items():
-        text = text.replace(colour, f"var({variable})")
-    text = re.sub(r'<svg ([^>]*?)width="[^"]*" height="[^"]*"', rf'<svg role="img" aria-label="{title}" \1', text, count=1)
-    text = re.sub(r"<svg ([^>]*?)height=\"[^\"]*pt\" ", r"<svg \1", text, count=1)
-    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
-    return _unique_ids(text, title)
-
-
-def _unique_ids(svg: str, title: str) -> str:
-    """matplotlib numbers ids alike in every figure; on one page they must differ."""
-    prefix = re.sub(r"\W+", "", title)[:12]
-    svg = re.sub(r'\bid="([^"]+)"', rf'id="{prefix}-\1"', svg)
-    svg = re.sub(r'(xlink:href="#)([^"]+)"', rf'\1{prefix}-\2"', svg)
-    return re.sub(r"url\(#([^)]+)\)", rf"url(#{prefix}-\1)", svg)

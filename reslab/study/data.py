@@ -1,5 +1,6 @@
-"""What the cells of a study train on: images at one size in plain arrays, which all processes map from one file."""
+"""What the cells of a study look at: decoded images in plain arrays, which all processes map from one folder."""
 
+import hashlib
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -10,32 +11,37 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from reslab.data.images import read_many
-from reslab.data.source import Progress, open_images
-from reslab.data.split import split
+from reslab.data.images import Images, read_many
+from reslab.data.preprocess import Preprocess
 from reslab.errors import WorkError, shown
 from reslab.run import write_whole
 
-SPLIT_SEED = 0
+SAMPLED = 5000  # images that the mean colour is taken from, at most
 
 
 @dataclass(frozen=True)
 class Facts:
-    """What is known of the images without opening them. Mean and deviation are of pixel values in [0, 1]."""
+    """What is known of the images without opening them. `fingerprint` also stands for the preprocessing."""
 
     name: str
     fingerprint: str
-    size: int
-    channels: int
     classes: int
     upright: bool  # a mirror image would be another class
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
+    preprocess: dict[str, Any]
+
+    @property
+    def size(self) -> int:
+        """Pixels a side, as a net sees them."""
+        return int(self.preprocess["image_size"])
+
+    @property
+    def channels(self) -> int:
+        return int(self.preprocess["channels"])
 
 
 @dataclass(frozen=True)
 class Data:
-    """uint8 images (N, size, size, channels) and int64 labels (N) for training and for the test."""
+    """uint8 images (N, canvas, canvas, channels) and int64 labels (N) for training and for the test."""
 
     facts: Facts
     train: NDArray[np.uint8]
@@ -43,58 +49,62 @@ class Data:
     test: NDArray[np.uint8]
     test_labels: NDArray[np.int64]
 
-    def batch(self, items: NDArray[np.int64], device: torch.device) -> Tensor:
-        """Training images as float32 (N, C, H, W), normalised."""
-        return self.normalised(self.train[items], device)
+    def normalised(self, pixels: NDArray[np.uint8], device: torch.device = torch.device("cpu")) -> Tensor:  # noqa: B008
+        """What a net is fed: float32 (N, channels, size, size)."""
+        preprocess = Preprocess.from_dict(self.facts.preprocess)
+        return preprocess(torch.from_numpy(pixels.copy()), device).contiguous(memory_format=torch.channels_last)
 
-    def normalised(self, pixels: NDArray[np.uint8], device: torch.device) -> Tensor:
-        x = torch.from_numpy(pixels.copy()).to(device).permute(0, 3, 1, 2).float().div_(255)
-        mean, std = (torch.tensor(v, device=device).view(1, -1, 1, 1) for v in (self.facts.mean, self.facts.std))
-        return ((x - mean) / std).contiguous(memory_format=torch.channels_last)
+    def train_batch(self, items: NDArray[np.int64], device: torch.device = torch.device("cpu")) -> tuple[Tensor, Tensor]:  # noqa: B008
+        """Training images, normalised, and their labels."""
+        return self.normalised(self.train[items], device), torch.from_numpy(self.train_labels[items]).to(device)
+
+    def test_batch(self, items: NDArray[np.int64], device: torch.device = torch.device("cpu")) -> tuple[Tensor, Tensor]:  # noqa: B008
+        """Test images, normalised, and their labels."""
+        return self.normalised(self.test[items], device), torch.from_numpy(self.test_labels[items]).to(device)
 
 
-def prepare(source: str, size: int | None, folder: Path, progress: Progress) -> Data:
-    """The images of a source, decoded at `size` pixels (by default their own) into `folder` unless they are there already.
+def prepare(images: Images, size: int, store: Path, preprocess: Preprocess | None = None) -> tuple[Data, Path]:
+    """The split images, decoded below `store` unless they are there already, and the folder they are in.
 
-    The training part of our split together with its val part; studies choose nothing by val.
+    Train is the training part of the split together with val, since studies choose nothing by val; with `preprocess`,
+    that of a run, train is what the run was trained on, and its decoding and its mean are kept.
     """
-    images = split(open_images(source, progress), SPLIT_SEED)
-    size = size or images.image_size
-    fingerprint, held = images.fingerprint(), _held(folder)
-    if (held.get("fingerprint"), held.get("size")) == (fingerprint, size):
-        return load(folder)
-    parts = {"train": np.sort(np.concatenate([images.split["train"], images.split["val"]])), "test": images.split["test"]}
+    fingerprint = hashlib.sha256(json.dumps([images.fingerprint(), size, preprocess and preprocess.to_dict()]).encode()).hexdigest()[:24]
+    folder = store / "data" / fingerprint
+    if (folder / "facts.json").is_file():
+        return load(folder), folder
+    held = ["train"] if preprocess else ["train", "val"]
+    parts = {"train": np.sort(np.concatenate([images.split[name] for name in held])), "test": images.split["test"]}
     arrays: dict[str, NDArray[Any]] = {}
     for name, items in parts.items():
-        pixels, failed = read_many(images, items, size)
+        pixels, failed = read_many(images, items, preprocess.canvas if preprocess else size)
         good = np.setdiff1d(np.arange(len(items)), [position for position, _ in failed])
         arrays[name], arrays[f"{name}_labels"] = pixels[good], images.labels[items[good]]
     if not len(arrays["train"]) or not len(arrays["test"]):
-        raise WorkError(f"a study needs images that can be read; {shown(source)} has none: `reslab check` lists them")
-    unit = arrays["train"][:: max(1, len(arrays["train"]) // 5000)].astype(np.float64) / 255
-    mean, std = unit.mean((0, 1, 2)), np.maximum(unit.std((0, 1, 2)), 1e-3)
-    facts = Facts(images.name, fingerprint, size, images.channels, len(images.classes), images.upright, tuple(mean.tolist()), tuple(std.tolist()))
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, array in arrays.items():
-        np.save(folder / f"{name}.npy", array, allow_pickle=False)
+        raise WorkError(f"a study needs images that can be read; {shown(images.name)} has none: `reslab check` lists them")
+    facts = Facts(images.name, fingerprint, len(images.classes), images.upright, (preprocess or _preprocess(arrays["train"])).to_dict())
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, array in arrays.items():
+            np.save(folder / f"{name}.npy", array, allow_pickle=False)
+    except OSError as error:
+        raise WorkError(f"{shown(folder)} cannot be written: {error.strerror}; free some space, or name another --out") from error
     write_whole(folder / "facts.json", json.dumps(asdict(facts)).encode())  # last: where it is, all is
-    return load(folder)
+    return load(folder), folder
+
+
+def _preprocess(pixels: NDArray[np.uint8]) -> Preprocess:
+    unit = pixels[:: max(1, len(pixels) // SAMPLED)].astype(np.float64) / 255
+    mean, std = unit.mean((0, 1, 2)), np.maximum(unit.std((0, 1, 2)), 1e-3)
+    size, channels = pixels.shape[1], pixels.shape[3]
+    return Preprocess(size, size, channels, mean.astype(np.float32), std.astype(np.float32))
 
 
 def load(folder: Path) -> Data:
     """What `prepare` left in a folder. The arrays are mapped, so that many processes hold them once."""
-    held = _held(folder)
     try:
-        facts = Facts(**{**held, "mean": tuple(held["mean"]), "std": tuple(held["std"])})
+        facts = Facts(**json.loads((folder / "facts.json").read_text("utf-8")))
         names = ("train", "train_labels", "test", "test_labels")
         return Data(facts, *(np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False) for name in names))
-    except (KeyError, TypeError, OSError, ValueError) as error:
+    except (TypeError, OSError, ValueError) as error:
         raise WorkError(f"the prepared images in {shown(folder)} are damaged: delete that folder") from error
-
-
-def _held(folder: Path) -> dict[str, Any]:
-    try:
-        held = json.loads((folder / "facts.json").read_text("utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return held if isinstance(held, dict) else {}

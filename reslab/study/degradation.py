@@ -15,73 +15,80 @@ plain 20 / 56: 9.78 / 12.95 (a five-run reproduction of the protocol), plain 110
 
 from collections.abc import Iterator
 
-import torch
-
-from reslab.family import spec as find_spec
-from reslab.nets.torch import ResNet
 from reslab.run import Record
 from reslab.study.data import Data
-from reslab.study.kinds import Cell, Claim, Pace, Schedule, Setting, Study, Verdict
+from reslab.study.kinds import Cell, Claim, Pace, Ready, Setting, Study, Subject, Verdict
 from reslab.study.stats import Estimate, paired, points
-from reslab.study.training import errors, train
+from reslab.study.training import outcome
+from reslab.study.twins import deeper, layers, plain, schedule
 
-DEPTHS = {"short": (20, 56), "long": (20, 32, 56), "paper": (20, 32, 44, 56, 110)}
-PAPER_STEPS = 64_000
-SHARE = 0.72  # of the budget that is planned to be spent in steps
+DEPTHS, PAPER_DEPTHS = (1, 3), (1, 5 / 3, 7 / 3, 3, 6)  # times the net's: 20 and 56 layers; 20, 32, 44, 56, 110
 A_THIRD = 1 / 3
-POINTS = 80  # of a curve
 
 
 def cells(setting: Setting, data: Data, pace: Pace) -> list[Cell]:
     """Twins of every depth for every seed, seeds outermost: what a short budget cuts off is a whole seed."""
-    depths = DEPTHS["paper" if setting.is_paper else "short" if setting.seconds < 300 else "long"]
-    specs = {f"{kind}{depth}": (kind, depth) for depth in depths for kind in ("plain", "resnet")}
-    batch = min(128, len(data.train) // 4)
-    shape = {"in_channels": data.facts.channels, "num_classes": data.facts.classes}
-    made = {name: find_spec(name, **shape) for name in specs}
-    cost = sum(pace(spec, batch) for spec in made.values()) * setting.seeds / setting.jobs
-    steps = PAPER_STEPS if setting.is_paper else min(PAPER_STEPS, int(SHARE * setting.seconds / cost))
-    schedule = Schedule(steps, batch, lr=0.1, warmup=0.01) if setting.is_paper else Schedule(steps, batch)
+    nets = [deeper(setting.net, factor) for factor in (PAPER_DEPTHS if setting.is_paper else DEPTHS)]
+    twins = [(kind, layers(spec), spec) for net in nets for kind, spec in (("plain", plain(net)), ("residual", net))]
+    plan = schedule([spec for *_, spec in twins], setting, data, pace)
     return [
-        Cell(f"{name} seed {seed}", made[name], seed, schedule, {"cell_kind": kind, "depth": depth})
+        Cell(f"{kind} {depth} layers, seed {seed}", Subject(spec, seed, plan), facts={"twin": kind, "layers": depth})
         for seed in range(setting.seeds)
-        for name, (kind, depth) in specs.items()
+        for kind, depth, spec in twins
     ]
 
 
-def measure(cell: Cell, data: Data) -> Iterator[Record]:
-    """Trains one net: its running loss, then its errors."""
-    assert cell.schedule
-    torch.manual_seed(cell.seed)
-    net = ResNet(cell.spec)
-    losses = train(net, data, cell.schedule, cell.seed)
-    every = max(1, len(losses) // POINTS)
-    smooth = [sum(losses[i : i + every]) / len(losses[i : i + every]) for i in range(0, len(losses), every)]
-    yield {"kind": "curve", "every": every, "loss": [round(value, 5) if value < 1e9 else None for value in smooth]}
-    yield {"kind": "result", "steps": len(losses), "parameters": cell.spec.cost(data.facts.size).params, **errors(net, data)}
+def measure(cell: Cell, ready: Ready, data: Data) -> Iterator[Record]:
+    """The running loss of the training, then the net's errors."""
+    yield from outcome(ready, data)
+
+
+def rise(records: list[Record], twin: str, error: str = "train_error") -> Estimate:
+    """By how much the error of the deepest net exceeds that of the shallowest, seed by seed."""
+    shallow, deep = _ends(records)
+    found = {n: {r["seed"]: r[error] for r in _results(records) if (r["twin"], r["layers"]) == (twin, n)} for n in (shallow, deep)}
+    return paired(found[deep], found[shallow])
 
 
 def claims(records: list[Record]) -> list[Claim]:
     """What figure 6 says, decided by paired differences between the deepest and the shallowest twin."""
-    results = [r for r in records if r["kind"] == "result"]
-    shallow, deep = min(r["depth"] for r in results), max(r["depth"] for r in results)
-
-    def rise(kind: str, error: str) -> Estimate:
-        found = {depth: {r["seed"]: r[error] for r in results if (r["cell_kind"], r["depth"]) == (kind, depth)} for depth in (shallow, deep)}
-        return paired(found[deep], found[shallow])
-
-    plain, residual = rise("plain", "train_error"), rise("resnet", "train_error")
+    shallow, deep = _ends(records)
+    plain_rise, residual_rise = rise(records, "plain"), rise(records, "residual")
     said = f"from {shallow} to {deep} layers"
     return [
         Claim(
             "The deeper plain net has the higher training error",
-            f"training error of the plain net {said}: {points(plain)}",
-            "agrees" if plain.is_above_zero else "disagrees" if plain.is_below_zero else "not decided at this budget",
-            plain.n,
+            f"training error of the plain net {said}: {points(plain_rise)}",
+            plain_rise.verdict(),
+            plain_rise.n,
         ),
-        Claim("The deeper residual net does not", f"training error of the residual net {said}: {points(residual)}", _harmless(residual, plain), residual.n),
-        _deep_comparison(results, deep),
+        Claim(
+            "The deeper residual net does not",
+            f"training error of the residual net {said}: {points(residual_rise)}",
+            _harmless(residual_rise, plain_rise),
+            residual_rise.n,
+        ),
+        _deep_comparison(_results(records), deep),
     ]
+
+
+def answer(records: list[Record]) -> str:
+    """The rises of both twins in one sentence."""
+    shallow, deep = _ends(records)
+    plain_rise, residual_rise = rise(records, "plain"), rise(records, "residual")
+    return (
+        f"From {shallow} to {deep} layers the training error of the plain net changes by {100 * plain_rise.mean:+.1f} points, "
+        f"that of its residual twin by {100 * residual_rise.mean:+.1f}."
+    )
+
+
+def _results(records: list[Record]) -> list[Record]:
+    return [r for r in records if r["kind"] == "result"]
+
+
+def _ends(records: list[Record]) -> tuple[int, int]:
+    depths = {r["layers"] for r in _results(records)}
+    return min(depths), max(depths)
 
 
 def _harmless(residual: Estimate, plain: Estimate) -> Verdict:
@@ -92,12 +99,12 @@ def _harmless(residual: Estimate, plain: Estimate) -> Verdict:
 
 
 def _deep_comparison(results: list[Record], deep: int) -> Claim:
-    by_kind = {kind: {r["seed"]: r["test_error"] for r in results if (r["cell_kind"], r["depth"]) == (kind, deep)} for kind in ("plain", "resnet")}
-    gap = paired(by_kind["plain"], by_kind["resnet"])
+    by_twin = {twin: {r["seed"]: r["test_error"] for r in results if (r["twin"], r["layers"]) == (twin, deep)} for twin in ("plain", "residual")}
+    gap = paired(by_twin["plain"], by_twin["residual"])
     return Claim(
         "Of two deep twins the residual one has the lower test error",
-        f"test error of plain{deep} beyond resnet{deep}: {points(gap)}",
-        "agrees" if gap.is_above_zero else "disagrees" if gap.is_below_zero else "not decided at this budget",
+        f"test error at {deep} layers, plain beyond residual: {points(gap)}",
+        gap.verdict(),
         gap.n,
     )
 
@@ -112,4 +119,5 @@ STUDY = Study(
     cells=cells,
     measure=measure,
     claims=claims,
+    answer=answer,
 )

@@ -1,5 +1,6 @@
-"""What a study is made of: its text, its cells, and the claims that its records decide."""
+"""What a study is made of: its text, its cells, what each cell looks at, and the claims that its records decide."""
 
+import ast
 import dataclasses
 import hashlib
 import json
@@ -14,15 +15,17 @@ from reslab.run import Record
 from reslab.spec import Spec
 
 if TYPE_CHECKING:
+    from reslab.nets.torch import ResNet
     from reslab.study.data import Data
 
 Verdict = Literal["agrees", "disagrees", "not decided at this budget"]
-CODE = ("spec.py", "layout.py", "nets", "study", "train", "data")  # a change here may change a record
+PACKAGE = Path(reslab.__file__).parent
+TRAINING = ("spec.py", "layout.py", "seeds.py", "nets/torch.py", "nets/parts.py", "nets/initialise.py", "data/augment.py", "study/training.py")
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """How a cell trains: SGD with momentum, the learning rate divided by ten twice (He et al. 2015, section 4.2).
+    """How a net trains: SGD with momentum, the learning rate divided by ten twice (He et al. 2015, section 4.2).
 
     A short training needs a gentler start than the paper's 64k steps: its learning rate was chosen on digits as the one at
     which plain and residual nets of 20 and 56 layers all train best (docs/log.md).
@@ -39,35 +42,71 @@ class Schedule:
 
 
 @dataclass(frozen=True)
+class Subject:
+    """A net that cells look at: as its seed initialises it, trained by a schedule first, or with given weights.
+
+    Cells with equal subjects share one training.
+    """
+
+    spec: Spec
+    seed: int = 0
+    schedule: Schedule | None = None
+    weights: str = ""  # key of given weights
+
+    def key(self, fingerprint: str) -> str:
+        """Names the weights by content: by all that decides them."""
+        return self.weights or _hash([asdict(self), fingerprint, _code(TRAINING)])
+
+
+@dataclass(frozen=True)
 class Cell:
-    """One independent piece of a study's work, and all that decides its records besides the data and the code."""
+    """One independent piece of a study's work, and all that decides its records besides the data and the code.
+
+    `training` is for a study that measures while it trains; a net that is only looked at afterwards has its schedule in
+    the subject.
+    """
 
     name: str
-    spec: Spec
-    seed: int
-    schedule: Schedule | None = None
+    subject: Subject
+    training: Schedule | None = None
     facts: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def key(self, study: str, fingerprint: str) -> str:
         """Names the cell's records by content: equal only where they would be."""
-        text = json.dumps([study, asdict(self), fingerprint, code_version()], sort_keys=True)
-        return hashlib.sha256(text.encode()).hexdigest()[:24]
+        return _hash([study, self.subject.key(fingerprint), asdict(self), fingerprint, _code(_imported(f"study/{study}.py"))])
+
+
+class Given(NamedTuple):
+    """A trained net that a person gave: its name, and the key of its weights in the store."""
+
+    name: str
+    spec: Spec
+    weights: str
 
 
 class Setting(NamedTuple):
-    """What a person asked of a study."""
+    """What a person asked of a study. `net` is the net of the family to vary, made for the data."""
 
     seconds: float  # the budget; 0 for the published protocol
     jobs: int
     seeds: int
+    net: Spec
+    given: tuple[Given, ...] = ()
 
     @property
     def is_paper(self) -> bool:
         return not self.seconds
 
 
+class Ready(NamedTuple):
+    """A subject made real: the net, and the loss of every step of its training (none when it was not trained here)."""
+
+    net: "ResNet"
+    losses: list[float]
+
+
 class Claim(NamedTuple):
-    """What a paper says, what was measured here, and whether the two agree."""
+    """What a paper says, what was measured here, and whether the two agree. `n` is the number of seeds or samples behind it."""
 
     paper: str
     measured: str
@@ -80,7 +119,11 @@ Pace = Callable[[Spec, int], float]  # seconds that a training step of that batc
 
 @dataclass(frozen=True)
 class Study:
-    """A question, how it is answered, and what an answer is worth. `expected` are the published numbers."""
+    """A question, how it is answered, and what an answer is worth. `expected` are the published numbers.
+
+    `answer` is one sentence or two made from the numbers. `shipped` names the package's own trained nets that a study of
+    trained nets looks at when none is given; a study without them trains or initialises all that it needs.
+    """
 
     question: str
     method: str
@@ -89,13 +132,30 @@ class Study:
     limits: str
     expected: str
     cells: "Callable[[Setting, Data, Pace], list[Cell]]"
-    measure: "Callable[[Cell, Data], Iterator[Record]]"
+    measure: "Callable[[Cell, Ready, Data], Iterator[Record]]"
     claims: Callable[[list[Record]], list[Claim]]
+    answer: Callable[[list[Record]], str]
+    shipped: tuple[str, ...] = ()
+
+
+def _hash(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:24]
 
 
 @cache
-def code_version() -> str:
-    """A hash over the code that records depend on."""
-    package = Path(reslab.__file__).parent
-    files = [f for name in CODE for f in ([package / name] if name.endswith(".py") else sorted((package / name).glob("*.py")))]
-    return hashlib.sha256(b"\0".join(f.read_bytes() for f in files)).hexdigest()[:16]
+def _code(names: tuple[str, ...]) -> str:
+    return hashlib.sha256(b"\0".join((PACKAGE / name).read_bytes() for name in names)).hexdigest()[:16]
+
+
+@cache
+def _imported(name: str) -> tuple[str, ...]:
+    """The file and the files of this folder that it imports, directly or not."""
+    found, waiting = {name}, [name]
+    while waiting:
+        for node in ast.walk(ast.parse((PACKAGE / waiting.pop()).read_text("utf-8"))):
+            if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("reslab.study."):
+                other = node.module.removeprefix("reslab.").replace(".", "/") + ".py"
+                if other not in found:
+                    found.add(other)
+                    waiting.append(other)
+    return tuple(sorted(found))

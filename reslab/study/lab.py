@@ -1,36 +1,63 @@
-"""Runs a study: prepares its images, plans its cells within the budget, and works them off in processes.
+"""Runs a study: plans its cells within the budget and works them off in processes, trainings first.
 
 OUT/plan.json holds the plan, so that an interrupted study goes on with the same cells; OUT/cells/KEY.jsonl the records of
-each finished cell, written whole. A cell whose records are there is not done again.
+each finished cell. STORE holds what studies share: decoded images, and the trained nets as STORE/nets/KEY.safetensors.
+Everything is written whole and named by content, and what is there is not done again.
 """
 
+import hashlib
 import importlib
 import json
 import math
 import multiprocessing
 import os
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from torch import nn
 
-from reslab.data.source import Progress, silent
 from reslab.errors import CallError, WorkError, shown, unknown
 from reslab.nets.torch import ResNet
 from reslab.run import Record, write_whole
 from reslab.spec import Spec
 from reslab.study import STUDIES
-from reslab.study.data import Data, Facts, load, prepare
-from reslab.study.kinds import Cell, Schedule, Setting, Study
+from reslab.study.data import Data, load
+from reslab.study.kinds import Cell, Ready, Schedule, Setting, Study, Subject
+from reslab.study.training import train
+from reslab.tensors import read_tensors, write_tensors
 from reslab.train.hardware import keep_freed_memory
 
 TIMED_STEPS = 3
 Tell = Callable[[str], None]
+
+
+class Place(NamedTuple):
+    """Where a study keeps its records, what it shares with others, and the prepared images."""
+
+    out: Path
+    store: Path
+    data: Path
+
+    def cell(self, name: str, cell: Cell, fingerprint: str) -> Path:
+        return self.out / "cells" / f"{cell.key(name, fingerprint)}.jsonl"
+
+    def net(self, key: str) -> Path:
+        return self.store / "nets" / f"{key}.safetensors"
+
+
+class Outcome(NamedTuple):
+    """All records of a study, those of cells finished earlier included, and how many of its cells that are."""
+
+    records: list[Record]
+    done: int
+    planned: int
 
 
 def find(name: str) -> Study:
@@ -41,22 +68,30 @@ def find(name: str) -> Study:
     return study
 
 
-def run(name: str, source: str, size: int | None, setting: Setting, out: Path, tell: Tell = print, progress: Progress = silent) -> tuple[list[Record], Facts]:
-    """All records of a study, those of finished cells from before included, and what is known of the images. Raises CallError when no cell fits the budget."""
-    study, started = find(name), time.monotonic()
-    data = prepare(source, size, out / "data", progress)
-    cells = _plan(study, name, data, setting, out)
-    waiting = [cell for cell in cells if not _file(out, cell, name, data).is_file()]
+def run(name: str, place: Place, setting: Setting, tell: Tell = print) -> Outcome:
+    """Measures what is missing. Cells for which the budget has no time left stay undone: repeating the call does them.
+
+    Raises CallError when the budget allows no cell, WorkError when the work fails; finished cells are kept.
+    """
+    data, started = load(place.data), time.monotonic()
+    cells = _plan(find(name), name, data, setting, place)
+    fingerprint = data.facts.fingerprint
+    waiting = [cell for cell in cells if not place.cell(name, cell, fingerprint).is_file()]
     tell(f"{name}: {len(cells)} cells on {data.facts.name} at {data.facts.size} px, {len(cells) - len(waiting)} done before")
-    for done, cell in enumerate(_work(name, out, waiting, setting.jobs), start=len(cells) - len(waiting) + 1):
-        tell(f"{done}/{len(cells)}  {cell.name}  {time.monotonic() - started:.0f} s")
-    return [record for cell in cells for record in read(_file(out, cell, name, data))], data.facts
+    done = len(cells) - len(waiting)
+    for cell, seconds in _work(name, place, waiting, fingerprint, setting, started):
+        done += 1
+        tell(f"{done}/{len(cells)}  {cell.name}  {seconds:.0f} s")
+    files = [file for cell in cells if (file := place.cell(name, cell, fingerprint)).is_file()]
+    if not files:
+        raise CallError(f"the budget must allow at least one cell of {name}; {setting.seconds:.0f} s did not: raise --budget")
+    return Outcome([record for file in files for record in read(file)], len(files), len(cells))
 
 
-def _plan(study: Study, name: str, data: Data, setting: Setting, out: Path) -> list[Cell]:
+def _plan(study: Study, name: str, data: Data, setting: Setting, place: Place) -> list[Cell]:
     """The cells, from plan.json where it answers the same call: measured paces differ from run to run."""
-    file = out / "plan.json"
-    asked = {"study": name, "fingerprint": data.facts.fingerprint, "size": data.facts.size, **setting._asdict()}
+    file = place.out / "plan.json"
+    asked = json.loads(json.dumps({"study": name, "fingerprint": data.facts.fingerprint, **setting._asdict(), "net": asdict(setting.net)}, default=asdict))
     try:
         held = json.loads(file.read_text("utf-8"))
         if held["asked"] == asked:
@@ -64,49 +99,94 @@ def _plan(study: Study, name: str, data: Data, setting: Setting, out: Path) -> l
     except (OSError, ValueError, KeyError, TypeError):
         pass  # none, or one of another call
     cells = study.cells(setting, data, _Pace(data))
-    if any(cell.schedule and cell.schedule.steps < 1 for cell in cells):
+    schedules = [s for cell in cells for s in (cell.training, cell.subject.schedule) if s]
+    if not cells or any(schedule.steps < 1 for schedule in schedules):
         raise CallError(f"the budget must allow every cell a step; {setting.seconds:.0f} s do not for {len(cells)} cells: raise --budget or lower --seeds")
     write_whole(file, json.dumps({"asked": asked, "cells": [asdict(cell) for cell in cells]}).encode())
     return cells
 
 
 def _cell(row: dict[str, Any]) -> Cell:
-    schedule = row["schedule"] and Schedule(**{**row["schedule"], "milestones": tuple(row["schedule"]["milestones"])})
-    return Cell(row["name"], Spec.from_dict(row["spec"]), row["seed"], schedule, row["facts"])
+    subject = row["subject"]
+    made = Subject(Spec.from_dict(subject["spec"]), subject["seed"], _schedule(subject["schedule"]), subject["weights"])
+    return Cell(row["name"], made, _schedule(row["training"]), row["facts"])
+
+
+def _schedule(row: dict[str, Any] | None) -> Schedule | None:
+    return Schedule(**{**row, "milestones": tuple(row["milestones"])}) if row else None
 
 
 class _Pace:
-    """Times a few training steps of a net in this process, with the threads that a cell will have."""
+    """Times a few training steps of a net in this process, without touching its random numbers."""
 
     def __init__(self, data: Data) -> None:
-        self.data = data
+        self.size = data.facts.size
 
     def __call__(self, spec: Spec, batch: int) -> float:
-        net = ResNet(spec).train()
-        x = torch.randn(batch, spec.in_channels, self.data.facts.size, self.data.facts.size).contiguous(memory_format=torch.channels_last)
-        times = []
-        for _ in range(TIMED_STEPS):
-            start = time.perf_counter()
-            net(x).logsumexp(1).sum().backward()
-            times.append(time.perf_counter() - start)
+        with torch.random.fork_rng():
+            net = ResNet(spec).to(memory_format=torch.channels_last).train()  # type: ignore[call-overload]
+            x = torch.randn(batch, spec.in_channels, self.size, self.size).contiguous(memory_format=torch.channels_last)
+            times = []
+            for _ in range(TIMED_STEPS):
+                start = time.perf_counter()
+                net(x).logsumexp(1).sum().backward()
+                times.append(time.perf_counter() - start)
         return min(times[1:])
 
 
-def _work(name: str, out: Path, cells: list[Cell], jobs: int) -> Iterator[Cell]:
-    """Yields each cell when its records are on the disk. What is finished stays, whatever happens to the rest."""
+class _Queue:
+    """What may be begun: cells whose net is there first, then the trainings that cells wait for."""
+
+    def __init__(self, cells: list[Cell], place: Place, fingerprint: str) -> None:
+        self.ready: deque[Cell] = deque()
+        self.untrained: dict[str, list[Cell]] = {}  # by the key of the subject, in the order of the plan
+        for cell in cells:
+            key = cell.subject.key(fingerprint)
+            if cell.subject.schedule and not place.net(key).is_file():
+                self.untrained.setdefault(key, []).append(cell)
+            else:
+                self.ready.append(cell)
+
+    def next(self) -> Cell | list[Cell] | None:
+        """A cell to measure, or the cells whose common subject is to be trained."""
+        if self.ready:
+            return self.ready.popleft()
+        return self.untrained.pop(next(iter(self.untrained))) if self.untrained else None
+
+
+def _work(name: str, place: Place, cells: list[Cell], fingerprint: str, setting: Setting, started: float) -> Iterator[tuple[Cell, float]]:
+    """Yields each cell when its records are on the disk, and the seconds since the beginning. What is finished stays, whatever happens to the rest.
+
+    Nothing is begun that would, going by the longest of its kind so far, end after the budget.
+    """
     if not cells:
         return
-    threads = max(1, len(os.sched_getaffinity(0)) // jobs)
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(min(jobs, len(cells)), context, _begin, (threads,)) as pool:
-        running: dict[Future[None], Cell] = {pool.submit(work_off, name, out, cell): cell for cell in cells}
+    queue, longest, end = _Queue(cells, place, fingerprint), {train_one: 0.0, work_off: 0.0}, setting.seconds or math.inf
+    threads = max(1, len(os.sched_getaffinity(0)) // setting.jobs)
+    with ProcessPoolExecutor(min(setting.jobs, len(cells)), multiprocessing.get_context("spawn"), _begin, (threads,)) as pool:
+        running: dict[Future[None], tuple[Cell | list[Cell], float]] = {}
         try:
-            while running:
-                done, _ = wait(running, return_when=FIRST_COMPLETED)
-                for future in done:
-                    cell = running.pop(future)
+            while True:
+                while len(running) < setting.jobs and (item := queue.next()) is not None:
+                    now = time.monotonic() - started
+                    function = train_one if isinstance(item, list) else work_off
+                    if now + longest[function] > end:
+                        break
+                    task = (train_one, place, item[0].subject) if isinstance(item, list) else (work_off, name, place, item)
+                    running[pool.submit(*task)] = item, now
+                if not running:
+                    return
+                finished, _ = wait(running, return_when=FIRST_COMPLETED)
+                now = time.monotonic() - started
+                for future in finished:
+                    item, began = running.pop(future)
                     future.result()
-                    yield cell
+                    function = train_one if isinstance(item, list) else work_off
+                    longest[function] = max(longest[function], now - began)
+                    if isinstance(item, list):
+                        queue.ready += item
+                    else:
+                        yield item, now
         except BrokenProcessPool as error:
             raise WorkError("a process of the study was killed, perhaps for want of memory; the finished cells are kept: repeat the command") from error
         finally:
@@ -118,16 +198,58 @@ def _begin(threads: int) -> None:
     keep_freed_memory()
 
 
-def work_off(name: str, out: Path, cell: Cell) -> None:
+def initial(subject: Subject) -> ResNet:
+    """The net as its seed initialises it; the caller's random numbers stay as they are."""
+    with torch.random.fork_rng():
+        torch.manual_seed(subject.seed)
+        return ResNet(subject.spec).to(memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]
+
+
+def train_one(place: Place, subject: Subject) -> None:
+    """Trains a subject and leaves it in the store with its losses."""
+    assert subject.schedule
+    data = load(place.data)
+    target = place.net(subject.key(data.facts.fingerprint))
+    net, state, start = initial(subject), target.with_suffix(".state"), time.process_time()
+    losses = train(net, data, subject.schedule, subject.seed, state=state)
+    held: dict[str, Any] = {"losses": _finite(losses), "seconds": round(time.process_time() - start, 1), **asdict(subject)}
+    write_tensors(target, net.state_dict(), json.dumps(held))
+    state.unlink(missing_ok=True)
+
+
+def ready(subject: Subject, place: Place, fingerprint: str) -> Ready:
+    """The net of a subject: initialised here, or read from the store."""
+    net = initial(subject)
+    if not subject.schedule and not subject.weights:
+        return Ready(net, [])
+    file = place.net(subject.key(fingerprint))
+    weights, header = read_tensors(file)
+    try:
+        net.load_state_dict(weights)
+        held = json.loads(header).get("losses", []) if header else []
+        return Ready(net, [math.nan if loss is None else loss for loss in held])
+    except (RuntimeError, ValueError, AttributeError, TypeError) as error:
+        raise WorkError(f"{shown(file)} is damaged: delete it, and the net is trained again") from error
+
+
+def work_off(name: str, place: Place, cell: Cell) -> None:
     """Measures one cell and writes its records whole."""
-    data = load(out / "data")
-    rows = [{**record, "cell": cell.name, "seed": cell.seed, **cell.facts} for record in find(name).measure(cell, data)]
+    data = load(place.data)
+    found = find(name).measure(cell, ready(cell.subject, place, data.facts.fingerprint), data)
+    rows = [{**record, "cell": cell.name, "seed": cell.subject.seed, **cell.facts} for record in found]
     lines = "".join(json.dumps(_finite(row), allow_nan=False) + "\n" for row in rows)
-    write_whole(_file(out, cell, name, data), lines.encode())
+    write_whole(place.cell(name, cell, data.facts.fingerprint), lines.encode())
 
 
-def _file(out: Path, cell: Cell, name: str, data: Data) -> Path:
-    return out / "cells" / f"{cell.key(name, data.facts.fingerprint)}.jsonl"
+def keep(net: nn.Module, store: Path) -> str:
+    """Puts given weights into the store, and gives back their key."""
+    digest = hashlib.sha256()
+    for key, tensor in sorted(net.state_dict().items()):
+        digest.update(key.encode() + b"\0" + tensor.detach().cpu().contiguous().numpy().tobytes())
+    name = digest.hexdigest()[:24]
+    if not (target := Place(store, store, store).net(name)).is_file():
+        write_tensors(target, net.state_dict())
+    return name
 
 
 def read(file: Path) -> list[Record]:

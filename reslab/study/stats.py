@@ -7,6 +7,8 @@ from typing import NamedTuple
 
 from scipy.stats import t as student
 
+from reslab.study.kinds import Verdict
+
 
 class Estimate(NamedTuple):
     """A mean over n seeds and its 95 % interval; without an interval (infinite) for fewer than two."""
@@ -24,9 +26,15 @@ class Estimate(NamedTuple):
     def is_below_zero(self) -> bool:
         return self.high < 0
 
+    def verdict(self) -> Verdict:
+        """On the claim that the difference is positive."""
+        return "agrees" if self.is_above_zero else "disagrees" if self.is_below_zero else "not decided at this budget"
+
 
 def estimate(values: Sequence[float]) -> Estimate:
-    """The mean of at least one value. Equal values have an interval of no width."""
+    """The mean; of no value, nothing is known. Equal values have an interval of no width."""
+    if not values:
+        return Estimate(math.nan, -math.inf, math.inf, 0)
     mean, n = fmean(values), len(values)
     if n < 2:
         return Estimate(mean, -math.inf, math.inf, n)

@@ -25,6 +25,7 @@ from reslab.data.preprocess import Preprocess
 from reslab.errors import WorkError
 from reslab.interval import share
 from reslab.run import Run
+from reslab.seeds import seed_of, seeded
 from reslab.tensors import below, read_tensors, write_tensors
 from reslab.train.board import Board
 from reslab.train.hardware import Machine
@@ -337,13 +338,3 @@ def interrupts() -> Iterator[list[int]]:
     finally:
         for signum, handler in before.items():
             signal.signal(signum, handler)
-
-
-def seed_of(*numbers: int) -> int:
-    """A seed of its own for each tuple of numbers."""
-    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> np.uint64(1))
-
-
-def seeded(*numbers: int) -> Generator:
-    """A generator of its own for each tuple of numbers."""
-    return Generator().manual_seed(seed_of(*numbers))

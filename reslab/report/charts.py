@@ -1,0 +1,77 @@
+"""What the figures of studies have in common: a figure with its numbers, small multiples, labels at the end of lines."""
+
+import base64
+import csv
+import io
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from reslab.report.svg import SERIES, STYLE, as_svg
+
+Row = dict[str, Any]
+
+
+class Drawn(NamedTuple):
+    """A figure and the numbers it shows."""
+
+    title: str
+    svg: str
+    rows: list[Row]
+
+    @property
+    def csv(self) -> str:
+        """The numbers as a link that a browser saves as a file."""
+        held = io.StringIO()
+        writer = csv.DictWriter(held, list(self.rows[0]) if self.rows else [], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(self.rows)
+        return f"data:text/csv;base64,{base64.b64encode(held.getvalue().encode()).decode()}"
+
+
+class Canvas:
+    """Panels side by side on the same axes; `drawn` ends it."""
+
+    def __init__(self, panels: int, height: float, share: bool, **options: Any) -> None:
+        self.figure = Figure(figsize=(9.6, height), layout="constrained")
+        self.axes: list[Axes] = list(self.figure.subplots(1, panels, squeeze=False, sharex=share, sharey=share, **options)[0])
+
+    def drawn(self, title: str, rows: list[Row]) -> Drawn:
+        return Drawn(title, as_svg(self.figure, title), rows)
+
+
+@contextmanager
+def canvas(panels: int = 1, height: float = 3.0, share: bool = True, grid: bool = True, **options: Any) -> Iterator[Canvas]:
+    """A figure in the style of the page."""
+    with matplotlib.rc_context(STYLE | {"axes.grid": grid}):
+        yield Canvas(panels, height, share, **options)
+
+
+def titled(axes: Axes, title: str, x: str = "", y: str = "") -> None:
+    """The panel's title and what its axes are."""
+    axes.set_title(title, loc="left", fontsize=10)
+    axes.set_xlabel(x)
+    axes.set_ylabel(y)
+
+
+def with_seeds(axes: Axes, x: Sequence[float], values: Sequence[Sequence[float]], colour: str, label: str) -> None:
+    """A line through the means, every seed a dot, and the name at the line's end."""
+    for at, seeds in zip(x, values, strict=True):
+        axes.scatter([at] * len(seeds), seeds, color=colour, s=14, alpha=0.6, linewidths=0)
+    means = [sum(seeds) / len(seeds) for seeds in values]
+    axes.plot(x, means, color=colour)
+    at_end(axes, x[-1], means[-1], label, colour)
+
+
+def at_end(axes: Axes, x: float, y: float, label: str, colour: str) -> None:
+    """A name right of a line's last point, in the line's colour."""
+    axes.annotate(label, (x, y), xytext=(6, 0), textcoords="offset points", color=colour, fontsize=9, va="center", annotation_clip=False)
+
+
+def colours(names: Sequence[str]) -> dict[str, str]:
+    """A colour for each name, in order; at most as many as can be told apart."""
+    return dict(zip(names, SERIES, strict=False))

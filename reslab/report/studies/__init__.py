@@ -1,0 +1,1 @@
+"""One file a study: its records -> figures. Each has `figures(records)`."""

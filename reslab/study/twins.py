@@ -1,0 +1,49 @@
+"""Nets that differ in one thing, and the number of steps that a budget gives them all alike."""
+
+from dataclasses import replace
+from typing import Any
+
+from reslab.layout import stages
+from reslab.spec import Spec
+from reslab.study.data import Data
+from reslab.study.kinds import Pace, Schedule, Setting, Subject
+
+PAPER_STEPS = 64_000  # He et al. 2015, section 4.2
+SHARE = 0.72  # of the budget that is planned to be spent in training steps
+
+
+def plain(spec: Spec) -> Spec:
+    """The twin without shortcuts. It has the same parameters where the shortcuts have none."""
+    return replace(spec, shortcut="none")
+
+
+def deeper(spec: Spec, factor: float) -> Spec:
+    """The same net with that many times the blocks in every stage, at least one."""
+    return replace(spec, depths=tuple(max(1, round(factor * depth)) for depth in spec.depths))
+
+
+def layers(spec: Spec) -> int:
+    """Weighted layers on the longest path, as the papers count them: the stem, the branches' convolutions, the head."""
+    return 2 + sum(len(unit.convs) for units in stages(spec) for unit in units)
+
+
+def batch_size(data: Data) -> int:
+    """128, or less where the images are few."""
+    return min(128, max(1, len(data.train) // 4))
+
+
+def schedule(specs: list[Spec], setting: Setting, data: Data, pace: Pace, share: float = SHARE, **changes: Any) -> Schedule:
+    """The same training for all the specs, each once a seed: as many steps as a share of the budget allows."""
+    batch = batch_size(data)
+    if setting.is_paper:
+        return Schedule(PAPER_STEPS, batch, **{"lr": 0.1, "warmup": 0.01, **changes})
+    cost = sum(pace(spec, batch) for spec in specs) * setting.seeds / setting.jobs
+    return Schedule(min(PAPER_STEPS, int(share * setting.seconds / cost)), batch, **changes)
+
+
+def trained(twins: dict[str, Spec], setting: Setting, data: Data, pace: Pace, share: float) -> dict[str, Subject]:
+    """The nets that were given, or else the twins, each trained once with the first seed in a share of the budget."""
+    if setting.given:
+        return {net.name: Subject(net.spec, weights=net.weights) for net in setting.given}
+    plan = schedule(list(twins.values()), setting._replace(seeds=1), data, pace, share)
+    return {name: Subject(spec, 0, plan) for name, spec in twins.items()}
