@@ -66,17 +66,16 @@ class Data:
 def prepare(images: Images, size: int, store: Path, preprocess: Preprocess | None = None) -> tuple[Data, Path]:
     """The split images, decoded below `store` unless they are there already, and the folder they are in.
 
-    Train is the training part of the split together with val, since studies choose nothing by val; with `preprocess`,
-    that of a run, train is what the run was trained on, and its decoding and its mean are kept.
+    Train is what `reslab train` would train on; val stays unseen, so that a net made here can be calibrated like a run's.
+    With `preprocess`, that of a run, its decoding and its mean are kept.
     """
     fingerprint = hashlib.sha256(json.dumps([images.fingerprint(), size, preprocess and preprocess.to_dict()]).encode()).hexdigest()[:24]
     folder = store / "data" / fingerprint
     if (folder / "facts.json").is_file():
         return load(folder), folder
-    held = ["train"] if preprocess else ["train", "val"]
-    parts = {"train": np.sort(np.concatenate([images.split[name] for name in held])), "test": images.split["test"]}
     arrays: dict[str, NDArray[Any]] = {}
-    for name, items in parts.items():
+    for name in ("train", "test"):
+        items = images.split[name]
         pixels, failed = read_many(images, items, preprocess.canvas if preprocess else size)
         good = np.setdiff1d(np.arange(len(items)), [position for position, _ in failed])
         arrays[name], arrays[f"{name}_labels"] = pixels[good], images.labels[items[good]]
