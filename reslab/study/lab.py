@@ -71,7 +71,7 @@ def find(name: str) -> Study:
 def run(name: str, place: Place, setting: Setting, tell: Tell = print) -> Outcome:
     """Measures what is missing. Cells for which the budget has no time left stay undone: repeating the call does them.
 
-    Raises CallError when the budget allows no cell, WorkError when the work fails; finished cells are kept.
+    Raises CallError when the budget allows no step, WorkError when the work fails; finished cells are kept.
     """
     data, started = load(place.data), time.monotonic()
     cells = _plan(find(name), name, data, setting, place)
@@ -83,8 +83,6 @@ def run(name: str, place: Place, setting: Setting, tell: Tell = print) -> Outcom
         done += 1
         tell(f"{done}/{len(cells)}  {cell.name}  {seconds:.0f} s")
     files = [file for cell in cells if (file := place.cell(name, cell, fingerprint)).is_file()]
-    if not files:
-        raise CallError(f"the budget must allow at least one cell of {name}; {setting.seconds:.0f} s did not: raise --budget")
     return Outcome([record for file in files for record in read(file)], len(files), len(cells))
 
 
@@ -165,19 +163,20 @@ class _Queue:
 def _work(name: str, place: Place, cells: list[Cell], fingerprint: str, setting: Setting, started: float) -> Iterator[tuple[Cell, float]]:
     """Yields each cell when its records are on the disk, and the seconds since the beginning. What is finished stays, whatever happens to the rest.
 
-    Nothing is begun that would, going by the longest of its kind so far, end after the budget.
+    Once a cell is finished, nothing is begun that would, going by the longest of its kind so far, end after the budget.
     """
     if not cells:
         return
     queue, longest, end = _Queue(cells, place, fingerprint), {train_one: 0.0, work_off: 0.0}, setting.seconds or math.inf
     with ProcessPoolExecutor(min(setting.jobs, len(cells)), multiprocessing.get_context("spawn"), _begin, (_threads(setting.jobs),)) as pool:
         running: dict[Future[None], tuple[Cell | list[Cell], float]] = {}
+        any_done = False
         try:
             while True:
                 while len(running) < setting.jobs and (item := queue.next()) is not None:
                     now = time.monotonic() - started
                     function = train_one if isinstance(item, list) else work_off
-                    if now + longest[function] > end:
+                    if any_done and now + longest[function] > end:
                         break
                     task = (train_one, place, item[0].subject) if isinstance(item, list) else (work_off, name, place, item)
                     running[pool.submit(*task)] = item, now
@@ -193,6 +192,7 @@ def _work(name: str, place: Place, cells: list[Cell], fingerprint: str, setting:
                     if isinstance(item, list):
                         queue.ready += item
                     else:
+                        any_done = True
                         yield item, now
         except BrokenProcessPool as error:
             raise WorkError("a process of the study was killed, perhaps for want of memory; the finished cells are kept: repeat the command") from error

@@ -133,9 +133,8 @@ def test_a_full_disk_in_the_middle_keeps_what_is_finished(small: list[str], plac
 
 def test_work_that_the_budget_has_no_time_for_is_left_and_done_by_the_next_call(small: list[str], place: Place, tmp_path: Path) -> None:
     here = place._replace(out=tmp_path / "out", store=tmp_path)
-    with pytest.raises(reslab.CallError, match="must allow at least one cell"):
-        lab.run("degradation", here, SETTING._replace(seconds=1e-9), quiet)
-    assert not (tmp_path / "out" / "cells").exists()
+    some = lab.run("degradation", here, SETTING._replace(seconds=1e-9), quiet)
+    assert 1 <= some.done < some.planned == 4
     assert lab.run("degradation", here, SETTING, quiet).done == 4
 
 
