@@ -3,6 +3,7 @@
 import hashlib
 import os
 import platform
+import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
@@ -136,6 +137,7 @@ def _answered(name: str, found: Study, call: Call, place: Place, show: Show) -> 
     shape = {"in_channels": data.facts.channels, "num_classes": data.facts.classes}
     nets = tuple(Given(Path(path).name, c.spec, keep(c.net, place.store)) for path, c in given)
     setting = Setting(call.seconds, call.workers, call.seeds, find_spec(base, **shape), nets)
+    began = time.monotonic()
     outcome = run(name, place._replace(data=folder), setting, show.say)
     claims = found.claims(outcome.records)
     page = {
@@ -147,6 +149,7 @@ def _answered(name: str, found: Study, call: Call, place: Place, show: Show) -> 
         "size": data.facts.size,
         "protocol": _protocol(call, setting, outcome, images.image_size, size),
         "command": _command(name, call, size),
+        "seconds": round(time.monotonic() - began),
         "cells": outcome.done,
         "version": __version__,
         "hardware": f"{platform.machine()}, {setting.jobs} processes on {len(os.sched_getaffinity(0))} cores, torch {torch.__version__}",

@@ -4,6 +4,7 @@ import json
 from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -253,5 +254,10 @@ def test_study_from_the_command_line_to_the_page(tmp_path: Path, cli) -> None:  
     assert page.count("<svg") == page.count('href="data:text/csv;base64,') == 2
     assert "the training error of the plain net changes by" in page
     assert "://" not in page.replace("http://www.w3.org", ""), "it opens offline"
+    told = json.loads((tmp_path / "s" / "study.json").read_text())
+    assert {claim["verdict"] for claim in told["claims"]} == {"not decided at this budget"}, "one seed decides nothing"
+    for number in range(1, 1 + len(told["figures"])):
+        ElementTree.parse(tmp_path / "s" / "figures" / f"{number}.svg")
+        assert (tmp_path / "s" / "figures" / f"{number}.csv").read_text().startswith("twin,layers,seed,")
     rows = [json.loads(line) for file in (tmp_path / "s" / "cells").iterdir() for line in file.read_text().splitlines()]
     assert {r["seed"] for r in rows} == {0}
