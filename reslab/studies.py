@@ -179,7 +179,7 @@ def _size(images: Images, call: Call) -> int:
 def _protocol(call: Call, setting: Setting, outcome: Outcome, own: int, size: int) -> str:
     steps = max((int(r["steps"]) for r in outcome.records if "steps" in r), default=0)
     trained = f", which gave every net {steps:,} steps" if steps else ""
-    kind = "The published protocol" if setting.is_paper else f"A budget of {setting.seconds / 60:g} minutes{trained}"
+    kind = "The published protocol" if setting.is_paper else f"A budget of {setting.seconds / 60:g} min{trained}"
     small = f"; the images are {size} pixels a side, where their own size is {own}" if size < own and not call.runs else ""
     missing = "" if outcome.done == outcome.planned else f" Only {outcome.done} of {outcome.planned} cells fitted: the same command does the rest."
     return f"{kind}, {setting.seeds} seeds{small}. What needs longer trainings cannot be decided here.{missing}"
