@@ -257,7 +257,8 @@ def _finish(job: Job, training: Training, show: JobShow) -> Run:
     net = training.net
     assert isinstance(net, ResNet)
     show.say("testing")
-    found = Classifier(TorchModel(net.eval(), job.preprocess), job.images.classes)
+    model = TorchModel(net.eval(), job.preprocess)
+    found = Classifier(model, job.images.classes)
     val = outputs(found, job.parts["val"].epoch(BATCH))
     temperature = fit_temperature(val)
     found = replace(found, temperature=temperature, sure=sure_above(val, temperature))
@@ -276,6 +277,8 @@ def _finish(job: Job, training: Training, show: JobShow) -> Run:
     for batches in job.parts.values():
         for name, reason in batches.dropped.items():
             run.record("warning", text=f"left out {shown(name)}: {reason}")
+    model = model.weighed((batch.pixels.numpy() for batch in job.parts["val"].epoch(QUICK_BATCH)), val.logits.argmax(1).tolist())
+    found = replace(found, model=model)
     save(found, run.model, {"n": len(val.labels), "split": "val", "top1": scores["top1"]})
     run.record("end")
     write_report(run)

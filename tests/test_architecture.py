@@ -10,11 +10,12 @@ import pytest
 import reslab
 
 PACKAGE = Path(reslab.__file__).parent
-LEAVES = {"download", "errors", "interval", "keras_backend", "run", "tensors"}
+LEAVES = {"download", "errors", "host", "interval", "keras_backend", "run", "tensors"}
 NETWORK = {"spec", "layout", "family"}
 MAY_IMPORT = {
     "download": {"errors"},
     "errors": set(),
+    "host": set(),
     "interval": set(),
     "keras_backend": {"errors"},
     "run": {"errors"},

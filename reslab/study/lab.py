@@ -21,13 +21,13 @@ import torch
 
 from reslab.data.source import Progress, silent
 from reslab.errors import CallError, WorkError, shown, unknown
+from reslab.host import keep_freed_memory
 from reslab.nets.torch import ResNet
 from reslab.run import Record, write_whole
 from reslab.spec import Spec
 from reslab.study import STUDIES
 from reslab.study.data import Data, Facts, load, prepare
 from reslab.study.kinds import Cell, Schedule, Setting, Study
-from reslab.train.hardware import keep_freed_memory
 
 TIMED_STEPS = 3
 Tell = Callable[[str], None]
