@@ -99,7 +99,7 @@ def lowered(net: ResNet, dtype: torch.dtype) -> Forward:
     """The folded net in that precision, channels last: normalised float32 (N, C, H, W) -> float32 logits."""
     device = next(net.parameters()).device
     graph = folded(net).to(device, dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    if device.type == "cpu" and torch.backends.mkldnn.is_available() and dtype in (torch.float32, torch.bfloat16):
+    if device.type == "cpu" and torch._C._has_mkldnn and dtype in (torch.float32, torch.bfloat16):
         _fuse(graph)
 
     def forward(x: Tensor) -> Tensor:
