@@ -54,7 +54,7 @@ JsonFlag = Annotated[bool, Parameter(name="--json", negative="", help="print JSO
 
 @app.command
 def train(
-    data: Annotated[str | None, Parameter(help="digits, cifar10, cifar100, mnist, fashion-mnist, a folder, or a CSV of path,label")] = None,
+    data: Annotated[str | None, Parameter(help="digits, cifar10, cifar100, mnist, fashion-mnist, a folder, a CSV of path,label, or shards")] = None,
     /,
     *,
     net: Annotated[str | None, Parameter(help="a name that `reslab models` lists; by default resnet20 up to 64 px, resnet18 above")] = None,
@@ -95,6 +95,25 @@ def check(
     else:
         print_checkup(shown(images.name), len(images), found)
     return 0 if found.is_healthy else 1
+
+
+@app.command
+def shard(
+    data: Annotated[Path, Parameter(help="a folder of images, or a CSV of path,label")],
+    out: Annotated[Path, Parameter(help="a new or empty folder")],
+    /,
+    *,
+    seed: Annotated[int, Parameter(help="of the order, and of the split where the images declare none")] = 0,
+    shard_size: Annotated[float, Parameter(help="MiB from which a shard is full")] = 128.0,
+) -> int:
+    """Write images as WebDataset tar shards, which `reslab train OUT` and `reslab train https://.../shards.json` read."""
+    from reslab.data.shards import write_shards
+    from reslab.data.source import open_images
+
+    with watch() as show:
+        made = write_shards(open_images(data, show.reading), out, seed, shard_size, show.reading)
+    print(f"{shown(out)}: {sum(row['images'] for row in made['shards']):,} images in {len(made['shards']):,} shards")
+    return 0
 
 
 @app.command

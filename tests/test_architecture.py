@@ -25,7 +25,7 @@ MAY_IMPORT = {
     "family": {"errors", "spec"},
     "catalogue": {"errors"} | NETWORK,
     "nets": LEAVES | NETWORK,
-    "data": {"download", "errors", "keras_backend"},
+    "data": {"download", "errors", "keras_backend", "run"},  # run: for writing whole
     "use": LEAVES | NETWORK | {"nets", "data"},
     "serve": LEAVES | NETWORK | {"data", "use", "__init__"},
     "train": LEAVES | NETWORK | {"nets", "data"},
