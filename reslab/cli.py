@@ -1,7 +1,6 @@
 """The command `reslab`: one thin function a verb. Exit status 0 for success, 1 when the work failed, 2 for a wrong call."""
 
 import contextlib
-import gc
 import glob
 import itertools
 import json
@@ -363,7 +362,6 @@ def show(
 
 def main(tokens: list[str] | None = None) -> None:
     """Runs a command line and exits. An error is one line on stderr; `--debug` adds the traceback."""
-    gc.set_threshold(100_000)  # importing torch makes objects by the million; looking for cycles at every 700 took a third of it
     tokens = list(sys.argv[1:] if tokens is None else tokens)
     debug = "--debug" in tokens
     tokens = [word for word in tokens if word != "--debug"]

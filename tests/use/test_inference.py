@@ -43,7 +43,8 @@ def net_of(spec: Spec) -> ResNet:
 @torch.no_grad()
 def test_folding_is_exact_and_fusing_rounds_only(name: str) -> None:
     net = net_of(shallow(name))
-    x = torch.randn(3, net.spec.in_channels, 64, 64, generator=torch.Generator().manual_seed(0))
+    side = net.spec.flatten or 64
+    x = torch.randn(3, net.spec.in_channels, side, side, generator=torch.Generator().manual_seed(0))
     want = net.double()(x.double())
     graph = folded(net)
     assert relative(graph(x.double()), want) < 1e-13
