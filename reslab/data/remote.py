@@ -80,7 +80,10 @@ def read_url(address: str) -> bytes:
     if parts.scheme != "https" and parts.hostname not in LOCAL:
         raise CallError(f"data from elsewhere comes over https; received {shown(address)}: use https, or a folder")
     with tempfile.TemporaryDirectory() as folder:
-        file = fetch(Archive("index", "", address), Path(folder), lambda what, done, total: None, ", and give that folder")
+        try:
+            file = fetch(Archive("index", "", address), Path(folder), lambda what, done, total: None)
+        except WorkError as error:
+            raise WorkError(f"{shown(address)} is needed and could not be had ({shown(str(error.__cause__ or error))}): check the address") from error
         if file.stat().st_size > MAX_INDEX:
             raise WorkError(f"an index has at most {MAX_INDEX >> 20} MiB; {shown(address)} has {file.stat().st_size:,} bytes")
         return file.read_bytes()

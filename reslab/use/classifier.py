@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 BATCH = 64
-PIXELS = 1 << 20  # of a batch of image files: more only costs memory
+BATCH_PIXELS = 1 << 20  # of image files: more only costs memory
 AHEAD = 2  # batches that are decoded while one is in the net
 SLICE = 16  # images that a thread decodes at a time
 SMALL_FILE = 1 << 15  # bytes up to which one thread decodes faster than several, which wait for the interpreter
@@ -118,7 +118,7 @@ class Classifier:
         The next ones are decoded meanwhile, and no more are held than those. `images` is read as far as that needs.
         """
         paths = iter(Path(image) for image in images)
-        size = max(1, min(BATCH, PIXELS // self.preprocess.canvas**2))
+        size = max(1, min(BATCH, BATCH_PIXELS // self.preprocess.canvas**2))
         first = list(islice(paths, size))
         chunks = chain([first], iter(lambda: list(islice(paths, size)), []))
         with ThreadPoolExecutor(_threads(first)) as pool:

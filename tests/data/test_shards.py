@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import load_file
 
 import reslab
+from reslab.data.batches import Batches
 from reslab.data.decode import Unreadable
 from reslab.data.images import Images
 from reslab.data.remote import Cache
@@ -268,3 +269,11 @@ def test_remote_shards_that_were_changed_are_refused(address: str, shards: Path,
     false = replace(images.paths, shards=tuple(shard._replace(sha256="0" * 64) for shard in images.paths.shards))
     with pytest.raises(WorkError, match="must have SHA-256"):
         replace(images, paths=false).pixels(0, 24)
+    with pytest.raises(WorkError, match=r"^\w+-000000\.tar must have SHA-256") as caught:
+        list(Batches(replace(images, paths=false), np.arange(8), 24, "stream", workers=1).epoch(4))
+    assert "\n" not in str(caught.value)
+
+
+def test_an_address_without_shards_is_one_line(address: str) -> None:
+    with pytest.raises(WorkError, match=r"could not be had .*check the address"):
+        open_images(address.replace(INDEX, "nothing.json"))
