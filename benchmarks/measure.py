@@ -44,6 +44,20 @@ def train_here(data: str, out: Path, *arguments: str) -> Path:
     return out
 
 
+def torchvision_net(name: str) -> Any:
+    """In eval mode. Its compiled operators do not load beside a CPU build of torch; the models do not need them, only their schemas."""
+    import torch
+
+    library = torch.library.Library("torchvision", "FRAGMENT")
+    for operator in ("nms", "qnms"):
+        library.define(f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    import torchvision.models
+
+    net = getattr(torchvision.models, name)(weights=None).eval()
+    net.library = library  # kept alive with the net
+    return net
+
+
 def hardware() -> str:
     """The machine and software in one line, as runs record them."""
     from reslab.train.hardware import machine

@@ -44,7 +44,7 @@ def run_config(job: Job, net: str, data: str, plan: Plan, budget: float | None) 
         "recipe": asdict(recipe),
         "plan": asdict(plan),
         "data": {
-            "source": str(Path(images.source).resolve()) if images.paths is not None else images.source,
+            "source": str(Path(images.source).resolve()) if images.paths is not None and "://" not in images.source else images.source,
             "name": images.name,
             "fingerprint": images.fingerprint(),
             "images": len(images),

@@ -40,6 +40,7 @@ from reslab.use.second_look import label_suspects, mistakes
 
 T = TypeVar("T")
 REPORT_SECONDS = 10.0  # kept back from a budget for the report and what surrounds it
+FEW = 16  # images in a batch that inference is measured with
 SMALL = 64  # pixels a side up to which a CIFAR net is the default
 KERNELS = {(3,): "conv3", (7,): "conv7-pool", (3, 3, 3): "deep-pool"}  # of a stem in a weights file: its row in STEMS
 EVAL_MARGIN = 256 / 224  # photos are tested on the middle 224 of 256 pixels
@@ -257,7 +258,8 @@ def _finish(job: Job, training: Training, show: JobShow) -> Run:
     net = training.net
     assert isinstance(net, ResNet)
     show.say("testing")
-    found = Classifier(TorchModel(net.eval(), job.preprocess), job.images.classes)
+    model = TorchModel(net.eval(), job.preprocess)
+    found = Classifier(model, job.images.classes)
     val = outputs(found, job.parts["val"].epoch(BATCH))
     temperature = fit_temperature(val)
     found = replace(found, temperature=temperature, sure=sure_above(val, temperature))
@@ -276,6 +278,8 @@ def _finish(job: Job, training: Training, show: JobShow) -> Run:
     for batches in job.parts.values():
         for name, reason in batches.dropped.items():
             run.record("warning", text=f"left out {shown(name)}: {reason}")
+    model = model.weighed((batch.pixels.numpy() for batch in job.parts["val"].epoch(FEW)), val.logits.argmax(1).tolist())
+    found = replace(found, model=model)
     save(found, run.model, {"n": len(val.labels), "split": "val", "top1": scores["top1"]})
     run.record("end")
     write_report(run)

@@ -22,6 +22,7 @@ from reslab.data import augment
 from reslab.data.batches import Batch, Batches
 from reslab.data.images import Indices
 from reslab.data.preprocess import Preprocess
+from reslab.data.shards import shuffled
 from reslab.errors import WorkError
 from reslab.interval import share
 from reslab.run import Run
@@ -172,7 +173,8 @@ class Training:
         rng = np.random.default_rng([self.recipe.seed, ORDER, epoch])
         n = len(self.train.items)
         if self.recipe.balance != "sampling":
-            return rng.permutation(n)
+            shards = self.train.images.shards
+            return rng.permutation(n) if shards is None else shuffled(shards[self.train.items], rng)
         labels = self.train.images.labels[self.train.items]
         share = 1 / np.bincount(labels, minlength=1)[labels]
         return rng.choice(n, n, p=share / share.sum())

@@ -3,21 +3,20 @@
 One training path serves a CPU, a GPU and several; all that differs is decided here.
 """
 
-import ctypes
 import os
 import platform
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from reslab.host import cpu_name, keep_freed_memory
+
 T = TypeVar("T")
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
 
 
 @dataclass(frozen=True)
@@ -77,7 +76,7 @@ class Machine:
 
     def describe(self) -> dict[str, Any]:
         """What a run records of the machine and its software."""
-        name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else _cpu_name()
+        name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else cpu_name()
         return {
             "device": str(self.device),
             "name": name,
@@ -107,26 +106,7 @@ def machine() -> Iterator[Machine]:
             dist.destroy_process_group()
 
 
-def keep_freed_memory() -> None:
-    """Tells glibc to keep freed buffers instead of returning them to the system at every step. Elsewhere a no-op."""
-    try:
-        libc = ctypes.CDLL("libc.so.6")
-        libc.mallopt(M_MMAP_THRESHOLD, 1 << 30)
-        libc.mallopt(M_TRIM_THRESHOLD, (1 << 31) - 1)
-    except (OSError, AttributeError):
-        pass
-
-
 def synchronise(x: Tensor) -> None:
     """Waits until the device has done its work, so that a clock can be read."""
     if x.device.type == "cuda":
         torch.cuda.synchronize(x.device)
-
-
-def _cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text("utf-8").splitlines()
-        names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-        return f"{names[0]}, {len(os.sched_getaffinity(0))} cores"
-    except (OSError, IndexError):
-        return platform.processor() or platform.machine()
