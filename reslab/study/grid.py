@@ -45,7 +45,7 @@ def grid(
     """Every arm at every depth for every seed, all trained alike; seeds outermost, so that what is cut off is a whole seed.
 
     Of the ladders, which ascend, it takes the last that leaves each net its least steps, and the first in any case;
-    `paper` are the depths of the published protocol. `changes` are fields of the schedule of a short budget.
+    `paper` are the depths of the published protocol. `changes` are fields of the schedule.
     """
     if setting.net.shortcut == "none":
         raise CallError("this study varies nets with skip connections; received a plain one: give --net resnet20 or the like")
@@ -66,7 +66,7 @@ def grid(
 def planned(specs: list[Spec], setting: Setting, data: Data, pace: Pace, **changes: Any) -> Schedule:
     """The published protocol, or as many steps of small batches as the budget allows."""
     if setting.is_paper:
-        return schedule(specs, setting, data, pace)
+        return schedule(specs, setting, data, pace, **changes)
     return schedule(specs, setting, data, pace, batch=min(SMALL_BATCH, batch_size(data)), **{**GENTLE, **changes})
 
 
