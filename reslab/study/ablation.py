@@ -31,7 +31,7 @@ from reslab.study.twins import plain
 
 SKIPS = ("residual", "plain")
 NORMS: dict[Norm, str] = {"none": "no norm", "batch": "batch norm", "group": "group norm"}
-LADDERS = (Ladder((1 / 3, 1), 1), Ladder((1 / 3, 1, 3), 80), Ladder((1 / 3, 1, 3, 6), 300))  # 8 to 110 layers
+LADDERS = (Ladder((1 / 3, 1), 1), Ladder((1 / 3, 1, 3), 60), Ladder((1 / 3, 1, 3, 6), 300))  # 8 to 110 layers
 PAPER = (1 / 3, 1, 5 / 3, 3, 6)
 EFFECTS = ("skip", "batch norm", "together")
 

@@ -93,8 +93,8 @@ STUDY = Study(
     question="Can a deep residual net train without norm, if it starts right?",
     method=(
         "Residual nets without norm at the depths that the budget allows, from He initialisation as it is (none), Fixup, SkipInit and ReZero; the same images, "
-        "order, schedule, steps and seeds. The learning rate is 0.1, of parameters that are a single number a tenth of it, as Fixup asks; from He initialisation a "
-        "net of 56 layers fails at lower rates too, one of 20 layers would take 0.05."
+        "order, schedule, steps and seeds. The learning rate is 0.1, of parameters that are a single number a tenth of it, as Fixup asks; from He "
+        "initialisation a net of 56 layers fails at lower rates too, one of 20 layers would take 0.05."
     ),
     source="Zhang et al. 2019 (1901.09321); De & Smith 2020 (2002.10444); Bachlechner et al. 2020 (2003.04887)",
     shows="which starts let a deep net without norm train at all, and how the training error goes with depth",

@@ -12,7 +12,7 @@ from reslab.study.grid import Arm, Ladder, beyond, by_seed, claim, depths, grid,
 from reslab.study.kinds import Cell, Claim, Pace, Setting
 from reslab.study.stats import Estimate, estimate, points
 
-LADDERS = (Ladder((1,), 1), Ladder((3,), 80), Ladder((6,), 400))  # 20, 56 or 110 layers, where --net is resnet20
+LADDERS = (Ladder((1,), 1), Ladder((3,), 60), Ladder((6,), 400))  # 20, 56 or 110 layers, where --net is resnet20
 PAPER = (6,)
 
 
