@@ -1,5 +1,6 @@
 """Figures of grids of trained nets: errors by depth, errors by variant beside the published ones, running losses."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -8,6 +9,7 @@ from matplotlib.axes import Axes
 from reslab.report.charts import Drawn, at_ends, canvas, titled
 from reslab.report.svg import MUTED, SERIES
 from reslab.run import Record
+from reslab.study.grid import results
 
 OURS, PUBLISHED = SERIES[0], SERIES[4]
 TOP = 4.0  # of the axis of losses: what is above has left the picture, and mostly does not come back
@@ -27,11 +29,6 @@ class Panel(NamedTuple):
     title: str
     error: str
     lines: Sequence[Line]
-
-
-def results(records: list[Record]) -> list[Record]:
-    """What became of each net."""
-    return [r for r in records if r["kind"] == "result"]
 
 
 def by_depth(title: str, records: list[Record], panels: Sequence[Panel]) -> Drawn:
@@ -120,9 +117,10 @@ def _curves(axes: Axes, curves: list[Record], line: Line, alpha: float = 0.9) ->
     """Draws the losses of the nets of a line; gives back where the last one ends, the line's name and its colour."""
     end = None
     for row in (r for r in curves if all(r[key] == value for key, value in line.facts.items())):
-        points = [(row["every"] * (i + 0.5), loss) for i, loss in enumerate(row["loss"]) if loss is not None and loss <= TOP]
+        points = [(row["every"] * (i + 0.5), math.nan if loss is None or loss > TOP else loss) for i, loss in enumerate(row["loss"])]
         axes.plot([x for x, _ in points], [y for _, y in points], color=line.colour, linewidth=1, alpha=alpha)
-        end = (*points[-1], line.label, line.colour) if points else end
+        seen = [point for point in points if math.isfinite(point[1])]
+        end = (*seen[-1], line.label, line.colour) if seen else end
     return end
 
 

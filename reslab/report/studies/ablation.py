@@ -3,11 +3,11 @@
 import math
 
 from reslab.report.charts import Canvas, Drawn, canvas, colours, titled
-from reslab.report.grids import Line, Panel, by_depth, losses, results
+from reslab.report.grids import Line, Panel, by_depth, losses
 from reslab.report.svg import HEAT, MUTED, SERIES
 from reslab.run import Record
 from reslab.study.ablation import EFFECTS, NORMS, SKIPS, effects
-from reslab.study.grid import depths, has_trained
+from reslab.study.grid import depths, has_trained, results
 
 COLOURS = colours(SKIPS)
 EFFECT_TITLES = ("what skips buy", "what batch norm buys", "together, beyond apart")
