@@ -62,10 +62,10 @@ def claims(records: list[Record]) -> list[Claim]:
     """What the papers say of the deepest nets, decided by paired differences of training errors."""
     shallow, deep = min(depths(records)), max(depths(records))
 
-    def arm(skip: str, norm: str, layers: int = deep) -> dict[str, object]:
+    def arm(skip: str, norm: Norm, layers: int = deep) -> dict[str, object]:
         return {"skip": skip, "norm": norm, "layers": layers}
 
-    def alive(skip: str, norm: str) -> str:
+    def alive(skip: str, norm: Norm) -> str:
         return f"{skip} nets with {NORMS[norm]}: {trained(results(records, **arm(skip, norm)))}"
 
     skips = {n: differences(records, arm("plain", "batch", n), arm("residual", "batch", n)) for n in (shallow, deep)}
