@@ -6,10 +6,10 @@ error is ten points better than naming the commonest class. What skips buy is ho
 mean over nets with and without batch norm; what batch norm buys, the same the other way round; what they buy together is
 what skips buy with batch norm beyond what they buy without (the interaction of a 2 x 2 design). Intervals are over seeds.
 
-All nets have one learning rate (`grid`), chosen for deep nets: those without norm fail at 56 layers at every rate from 0.002
-to 0.2. At 8 layers it is low for them: 120 steps on digits leave 90
-and 73 % training error without norm, without skips and with, where rates of 0.1 and 0.2 leave 49 and 22 %. So what batch
-norm buys in shallow nets is in part that it does not depend on the rate.
+All nets have one learning rate (`grid`), chosen for deep nets: those without norm fail at 56 layers at every rate from
+0.002 to 0.2. At 8 layers it is low for them: 120 steps on digits leave 90 and 73 % training error without norm, without
+skips and with, where rates of 0.1 and 0.2 leave 49 and 22 %. So what batch norm buys in shallow nets is in part that it
+does not depend on the rate (docs/log.md).
 
 A result shows what either part does to a training of the given steps at that rate. It does not show why (studies
 `gradients`, `signal`, `batchnorm`), nor what nets without norm do from an initialisation made for them (`init`).

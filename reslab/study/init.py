@@ -8,7 +8,8 @@ convolutions have no biases here, which is all that tells the two apart. The sam
 The depths are as many of 20, 56, 110, 326 and 998 layers as the budget gives the steps that they need; the page says which.
 The learning rate is 0.1, at which the three starts made for it train well in 150 to 200 steps; parameters that are a single
 number learn at a tenth of it, as Fixup's recipe has it: with more, Fixup's nets of 56 layers break. The start without is no
-victim of that rate: at 56 layers it fails at every rate from 0.002 to 0.2, and only at 20 layers would a lower one serve it better (docs/log.md).
+victim of that rate: at 56 layers it fails at every rate from 0.002 to 0.2; only at 20 layers would a lower one serve it
+better (docs/log.md).
 
 A result shows which starts train at all, and how the training error goes with depth. It does not show where long trainings
 would end, nor compare with norms (study `ablation`).
