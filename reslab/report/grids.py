@@ -1,6 +1,6 @@
 """Figures of grids of trained nets: errors by depth, errors by variant beside the published ones, running losses."""
 
-import math
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -12,7 +12,7 @@ from reslab.run import Record
 from reslab.study.grid import results
 
 OURS, PUBLISHED = SERIES[0], SERIES[4]
-TOP = 4.0  # of the axis of losses: what is above has left the picture, and mostly does not come back
+TOP = 4.0  # of the axis of losses: what is above is drawn at its edge
 
 
 class Line(NamedTuple):
@@ -42,7 +42,8 @@ def by_depth(title: str, records: list[Record], panels: Sequence[Panel]) -> Draw
             axes.set_ylim(0, 100)
             _guess(axes, nets, first=axes is c.axes[0])
             at_ends(axes, len(depths) - 1, [end for line in panel.lines if (end := _line(axes, nets, depths, panel.error, line))])
-            titled(axes, panel.title, "layers", f"{'training' if panel.error == 'train_error' else 'test'} error, %" if axes is c.axes[0] else "")
+            says = axes is c.axes[0] or panel.error != panels[0].error
+            titled(axes, panel.title, "layers", f"{'training' if panel.error == 'train_error' else 'test'} error, %" if says else "")
         facts = dict.fromkeys(key for panel in panels for line in panel.lines for key in line.facts)
         return c.drawn(title, rows(nets, *facts))
 
@@ -114,13 +115,15 @@ def losses(title: str, records: list[Record], panels: Mapping[str, Sequence[Line
 
 
 def _curves(axes: Axes, curves: list[Record], line: Line, alpha: float = 0.9) -> tuple[float, float, str, str] | None:
-    """Draws the losses of the nets of a line; gives back where the last one ends, the line's name and its colour."""
+    """Draws the losses of the nets of a line, a cross where one was lost; gives back where the last one ends, its name and its colour."""
     end = None
     for row in (r for r in curves if all(r[key] == value for key, value in line.facts.items())):
-        points = [(row["every"] * (i + 0.5), math.nan if loss is None or loss > TOP else loss) for i, loss in enumerate(row["loss"])]
-        axes.plot([x for x, _ in points], [y for _, y in points], color=line.colour, linewidth=1, alpha=alpha)
-        seen = [point for point in points if math.isfinite(point[1])]
-        end = (*seen[-1], line.label, line.colour) if seen else end
+        kept = list(itertools.takewhile(lambda loss: loss is not None, row["loss"]))
+        points = [(row["every"] * (i + 0.5), min(loss, TOP)) for i, loss in enumerate(kept)]
+        axes.plot([x for x, _ in points], [y for _, y in points], color=line.colour, linewidth=1, alpha=alpha, clip_on=False)
+        if len(kept) < len(row["loss"]) and points:
+            axes.plot(*points[-1], color=line.colour, marker="x", clip_on=False)
+        end = (*points[-1], line.label, line.colour) if points else end
     return end
 
 

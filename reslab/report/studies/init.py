@@ -13,7 +13,7 @@ def figures(records: list[Record]) -> list[Drawn]:
     """Training and test error by depth, and the loss of the deepest nets."""
     deep = depths(records)[-1]
     lines = [Line(start, colour, {"start": start}) for start, colour in COLOURS.items()]
-    panels = [Panel("training error, %", "train_error", lines), Panel("test error, %", "test_error", lines)]
+    panels = [Panel("training images", "train_error", lines), Panel("test images", "test_error", lines)]
     by_start = {start: [Line(start, colour, {"start": start, "layers": deep})] for start, colour in COLOURS.items()}
     return [
         by_depth("Error by depth without norm, from four starts, a dot a seed", records, panels),
