@@ -51,6 +51,7 @@ def _effects(records: list[Record]) -> Drawn:
                     )
             axes.set_xticks(range(len(found)), [str(depth) for depth in found])
             axes.set_xlim(-0.4, len(found) - 0.3)
+            axes.set_ylim(-110, 110)  # intervals of two seeds may leave it: no effect can
             titled(axes, title, "layers", "points of training error" if axes is c.axes[0] else "")
         return c.drawn("What each part takes off the training error, with 95 % intervals over seeds", drawn)
 
