@@ -30,7 +30,7 @@ MAY_IMPORT = {
     "use": LEAVES | NETWORK | {"nets", "data"},
     "serve": LEAVES | NETWORK | {"data", "use", "__init__"},
     "train": LEAVES | NETWORK | {"nets", "data"},
-    "report": LEAVES,
+    "report": LEAVES | {"study"},  # what a study works out of its records
     "study": LEAVES | NETWORK | {"__init__", "nets", "data", "train"},
     "studies": LEAVES | NETWORK | {"__init__", "data", "study", "report", "job", "use"},
     "describe": LEAVES | NETWORK | {"data", "train"},

@@ -49,6 +49,6 @@ def paired(after: Mapping[int, float], before: Mapping[int, float]) -> Estimate:
 
 def points(e: Estimate) -> str:
     """A difference of shares in percentage points, with its interval."""
-    return (
-        f"{100 * e.mean:+.1f} points (95 % interval {100 * e.low:+.1f} to {100 * e.high:+.1f}, n = {e.n})" if e.n > 1 else f"{100 * e.mean:+.1f} points (n = 1)"
-    )
+    if e.n < 2:
+        return f"{100 * e.mean:+.1f} points (n = 1)" if e.n else "not measured"
+    return f"{100 * e.mean:+.1f} points (95 % interval {100 * e.low:+.1f} to {100 * e.high:+.1f}, n = {e.n})"

@@ -32,9 +32,12 @@ def batch_size(data: Data) -> int:
     return min(128, max(1, len(data.train) // 4))
 
 
-def schedule(specs: list[Spec], setting: Setting, data: Data, pace: Pace, share: float = SHARE, **changes: Any) -> Schedule:
-    """The same training for all the specs, each once a seed: as many steps as a share of the budget allows."""
-    batch = batch_size(data)
+def schedule(specs: list[Spec], setting: Setting, data: Data, pace: Pace, share: float = SHARE, batch: int = 0, **changes: Any) -> Schedule:
+    """The same training for all the specs, each once a seed: as many steps of `batch` images as a share of the budget allows.
+
+    A batch of 0 is that of `batch_size`.
+    """
+    batch = batch or batch_size(data)
     if setting.is_paper:
         return Schedule(PAPER_STEPS, batch, **{"lr": 0.1, "warmup": 0.01, **changes})
     cost = sum(pace(spec, batch) for spec in specs) * setting.seeds / setting.jobs
