@@ -29,13 +29,12 @@ from scipy.stats import kendalltau
 from reslab.nets.torch import ResNet
 from reslab.run import Record
 from reslab.seeds import seeded
-from reslab.spec import Spec
 from reslab.study.data import Data
 from reslab.study.kinds import Cell, Claim, Pace, Ready, Setting, Study, Verdict
 from reslab.study.paths import along_paths, carrying, fall, paths_of, random_paths, shares
 from reslab.study.stats import Estimate, estimate, points, rank_correlation
 from reslab.study.surgery import BATCH, Lesion, interchangeable, keeps_shape, mistakes, units
-from reslab.study.twins import batch_size, deeper, layers, plain, trained
+from reslab.study.twins import batch_size, deeper, is_residual, trained, with_and_without_shortcuts
 
 DEEPER = 3  # times the blocks: 56 layers of 20
 TRAINING, MEASURING = 0.5, 0.15  # shares of the budget; given nets leave both to the measuring
@@ -44,15 +43,15 @@ LEAST, MOST_PATH_IMAGES = 64, 1000  # images; the paper samples 1000 paths of ea
 LITTLE, RUINOUS = 0.02, 0.30  # rise of the error by one block: of a residual net at most, of a plain one at least
 SUDDEN = 0.5  # of the whole rise: what the first removed block must stay below for the rise to be smooth
 STRAIGHT = 0.9  # R2 of a straight line through the logarithms
+UNDECIDED: Verdict = "not decided at this budget"
 REMOVED, PERMUTED, PATHS, RESAMPLED = 1, 2, 3, 4  # streams of random numbers
 
 
 def cells(setting: Setting, data: Data, pace: Pace) -> list[Cell]:
     """A cell for each kind of lesion and net, the kinds outermost: what a short budget cuts off is a whole kind."""
     pace = cache(pace)
-    net = deeper(setting.net, DEEPER)
-    subjects = trained({f"{twin} {layers(spec)} layers": spec for twin, spec in (("residual", net), ("plain", plain(net)))}, setting, data, pace, TRAINING)
-    jobs = [(kind, name) for kind in MEASURES for name, subject in subjects.items() if kind != "paths" or _is_residual(subject.spec)]
+    subjects = trained(with_and_without_shortcuts(deeper(setting.net, DEEPER)), setting, data, pace, TRAINING)
+    jobs = [(kind, name) for kind in MEASURES for name, subject in subjects.items() if kind != "paths" or is_residual(subject.spec)]
     share = MEASURING + (TRAINING if setting.given else 0.0)
     made = []
     for kind, name in jobs:
@@ -60,7 +59,7 @@ def cells(setting: Setting, data: Data, pace: Pace) -> list[Cell]:
         image = pace(subject.spec, batch_size(data)) / batch_size(data)  # seconds, forward and backward
         afford = share * setting.seconds * setting.jobs / len(jobs) / (image * _cost(kind, sum(subject.spec.depths)))
         images = _images(kind, afford if setting.seconds else math.inf, data)
-        facts = {"net": name, "twin": "residual" if _is_residual(subject.spec) else "plain", "lesion": kind, "images": images}
+        facts = {"net": name, "twin": "residual" if is_residual(subject.spec) else "plain", "lesion": kind, "images": images}
         made.append(Cell(f"{name}, {kind}", subject, facts=facts))
     return made
 
@@ -144,7 +143,9 @@ def claims(records: list[Record]) -> list[Claim]:
     made = []
     for name, twin in dict.fromkeys((r["net"], r["twin"]) for r in records):
         rows = [r for r in records if r["net"] == name]
-        made += [_one_removed(rows, name, twin), *([_smooth(rows, name), _in_disorder(rows, name), *_gradient(rows, name)] if twin == "residual" else [])]
+        judges = [_one_removed, *([_smooth, _in_disorder, _fall, _short_paths] if twin == "residual" else [])]
+        room = all(r["error"] + RUINOUS <= r["chance"] for r in rows if r["kind"] == "whole")
+        made += [claim if room else claim._replace(verdict=UNDECIDED) for claim in (judge(rows, name) for judge in judges)]
     return made
 
 
@@ -154,10 +155,6 @@ def answer(records: list[Record]) -> str:
     if not found:
         return "No net's single blocks were measured at this budget."
     return f"Removing one block raises the test error, in the median over the blocks, by so many points: {', '.join(found)}."
-
-
-def _is_residual(spec: Spec) -> bool:
-    return spec.shortcut != "none"
 
 
 def _cost(kind: str, blocks: int) -> float:
@@ -212,24 +209,21 @@ def _disorder(net: ResNet, draw: int, seed: int) -> tuple[int, ...]:
     return tuple(order.tolist())
 
 
-def _one_removed(rows: list[Record], name: str, twin: str) -> Claim:
+def _one_removed(rows: list[Record], name: str) -> Claim:
+    residual = rows[0]["twin"] == "residual"
     said = (
         f"Removing one block of a trained residual net is barely noticed: at most {_percent(LITTLE)} points in the median"
-        if twin == "residual"
+        if residual
         else f"Removing one block of a trained plain net ruins it: at least {_percent(RUINOUS)} points in the median"
     )
     medians = [r for r in rows if r["kind"] == "median"]
     if not medians:
         return _not_measured(said, name)
     found, largest = medians[0], max((r for r in rows if r["kind"] == "removed"), key=lambda r: r["rise"])
-    whole = next(r for r in rows if r["kind"] == "whole")
     rise = Estimate(found["rise"], found["rise_low"], found["rise_high"], found["images"])
-    verdict: Verdict = "not decided at this budget"
-    if _has_room(whole):
-        within, beyond = (rise.high <= LITTLE, rise.low > LITTLE) if twin == "residual" else (rise.low >= RUINOUS, rise.high < RUINOUS)
-        verdict = "agrees" if within else "disagrees" if beyond else verdict
-    text = f"{name}: median of {found['blocks']} blocks {points(rise)}, the largest {_percent(largest['rise'])} ({largest['block']}); {_error(whole)}"
-    return Claim(said, text, verdict, found["images"])
+    as_said, otherwise = (rise.high <= LITTLE, rise.low > LITTLE) if residual else (rise.low >= RUINOUS, rise.high < RUINOUS)
+    measured = f"median of {found['blocks']} blocks {points(rise)}, the largest {_percent(largest['rise'])} ({largest['block']}); {_of_whole(rows)}"
+    return Claim(said, f"{name}: {measured}", "agrees" if as_said else "disagrees" if otherwise else UNDECIDED, rise.n)
 
 
 def _smooth(rows: list[Record], name: str) -> Claim:
@@ -237,74 +231,66 @@ def _smooth(rows: list[Record], name: str) -> Claim:
     found = [r for r in rows if r["kind"] == "several"]
     if not found:
         return _not_measured(said, name)
-    whole, most = next(r for r in rows if r["kind"] == "whole")["error"], max(r["removed"] for r in found)
-    by_draw = [{r["removed"]: r["error"] - whole for r in found if r["draw"] == draw} for draw in sorted({r["draw"] for r in found})]
-    first = estimate([draw[1] / draw[most] for draw in by_draw if draw[most] > 0])
-    last = estimate([draw[most] for draw in by_draw])
-    verdict: Verdict = "not decided at this budget"
-    if last.is_above_zero and first.n > 1 and most > 1:
-        verdict = "agrees" if first.high < SUDDEN else "disagrees" if first.low > SUDDEN else verdict
-    text = f"{name}: {most} removed {points(last)}"
+    whole, most = next(r for r in rows if r["kind"] == "whole" and r["cell"] == found[0]["cell"])["error"], max(r["removed"] for r in found)
+    draws = [{r["removed"]: r["error"] - whole for r in found if r["draw"] == draw} for draw in sorted({r["draw"] for r in found})]
+    last, first = estimate([draw[most] for draw in draws]), estimate([draw[1] / draw[most] for draw in draws if draw[most] > 0])
+    verdict: Verdict = UNDECIDED
+    if last.is_above_zero and most > 1:
+        verdict = "agrees" if first.high < SUDDEN else "disagrees" if first.low > SUDDEN else UNDECIDED
+    measured = f"{most} removed {points(last)}"
     if first.n > 1:
         interval = f"95 % interval {_percent(first.low)} to {_percent(first.high)}, n = {first.n} draws; bound {100 * SUDDEN:.0f} %"
-        text += f"; the first of them takes {_percent(first.mean)} % of that rise ({interval})"
-    return Claim(said, text, verdict, first.n)
+        measured += f"; the first of them takes {_percent(first.mean)} % of that rise ({interval})"
+    return Claim(said, f"{name}: {measured}", verdict, first.n)
 
 
 def _in_disorder(rows: list[Record], name: str) -> Claim:
-    said = "The error of a residual net grows smoothly with the disorder of its blocks"
+    said = "The error of a residual net grows with the disorder of its blocks"
     found = [r for r in rows if r["kind"] == "permuted" and r["tau"] < 1]
-    if len(found) < 4:
+    if not found:
         return _not_measured(said, name)
     rank = rank_correlation([1 - r["tau"] for r in found], [r["error"] for r in found])
-    text = f"{name}: rank correlation of error and disorder {rank.mean:+.2f} (95 % interval {rank.low:+.2f} to {rank.high:+.2f}, n = {rank.n} permutations)"
-    return Claim(said, text, rank.verdict(), rank.n)
+    measured = f"rank correlation of error and disorder {rank.mean:+.2f} (95 % interval {rank.low:+.2f} to {rank.high:+.2f}, n = {rank.n} permutations)"
+    return Claim(said, f"{name}: {measured}", rank.verdict(), rank.n)
 
 
-def _gradient(rows: list[Record], name: str) -> list[Claim]:
-    falls = "The gradient's norm falls exponentially with the length of the path"
-    shorts = "The gradient comes from paths much shorter than most, so only few of all paths carry it"
-    draws, found = [r for r in rows if r["kind"] == "fall"], [r for r in rows if r["kind"] == "paths"]
-    if not found:
-        return [_not_measured(falls, name), _not_measured(shorts, name)]
-    total = found[0]
-    factor = estimate([r["factor"] for r in draws if r["factor"] is not None])
-    below = estimate([total["blocks"] / 2 - r["mean_length"] for r in draws if r["mean_length"] is not None])
-    straight = total["r2"] is not None and total["r2"] >= STRAIGHT
-    if not _has_room(whole):
-        factor, below = factor._replace(low=-math.inf, high=math.inf), below._replace(low=-math.inf, high=math.inf)
-    verdict: Verdict = "disagrees" if factor.low >= 1 else "agrees" if factor.high < 1 and straight else "not decided at this budget"
-    fit = f"R2 of the line through the logarithms {total['r2']:.3f}" if total["r2"] is not None else "no line"
-    return [
-        Claim(
-            falls,
-            f"{name}: times {factor.mean:.3f} a branch (95 % interval {factor.low:.3f} to {factor.high:.3f}, n = {factor.n} draws of images and paths); {fit}",
-            verdict,
-            factor.n,
-        ),
-        Claim(
-            shorts,
-            f"{name}: mean length of the paths, weighted by their gradient, {total['blocks'] / 2 - below.mean:.1f} of {total['blocks']} blocks, "
-            f"{below.mean:.1f} below one half (95 % interval {below.low:.1f} to {below.high:.1f}, n = {below.n}); "
-            f"lengths {total['first']} to {total['last']} carry 95 %, and are {100 * total['effective']:.2g} % of all paths",
-            below.verdict(),
-            below.n,
-        ),
-    ]
+def _fall(rows: list[Record], name: str) -> Claim:
+    said = "The gradient's norm falls exponentially with the length of the path"
+    totals, factors = [r for r in rows if r["kind"] == "paths"], [r["factor"] for r in rows if r["kind"] == "fall" and r["factor"] is not None]
+    if not totals or totals[0]["r2"] is None:
+        return _not_measured(said, name)
+    factor, r2 = estimate(factors), totals[0]["r2"]
+    measured = (
+        f"times {factor.mean:.3f} a branch (95 % interval {factor.low:.3f} to {factor.high:.3f}, n = {factor.n} draws of images and paths); "
+        f"R2 of a line through the logarithms {r2:.3f}"
+    )
+    as_said, otherwise = factor.high < 1 and r2 >= STRAIGHT, factor.low >= 1
+    return Claim(said, f"{name}: {measured}", "agrees" if as_said else "disagrees" if otherwise else UNDECIDED, factor.n)
+
+
+def _short_paths(rows: list[Record], name: str) -> Claim:
+    said = "The gradient comes from paths that are shorter than most"
+    totals, lengths = [r for r in rows if r["kind"] == "paths"], [r["mean_length"] for r in rows if r["kind"] == "fall" and r["mean_length"] is not None]
+    if not totals or not lengths:
+        return _not_measured(said, name)
+    total, half = totals[0], totals[0]["blocks"] / 2
+    below = estimate([half - length for length in lengths])
+    measured = (
+        f"mean length of a path {half:g} blocks, and {half - below.mean:.1f} when paths count by their gradient "
+        f"(95 % interval {half - below.high:.1f} to {half - below.low:.1f}, n = {below.n} draws); "
+        f"lengths {total['first']} to {total['last']} of {total['blocks']} carry 95 % of it, and are {100 * total['effective']:.2g} % of all paths"
+    )
+    return Claim(said, f"{name}: {measured}", below.verdict(), below.n)
 
 
 def _not_measured(said: str, name: str) -> Claim:
-    return Claim(said, f"{name}: not measured", "not decided at this budget", 0)
+    return Claim(said, f"{name}: not measured", UNDECIDED, 0)
 
 
-def _has_room(whole: Record) -> bool:
-    """Whether the error could rise by what ruins a net."""
-    return float(whole["error"]) + RUINOUS <= float(whole["chance"])
-
-
-def _error(whole: Record) -> str:
-    hint = "" if _has_room(whole) else ", too near to chance to judge"
-    return f"error of the whole net {100 * whole['error']:.1f} %{hint}"
+def _of_whole(rows: list[Record]) -> str:
+    whole = next(r for r in rows if r["kind"] == "whole")
+    hint = "" if whole["error"] + RUINOUS <= whole["chance"] else ", too near to chance to judge"
+    return f"error of the whole net {_percent(whole['error'])} %{hint}"
 
 
 def _percent(share: float) -> str:

@@ -79,29 +79,32 @@ def remove(block: nn.Module, unit: Unit) -> RemovableHandle:
 
 
 def mistakes(net: ResNet, data: Data, items: NDArray[np.int64], lesions: Sequence[Lesion]) -> NDArray[np.bool_]:
-    """(lesions, items): whether the net, so lesioned, is wrong about each of those test images.
-
-    What comes before a lesion is computed once for all of them.
-    """
+    """(lesions, items): whether the net, so lesioned, is wrong about each of those test images."""
     wrong = np.zeros((len(lesions), len(items)), bool)
     with as_found(net), torch.no_grad():
-        blocks = [net.get_submodule(unit.name) for unit in units(net)]
         for start in range(0, len(items), BATCH):
             x, y = data.test_batch(items[start : start + BATCH])
-            inputs = [net.stem(x)]
-            for block in blocks[:-1]:
-                inputs.append(block(inputs[-1]))
+            inputs = block_inputs(net, x)
             for row, lesion in enumerate(lesions):
-                wrong[row, start : start + BATCH] = (_lesioned(net, inputs, lesion).argmax(1) != y).numpy()
+                wrong[row, start : start + BATCH] = (lesioned(net, inputs, lesion).argmax(1) != y).numpy()
     return wrong
 
 
-def _lesioned(net: ResNet, inputs: list[Tensor], lesion: Lesion) -> Tensor:
-    all_units = units(net)
+def block_inputs(net: ResNet, x: Tensor) -> list[Tensor]:
+    """What each block of the whole net sees of the images (N, C, H, W)."""
+    inputs = [net.stem(x)]
+    for unit in units(net)[:-1]:
+        inputs.append(net.get_submodule(unit.name)(inputs[-1]))
+    return inputs
+
+
+def lesioned(net: ResNet, inputs: list[Tensor], lesion: Lesion) -> Tensor:
+    """The lesioned net's logits (N, classes). `inputs` are those of the whole net's blocks: what comes before a lesion is not done again."""
+    numbered = [(net.get_submodule(unit.name), unit) for unit in units(net)]
     with ExitStack() as hooks:
         for number in lesion.removed:
-            hooks.enter_context(remove(net.get_submodule(all_units[number].name), all_units[number]))
+            hooks.enter_context(remove(*numbered[number]))
         x = inputs[lesion.first]
-        for number in (lesion.order or range(len(all_units)))[lesion.first :]:
-            x = net.get_submodule(all_units[number].name)(x)
+        for number in (lesion.order or range(len(numbered)))[lesion.first :]:
+            x = numbered[number][0](x)
         return net.head(x)

@@ -3,6 +3,7 @@
 from dataclasses import replace
 from typing import Any
 
+from reslab.errors import CallError
 from reslab.layout import stages
 from reslab.spec import Spec
 from reslab.study.data import Data
@@ -15,6 +16,18 @@ SHARE = 0.72  # of the budget that is planned to be spent in training steps
 def plain(spec: Spec) -> Spec:
     """The twin without shortcuts. It has the same parameters where the shortcuts have none."""
     return replace(spec, shortcut="none")
+
+
+def with_and_without_shortcuts(spec: Spec) -> dict[str, Spec]:
+    """A residual net and its plain twin, by a name that tells them apart. Raises CallError for a net without shortcuts."""
+    if not is_residual(spec):
+        raise CallError("this study compares a residual net with its plain twin; received one that has no shortcuts: name the residual net")
+    return {f"residual {layers(spec)} layers": spec, f"plain {layers(spec)} layers": plain(spec)}
+
+
+def is_residual(spec: Spec) -> bool:
+    """Whether its blocks have shortcuts."""
+    return spec.shortcut != "none"
 
 
 def deeper(spec: Spec, factor: float) -> Spec:
