@@ -17,7 +17,6 @@ path's length; of 54 blocks the paths through 5 to 17 carry almost all of it, 0.
 The bounds of 2 and 30 points are this project's own, for 56 layers on CIFAR-10.
 """
 
-import math
 from collections.abc import Iterator
 from functools import cache
 
@@ -29,18 +28,19 @@ from scipy.stats import kendalltau
 from reslab.nets.torch import ResNet
 from reslab.run import Record
 from reslab.seeds import seeded
-from reslab.study.data import Data
+from reslab.study.data import Data, spread
 from reslab.study.kinds import Cell, Claim, Pace, Ready, Setting, Study, Verdict
 from reslab.study.paths import along_paths, carrying, fall, paths_of, random_paths, shares
 from reslab.study.stats import Estimate, estimate, points, rank_correlation
 from reslab.study.surgery import BATCH, Lesion, interchangeable, keeps_shape, mistakes, units
-from reslab.study.twins import batch_size, deeper, is_residual, trained, with_and_without_shortcuts
+from reslab.study.twins import affordable, deeper, is_residual, trained, with_and_without_shortcuts
 
 DEEPER = 3  # times the blocks: 56 layers of 20
 TRAINING, MEASURING = 0.5, 0.15  # shares of the budget; given nets leave both to the measuring
 DRAWS, PERMUTATIONS, BOOTSTRAPS = 10, 48, 1000
 LEAST, MOST_PATH_IMAGES = 64, 1000  # images; the paper samples 1000 paths of each length
 LITTLE, RUINOUS = 0.02, 0.30  # rise of the error by one block: of a residual net at most, of a plain one at least
+DEEP = 20  # blocks: the fewer there are, the more each does; the paper's nets have 54 and more
 SUDDEN = 0.5  # of the whole rise: what the first removed block must stay below for the rise to be smooth
 STRAIGHT = 0.9  # R2 of a straight line through the logarithms
 UNDECIDED: Verdict = "not decided at this budget"
@@ -55,12 +55,10 @@ def cells(setting: Setting, data: Data, pace: Pace) -> list[Cell]:
     share = MEASURING + (TRAINING if setting.given else 0.0)
     made = []
     for kind, name in jobs:
-        subject = subjects[name]
-        image = pace(subject.spec, batch_size(data)) / batch_size(data)  # seconds, forward and backward
-        afford = share * setting.seconds * setting.jobs / len(jobs) / (image * _cost(kind, sum(subject.spec.depths)))
-        images = _images(kind, afford if setting.seconds else math.inf, data)
-        facts = {"net": name, "twin": "residual" if is_residual(subject.spec) else "plain", "lesion": kind, "images": images}
-        made.append(Cell(f"{name}, {kind}", subject, facts=facts))
+        spec = subjects[name].spec
+        images = _images(kind, affordable(_cost(kind, sum(spec.depths)), spec, setting, data, pace, share / len(jobs)), data)
+        facts = {"net": name, "twin": "residual" if is_residual(spec) else "plain", "lesion": kind, "images": images}
+        made.append(Cell(f"{name}, {kind}", subjects[name], facts=facts))
     return made
 
 
@@ -72,7 +70,7 @@ def measure(cell: Cell, ready: Ready, data: Data) -> Iterator[Record]:
 def each_block(net: ResNet, data: Data, images: int, seed: int) -> Iterator[Record]:
     """The error without each block, and the median rise with an interval over the images (bootstrap)."""
     blocks = units(net)
-    wrong = mistakes(net, data, _spread(len(data.test), images), [Lesion(), *(Lesion((number,)) for number in range(len(blocks)))])
+    wrong = mistakes(net, data, spread(len(data.test), images), [Lesion(), *(Lesion((number,)) for number in range(len(blocks)))])
     yield _whole(wrong[0], data)
     for number, (unit, lesioned) in enumerate(zip(blocks, wrong[1:], strict=True)):
         rise = estimate((lesioned.astype(float) - wrong[0]).tolist())
@@ -95,7 +93,7 @@ def several(net: ResNet, data: Data, images: int, seed: int) -> Iterator[Record]
     count = len(units(net))
     orders = [np.random.default_rng([seed, REMOVED, draw]).permutation(count).tolist() for draw in range(DRAWS)]
     lesions = [Lesion(tuple(order[:n])) for order in orders for n in range(1, _most_removed(count) + 1)]
-    wrong = mistakes(net, data, _spread(len(data.test), images), [Lesion(), *lesions])
+    wrong = mistakes(net, data, spread(len(data.test), images), [Lesion(), *lesions])
     yield _whole(wrong[0], data)
     for index, lesion in enumerate(lesions):
         yield {"kind": "several", "draw": index // _most_removed(count), "removed": len(lesion.removed), "error": float(wrong[index + 1].mean())}
@@ -104,7 +102,7 @@ def several(net: ResNet, data: Data, images: int, seed: int) -> Iterator[Record]
 def permuted(net: ResNet, data: Data, images: int, seed: int) -> Iterator[Record]:
     """Pairs of blocks of a stage change places: from one pair to as many as there are blocks."""
     orders = [_disorder(net, draw, seed) for draw in range(PERMUTATIONS)]
-    wrong = mistakes(net, data, _spread(len(data.test), images), [Lesion(), *(Lesion(order=order) for order in orders)])
+    wrong = mistakes(net, data, spread(len(data.test), images), [Lesion(), *(Lesion(order=order) for order in orders)])
     yield _whole(wrong[0], data)
     for draw, order in enumerate(orders):
         tau = float(kendalltau(range(len(order)), order).statistic) if len(order) > 1 else 1.0
@@ -115,7 +113,7 @@ def paths(net: ResNet, data: Data, images: int, seed: int) -> Iterator[Record]:
     """The mean gradient norm along paths of each length, a draw of training images and paths at a time."""
     blocks, count = len(units(net)), max(1, images // DRAWS)
     norms = np.zeros((DRAWS, blocks + 1))
-    yield _whole(mistakes(net, data, _spread(len(data.test), min(images, len(data.test))), [Lesion()])[0], data)
+    yield _whole(mistakes(net, data, spread(len(data.test), min(images, len(data.test))), [Lesion()])[0], data)
     for draw in range(DRAWS):
         generator = seeded(seed, PATHS, draw)
         items = torch.randperm(len(data.train), generator=generator)[:count].sort().values.numpy()
@@ -177,11 +175,6 @@ def _most_removed(blocks: int) -> int:
     return min(10, blocks)
 
 
-def _spread(of: int, count: int) -> NDArray[np.int64]:
-    """Evenly spaced, so that images sorted by class are all represented."""
-    return np.linspace(0, of - 1, count).astype(np.int64)
-
-
 def _whole(wrong: NDArray[np.bool_], data: Data) -> Record:
     return {"kind": "whole", "error": float(wrong.mean()), "chance": 1 - 1 / data.facts.classes}
 
@@ -221,8 +214,12 @@ def _one_removed(rows: list[Record], name: str) -> Claim:
         return _not_measured(said, name)
     found, largest = medians[0], max((r for r in rows if r["kind"] == "removed"), key=lambda r: r["rise"])
     rise = Estimate(found["rise"], found["rise_low"], found["rise_high"], found["images"])
+    shallow = residual and found["blocks"] < DEEP
     as_said, otherwise = (rise.high <= LITTLE, rise.low > LITTLE) if residual else (rise.low >= RUINOUS, rise.high < RUINOUS)
-    measured = f"median of {found['blocks']} blocks {points(rise)}, the largest {_percent(largest['rise'])} ({largest['block']}); {_of_whole(rows)}"
+    if shallow:
+        as_said, otherwise = False, False
+    hint = f"; the claim is about nets of {DEEP} and more blocks" if shallow else ""
+    measured = f"median of {found['blocks']} blocks {points(rise)}, the largest {_percent(largest['rise'])} ({largest['block']}); {_of_whole(rows)}{hint}"
     return Claim(said, f"{name}: {measured}", "agrees" if as_said else "disagrees" if otherwise else UNDECIDED, rise.n)
 
 

@@ -1,5 +1,6 @@
 """Nets that differ in one thing, and the number of steps that a budget gives them all alike."""
 
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -60,3 +61,9 @@ def trained(twins: dict[str, Spec], setting: Setting, data: Data, pace: Pace, sh
         return {net.name: Subject(net.spec, weights=net.weights) for net in setting.given}
     plan = schedule(list(twins.values()), setting._replace(seeds=1), data, pace, share)
     return {name: Subject(spec, 0, plan) for name, spec in twins.items()}
+
+
+def affordable(steps: float, spec: Spec, setting: Setting, data: Data, pace: Pace, share: float) -> float:
+    """How many images a share of the budget pays for when each costs so many images' training steps; no limit for `paper`."""
+    batch = batch_size(data)
+    return share * setting.seconds * setting.jobs / (steps * pace(spec, batch) / batch) if setting.seconds else math.inf

@@ -7,7 +7,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import reslab
 from reslab.data.source import open_images
 from reslab.data.split import split
 from reslab.nets.parts import PadShortcut
@@ -15,6 +14,7 @@ from reslab.nets.torch import ResNet
 from reslab.study.data import Data, prepare
 from reslab.study.paths import along_paths
 from reslab.study.surgery import Lesion, block_inputs, interchangeable, lesioned, mistakes, remove, units
+from tests.study.tiny import everything, tiny
 
 ITEMS = np.arange(120)
 
@@ -22,19 +22,6 @@ ITEMS = np.arange(120)
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Data:
     return prepare(split(open_images("digits"), 0), 8, tmp_path_factory.mktemp("images"))[0]
-
-
-def tiny(seed: int = 0, **changes: object) -> ResNet:
-    """Seven blocks with random weights, scales and statistics."""
-    torch.manual_seed(seed)
-    net = reslab.build("resnet20", **{"depths": (3, 2, 2), "widths": (8, 16, 32), "in_channels": 1, **changes})
-    for module in net.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            for tensor in (module.weight.data, module.running_var):
-                tensor.uniform_(0.5, 1.5)
-            for tensor in (module.bias.data, module.running_mean):
-                tensor.normal_(0, 0.3)
-    return net.eval()
 
 
 def zero_branch(block: nn.Module, order: str) -> None:
@@ -113,14 +100,6 @@ def test_work_that_is_shared_gives_what_each_lesion_gives_alone(data: Data, lesi
     assert (mistakes(net, data, ITEMS, [Lesion((2,)), lesion])[1] == wrong).all()
 
 
-def _everything(net: nn.Module) -> tuple[object, ...]:
-    """All that a study could leave changed."""
-    hooks = [len(m._forward_hooks) + len(m._forward_pre_hooks) + len(m._backward_hooks) for m in net.modules()]
-    grads = [(p.requires_grad, p.grad is None) for p in net.parameters()]
-    state = {key: tensor.tolist() for key, tensor in net.state_dict().items()}
-    return state, [id(m) for m in net.modules()], [m.training for m in net.modules()], hooks, grads, torch.get_rng_state().tolist()
-
-
 @pytest.mark.parametrize("fails", [False, True])
 @pytest.mark.parametrize("kind", ["remove", "permute", "paths"])
 def test_net_and_random_numbers_are_as_they_were_also_after_an_exception(data: Data, monkeypatch: pytest.MonkeyPatch, kind: str, fails: bool) -> None:
@@ -133,7 +112,7 @@ def test_net_and_random_numbers_are_as_they_were_also_after_an_exception(data: D
         "permute": lambda: mistakes(net, data, ITEMS, [Lesion(order=(2, 1, 0, 3, 4, 5, 6))]),
         "paths": lambda: along_paths(net, x, y, torch.ones(len(x), 7, dtype=torch.bool)),
     }
-    before = _everything(net)
+    before = everything(net)
     if fails:
 
         def break_down(module: nn.Module, x: Tensor) -> Tensor:
@@ -145,4 +124,4 @@ def test_net_and_random_numbers_are_as_they_were_also_after_an_exception(data: D
             work[kind]()
     else:
         work[kind]()
-    assert _everything(net) == before
+    assert everything(net) == before
