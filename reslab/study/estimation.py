@@ -32,7 +32,7 @@ from reslab.study.data import Data, spread
 from reslab.study.kinds import Cell, Claim, Pace, Ready, Setting, Study, Subject, Verdict
 from reslab.study.refinement import Distance, block_outputs, ridge, stage_ends, stage_of, steps_of
 from reslab.study.stats import Estimate, estimate, rank_correlation
-from reslab.study.surgery import BATCH, as_found, units
+from reslab.study.surgery import as_found, batches, units
 from reslab.study.twins import affordable, deeper, is_residual, trained, with_and_without_shortcuts
 
 DEEPER = 3  # times the blocks: 56 layers of 20
@@ -69,8 +69,8 @@ def steps(net: ResNet, data: Data, images: int) -> Iterator[Record]:
     """For each block that keeps its shape: where it moves its input, and how far, an image at a time."""
     found: dict[int, list[Tensor]] = {}
     with as_found(net):
-        for x, y in _batches(data, images):
-            for number, rows in steps_of(net, x, y).items():
+        for batch in batches(net, data, spread(len(data.test), images)):
+            for number, rows in steps_of(net, *data.test_batch(batch)).items():
                 found.setdefault(number, []).append(rows)
     for number, parts in found.items():
         table = torch.cat(parts)
@@ -111,17 +111,12 @@ def differences(net: ResNet, data: Data, images: int) -> Iterator[Record]:
     """
     sums: dict[int, Distance] = {}
     with as_found(net), torch.no_grad():
-        for x, _ in _batches(data, images):
-            outputs = block_outputs(net, x)
+        for batch in batches(net, data, spread(len(data.test), images)):
+            outputs = block_outputs(net, data.test_batch(batch)[0])
             for number, last in stage_ends(net, outputs).items():
                 sums.setdefault(number, Distance()).add(outputs[number].double(), outputs[last].double())
     for number, held in sums.items():
         yield {"kind": "difference", **_place(net, number), **held.facts()}
-
-
-def _batches(data: Data, images: int) -> Iterator[tuple[Tensor, Tensor]]:
-    items = spread(len(data.test), images)
-    yield from (data.test_batch(items[start : start + BATCH]) for start in range(0, images, BATCH))
 
 
 def _read(net: ResNet, data: Data, items: NDArray[np.int64], part: str) -> tuple[list[Tensor], Tensor, dict[int, Tensor]]:
@@ -130,8 +125,7 @@ def _read(net: ResNet, data: Data, items: NDArray[np.int64], part: str) -> tuple
     answers: dict[int, list[Tensor]] = {}
     labels = []
     with as_found(net), torch.no_grad():
-        for start in range(0, len(items), BATCH):
-            batch = items[start : start + BATCH]
+        for batch in batches(net, data, items):
             x, y = data.test_batch(batch) if part == "test" else data.train_batch(batch)
             outputs = block_outputs(net, x)
             labels.append(y)

@@ -24,6 +24,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from scipy.stats import kendalltau
+from torch import Tensor
 
 from reslab.nets.torch import ResNet
 from reslab.run import Record
@@ -32,7 +33,7 @@ from reslab.study.data import Data, spread
 from reslab.study.kinds import Cell, Claim, Pace, Ready, Setting, Study, Verdict
 from reslab.study.paths import along_paths, carrying, fall, paths_of, random_paths, shares
 from reslab.study.stats import Estimate, estimate, points, rank_correlation
-from reslab.study.surgery import BATCH, Lesion, interchangeable, keeps_shape, mistakes, units
+from reslab.study.surgery import Lesion, batches, interchangeable, keeps_shape, mistakes, units
 from reslab.study.twins import affordable, deeper, is_residual, trained, with_and_without_shortcuts
 
 DEEPER = 3  # times the blocks: 56 layers of 20
@@ -117,13 +118,14 @@ def paths(net: ResNet, data: Data, images: int, seed: int) -> Iterator[Record]:
     for draw in range(DRAWS):
         generator = seeded(seed, PATHS, draw)
         items = torch.randperm(len(data.train), generator=generator)[:count].sort().values.numpy()
-        x, y = data.train_batch(items)
-        for length in range(blocks + 1):  # the same images for every length, so that their luck cancels
-            taken = random_paths(length, len(x), blocks, generator)
-            parts = zip(*(torch.split(each, BATCH) for each in (x, y, taken)), strict=True)
-            norms[draw, length] = torch.cat([along_paths(net, *part) for part in parts]).mean()
-        found, share = fall(norms[draw].tolist()), shares(norms[draw].tolist())
-        yield {"kind": "fall", "draw": draw, "factor": found.factor, "mean_length": sum(length * s for length, s in enumerate(share))}
+        found: list[list[Tensor]] = [[] for _ in range(blocks + 1)]
+        for batch in batches(net, data, items):
+            x, y = data.train_batch(batch)
+            for length, parts in enumerate(found):  # the same images for every length, so that their luck cancels
+                parts.append(along_paths(net, x, y, random_paths(length, len(x), blocks, generator)))
+        norms[draw] = [float(torch.cat(parts).mean()) for parts in found]
+        share = shares(norms[draw].tolist())
+        yield {"kind": "fall", "draw": draw, "factor": fall(norms[draw].tolist()).factor, "mean_length": sum(length * s for length, s in enumerate(share))}
     mean = norms.mean(0).tolist()
     share, there_are = shares(mean), paths_of(blocks)
     for length, norm in enumerate(mean):
@@ -148,8 +150,9 @@ def claims(records: list[Record]) -> list[Claim]:
 
 
 def answer(records: list[Record]) -> str:
-    """The median rises, net by net."""
-    found = [f"{r['net']} {_percent(r['rise'])}" for r in records if r["kind"] == "median"]
+    """The median rises, net by net, beside the errors of the whole nets."""
+    whole = {r["cell"]: r["error"] for r in records if r["kind"] == "whole"}
+    found = [f"{_percent(r['rise'])} ({r['net']}, whole {_percent(whole[r['cell']])} %)" for r in records if r["kind"] == "median"]
     if not found:
         return "No net's single blocks were measured at this budget."
     return f"Removing one block raises the test error, in the median over the blocks, by so many points: {', '.join(found)}."

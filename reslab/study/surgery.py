@@ -15,7 +15,7 @@ from reslab.nets.parts import PadShortcut
 from reslab.nets.torch import ResNet
 from reslab.study.data import Data
 
-BATCH = 100  # images; the inputs of all blocks are held for that many
+MEMORY, MOST = 1 << 30, 100  # bytes that all layers put out for a batch, and its images, at most
 
 
 class Lesion(NamedTuple):
@@ -78,16 +78,21 @@ def remove(block: nn.Module, unit: Unit) -> RemovableHandle:
     return block.get_submodule("add").register_forward_pre_hook(without_branch)
 
 
+def batches(net: ResNet, data: Data, items: NDArray[np.int64]) -> list[NDArray[np.int64]]:
+    """The items, as many at a time as memory holds when every layer's output is kept."""
+    count = max(1, min(MOST, MEMORY // net.spec.cost(data.facts.size).activations))
+    return [items[start : start + count] for start in range(0, len(items), count)]
+
+
 def mistakes(net: ResNet, data: Data, items: NDArray[np.int64], lesions: Sequence[Lesion]) -> NDArray[np.bool_]:
     """(lesions, items): whether the net, so lesioned, is wrong about each of those test images."""
-    wrong = np.zeros((len(lesions), len(items)), bool)
+    wrong = []
     with as_found(net), torch.no_grad():
-        for start in range(0, len(items), BATCH):
-            x, y = data.test_batch(items[start : start + BATCH])
+        for batch in batches(net, data, items):
+            x, y = data.test_batch(batch)
             inputs = block_inputs(net, x)
-            for row, lesion in enumerate(lesions):
-                wrong[row, start : start + BATCH] = (lesioned(net, inputs, lesion).argmax(1) != y).numpy()
-    return wrong
+            wrong.append(np.stack([(lesioned(net, inputs, lesion).argmax(1) != y).numpy() for lesion in lesions]))
+    return np.concatenate(wrong, axis=1)
 
 
 def block_inputs(net: ResNet, x: Tensor) -> list[Tensor]:

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from matplotlib.axes import Axes
 
-from reslab.report.charts import Drawn, Row, at_end, canvas, colours, titled
+from reslab.report.charts import Drawn, Row, canvas, colours, titled
 from reslab.report.svg import MUTED
 from reslab.run import Record
 
@@ -114,15 +114,15 @@ def _shares(records: list[Record]) -> list[Drawn]:
                 values = [100 * r[key] for r in rows]
                 axes.fill_between(lengths, values, color=colour, alpha=0.15, linewidth=0)
                 axes.plot(lengths, values, color=colour)
-                _at_top(axes, lengths, values, label, colour)
-            axes.set_ylim(bottom=0)
+                _above(axes, lengths, values, label, colour)
+            axes.set_ylim(0, 110 * max(max(r["share"], r["paths"]) for r in found))
             titled(axes, f"{net}: share, %", "length of the path, in branches")
         return [c.drawn("Where the gradient comes from, and how many paths there are", _rows(found, ("net", "length", "norm", "share", "paths")))]
 
 
-def _at_top(axes: Axes, x: Sequence[float], values: Sequence[float], label: str, colour: str) -> None:
+def _above(axes: Axes, x: Sequence[float], values: Sequence[float], label: str, colour: str) -> None:
     top = max(range(len(values)), key=lambda i: values[i])
-    at_end(axes, x[top], values[top], label, colour)
+    axes.annotate(label, (x[top], values[top]), xytext=(0, 5), textcoords="offset points", color=colour, fontsize=9, ha="center")
 
 
 def _draws(found: list[Record], row: Row) -> list[tuple[int, float]]:
