@@ -75,7 +75,7 @@ class ResNet(nn.Module):
 
     def forward(self, x: Tensor, outputs: dict[str, Tensor] | None = None) -> Tensor:
         """Logits (N, num_classes). A dict given as `outputs` receives the stem's and every block's output by name."""
-        x = through(self.maxpool, through(self.relu, through(self.bn1, self.conv1(x))))
+        x = self.stem(x)
         if outputs is not None:
             outputs["stem"] = x
         for number, stage in enumerate(self.stages, start=1):
@@ -83,6 +83,14 @@ class ResNet(nn.Module):
                 x = block(x)
                 if outputs is not None:
                     outputs[f"layer{number}.{index}"] = x
+        return self.head(x)
+
+    def stem(self, x: Tensor) -> Tensor:
+        """What the first block sees of the images."""
+        return through(self.maxpool, through(self.relu, through(self.bn1, self.conv1(x))))
+
+    def head(self, x: Tensor) -> Tensor:
+        """The last block's output, or another of its shape -> logits."""
         x = through(self.relu_last, through(self.bn_last, x))
         x = self.relu_fc1(self.fc1(self.flatten(x))) if self.spec.flatten else self.avgpool(x).flatten(1)
         logits: Tensor = self.fc(through(self.pre_fc, x))

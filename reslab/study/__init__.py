@@ -6,4 +6,6 @@ STUDIES: dict[str, str] = {
     "shortcuts": "What is lost when a shortcut carries anything but its input?",
     "orderings": "In which order should a residual block convolve, normalise, activate and add?",
     "init": "Can a deep residual net train without norm, if it starts right?",
+    "lesion": "Does a trained residual net miss a block that is removed, and a plain one?",
+    "estimation": "Do the blocks of a residual stage refine one estimate?",
 }

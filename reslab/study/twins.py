@@ -1,8 +1,10 @@
 """Nets that differ in one thing, and the number of steps that a budget gives them all alike."""
 
+import math
 from dataclasses import replace
 from typing import Any
 
+from reslab.errors import CallError
 from reslab.layout import stages
 from reslab.spec import Spec
 from reslab.study.data import Data
@@ -15,6 +17,18 @@ SHARE = 0.72  # of the budget that is planned to be spent in training steps
 def plain(spec: Spec) -> Spec:
     """The twin without shortcuts. It has the same parameters where the shortcuts have none."""
     return replace(spec, shortcut="none")
+
+
+def with_and_without_shortcuts(spec: Spec) -> dict[str, Spec]:
+    """A residual net and its plain twin, by a name that tells them apart. Raises CallError for a net without shortcuts."""
+    if not is_residual(spec):
+        raise CallError("this study compares a residual net with its plain twin; received one that has no shortcuts: name the residual net")
+    return {f"residual {layers(spec)} layers": spec, f"plain {layers(spec)} layers": plain(spec)}
+
+
+def is_residual(spec: Spec) -> bool:
+    """Whether its blocks have shortcuts."""
+    return spec.shortcut != "none"
 
 
 def deeper(spec: Spec, factor: float) -> Spec:
@@ -50,3 +64,9 @@ def trained(twins: dict[str, Spec], setting: Setting, data: Data, pace: Pace, sh
         return {net.name: Subject(net.spec, weights=net.weights) for net in setting.given}
     plan = schedule(list(twins.values()), setting._replace(seeds=1), data, pace, share)
     return {name: Subject(spec, 0, plan) for name, spec in twins.items()}
+
+
+def affordable(steps: float, spec: Spec, setting: Setting, data: Data, pace: Pace, share: float) -> float:
+    """How many images a share of the budget pays for when each costs so many images' training steps; no limit for `paper`."""
+    batch = batch_size(data)
+    return share * setting.seconds * setting.jobs / (steps * pace(spec, batch) / batch) if setting.seconds else math.inf
