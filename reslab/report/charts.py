@@ -11,7 +11,7 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from reslab.report.svg import SERIES, STYLE, as_svg
+from reslab.report.svg import HEAT, SERIES, STYLE, as_svg
 
 Row = dict[str, Any]
 
@@ -75,3 +75,8 @@ def at_end(axes: Axes, x: float, y: float, label: str, colour: str) -> None:
 def colours(names: Sequence[str]) -> dict[str, str]:
     """A colour for each name, in order; at most as many as can be told apart."""
     return dict(zip(names, SERIES, strict=False))
+
+
+def heat(axes: Axes, values: Sequence[Sequence[float]], low: float, high: float) -> Any:
+    """A map of rows, the first at the bottom, on a common colour scale; what is missing (NaN) stays empty."""
+    return axes.imshow(values, cmap=HEAT, vmin=low, vmax=high, aspect="auto", origin="lower", interpolation="nearest")
