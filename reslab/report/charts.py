@@ -38,7 +38,7 @@ class Canvas:
 
     def __init__(self, panels: int, height: float, share: bool, **options: Any) -> None:
         self.figure = Figure(figsize=(9.6, height), layout="constrained")
-        self.axes: list[Axes] = list(self.figure.subplots(1, panels, squeeze=False, sharex=share, sharey=share, **options)[0])
+        self.axes: list[Axes] = list(self.figure.subplots(1, panels, squeeze=False, **{"sharex": share, "sharey": share, **options})[0])
 
     def drawn(self, title: str, rows: list[Row]) -> Drawn:
         return Drawn(title, as_svg(self.figure, title), rows)
@@ -67,9 +67,9 @@ def with_seeds(axes: Axes, x: Sequence[float], values: Sequence[Sequence[float]]
     at_end(axes, x[-1], means[-1], label, colour)
 
 
-def at_end(axes: Axes, x: float, y: float, label: str, colour: str) -> None:
-    """A name right of a line's last point, in the line's colour."""
-    axes.annotate(label, (x, y), xytext=(6, 0), textcoords="offset points", color=colour, fontsize=9, va="center", annotation_clip=False)
+def at_end(axes: Axes, x: float, y: float, label: str, colour: str, shift: float = 0) -> None:
+    """A name right of a line's last point, in the line's colour; shifted upwards by some points where two would overlap."""
+    axes.annotate(label, (x, y), xytext=(6, shift), textcoords="offset points", color=colour, fontsize=9, va="center", annotation_clip=False)
 
 
 def colours(names: Sequence[str]) -> dict[str, str]:

@@ -3,4 +3,7 @@
 STUDIES: dict[str, str] = {
     "degradation": "Does a plain net train worse the deeper it is, and a residual one not?",
     "gradients": "Where do gradients explode, vanish or stay healthy, at the start and in training?",
+    "shattering": "Do the gradients of deep plain nets look like white noise, and those of residual nets not?",
+    "signal": "How strong are branch and shortcut at the start, and the layers' responses after training?",
+    "receptive": "How much of what a unit could see does it use, before and after training?",
 }

@@ -1,12 +1,13 @@
 """Nets that differ in one thing, and the number of steps that a budget gives them all alike."""
 
+from collections import Counter
 from dataclasses import replace
 from typing import Any
 
 from reslab.layout import stages
 from reslab.spec import Spec
 from reslab.study.data import Data
-from reslab.study.kinds import Pace, Schedule, Setting, Subject
+from reslab.study.kinds import Given, Pace, Schedule, Setting, Subject
 
 PAPER_STEPS = 64_000  # He et al. 2015, section 4.2
 SHARE = 0.72  # of the budget that is planned to be spent in training steps
@@ -47,3 +48,14 @@ def trained(twins: dict[str, Spec], setting: Setting, data: Data, pace: Pace, sh
         return {net.name: Subject(net.spec, weights=net.weights) for net in setting.given}
     plan = schedule(list(twins.values()), setting._replace(seeds=1), data, pace, share)
     return {name: Subject(spec, 0, plan) for name, spec in twins.items()}
+
+
+def numbered(given: tuple[Given, ...]) -> list[tuple[str, int, Given]]:
+    """The given nets, each as plain or residual and with its number among those of that kind and depth: equal numbers are compared."""
+    seen: Counter[tuple[str, int]] = Counter()
+    found = []
+    for net in given:
+        kind = "plain" if net.spec.shortcut == "none" else "residual", layers(net.spec)
+        found.append((kind[0], seen[kind], net))
+        seen[kind] += 1
+    return found
