@@ -3,6 +3,7 @@
 import base64
 import csv
 import io
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -10,6 +11,7 @@ from typing import Any, NamedTuple
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator
 
 from reslab.report.svg import HEAT, SERIES, STYLE, as_svg
 
@@ -85,3 +87,13 @@ def colours(names: Sequence[str]) -> dict[str, str]:
 def heat(axes: Axes, values: Sequence[Sequence[float]], low: float, high: float) -> Any:
     """A map of rows, the first at the bottom, on a common colour scale; what is missing (NaN) stays empty."""
     return axes.imshow(values, cmap=HEAT, vmin=low, vmax=high, aspect="auto", origin="lower", interpolation="nearest")
+
+
+def logarithmic(axes: Axes) -> None:
+    """A logarithmic y axis, its ticks in plain numbers where they are short. Call it when the lines are drawn."""
+    axes.set_yscale("log")
+    low, high = axes.get_ylim()
+    narrow = high < 300 * low
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if narrow else (1,), numticks=6 if narrow else 7))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}" if 1e-3 <= value < 1e4 else f"1e{round(math.log10(value))}"))
+    axes.minorticks_off()

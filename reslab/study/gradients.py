@@ -245,7 +245,8 @@ def _healthy(e: Estimate) -> Any:
 
 
 def _times(e: Estimate) -> str:
-    return f"{math.exp(e.mean):.3g} times" if e.n else "an unknown factor"
+    value = math.exp(e.mean) if e.n else math.nan
+    return f"{value:,.0f} times" if value >= 100 else f"{value:.3g} times" if e.n else "an unknown factor"
 
 
 STUDY = Study(

@@ -4,7 +4,9 @@ import math
 from statistics import fmean
 from typing import Any
 
-from reslab.report.charts import Drawn, Row, at_end, canvas, colours, heat, titled
+from matplotlib.axes import Axes
+
+from reslab.report.charts import Drawn, Row, at_end, canvas, colours, heat, logarithmic, titled
 from reslab.report.svg import MUTED
 from reslab.run import Record
 
@@ -27,29 +29,34 @@ def figures(records: list[Record]) -> list[Drawn]:
 
 
 def _maps(flows: list[Record], what: str) -> Drawn:
-    """One panel a net: blocks upwards, the measured steps to the right, colour the logarithm."""
-    twins = [twin for twin in TWINS if _of(flows, twin, "out", what)]
-    grids = {twin: _mean(_of(flows, twin, "out", what)) for twin in twins}
-    known = [value for steps, grid in grids.values() for row in grid for value in row if math.isfinite(value)]
-    low, high = (max(-6.0, min(known)), min(6.0, max(known))) if known else (0.0, 1.0)
-    with canvas(len(twins), 3.3, share=False, grid=False) as c:
-        for axes, twin in zip(c.axes, twins, strict=True):
-            steps, grid = grids[twin]
-            picture = heat(axes, [list(column) for column in zip(*grid, strict=True)], low, high)
-            at = [round(i * (len(steps) - 1) / (TICKS - 1)) for i in range(TICKS)] if len(steps) > TICKS else list(range(len(steps)))
-            axes.set_xticks(at, [f"{steps[i]}" for i in at])
-            titled(axes, _name(twin), "step", "block" if twin == twins[0] else "")
-        bar = c.figure.colorbar(picture, ax=c.axes, shrink=0.9, pad=0.01, extend="both")
-        bar.set_label({"gradient": "log10 gradient norm", "activation": "log10 root mean square"}[what])
-        bar.outline.set_visible(False)
+    """One panel a net: blocks upwards, the measured steps to the right, colour the logarithm; twins share their scale."""
+    grids = {twin: _mean(found) for twin in TWINS if (found := _of(flows, twin, "out", what))}
+    said = {"gradient": "Norm of the gradient", "activation": "Root mean square"}[what]
+    with canvas(len(grids), 3.3, share=False, grid=False, sharey=True) as c:
+        panels = dict(zip(grids, c.axes, strict=True))
+        for norm in (True, False):
+            pair = [twin for twin in grids if twin[1] == norm]
+            known = [value for twin in pair for row in grids[twin][1] for value in row if math.isfinite(value)]
+            low, high = (max(-8.0, min(known)), min(8.0, max(known))) if known else (0.0, 1.0)
+            for twin in pair:
+                picture = _map(panels[twin], *grids[twin], low, high)
+                titled(panels[twin], _name(twin), "step", "block" if panels[twin] is c.axes[0] else "")
+            if pair:
+                bar = c.figure.colorbar(picture, ax=[panels[twin] for twin in pair], shrink=0.9, pad=0.02)
+                bar.set_label("log10" if norm and len(grids) > len(pair) else f"log10 of the {said.lower()}")
         rows = [
             {"net": _name(twin), "step": step, "block": block, f"log10_{what}": _round(value)}
-            for twin in twins
-            for step, row in zip(*grids[twin], strict=True)
+            for twin, (steps, grid) in grids.items()
+            for step, row in zip(steps, grid, strict=True)
             for block, value in enumerate(row)
         ]
-        said = {"gradient": "Norm of the gradient", "activation": "Root mean square"}[what]
         return c.drawn(f"{said} at every block's output, from input (0) to output, through the training; mean of the logarithms over seeds", rows)
+
+
+def _map(axes: Axes, steps: list[int], grid: Grid, low: float, high: float) -> Any:
+    at = [round(i * (len(steps) - 1) / (TICKS - 1)) for i in range(TICKS)] if len(steps) > TICKS else list(range(len(steps)))
+    axes.set_xticks(at, [f"{steps[i]}" for i in at])
+    return heat(axes, [list(column) for column in zip(*grid, strict=True)], low, high)
 
 
 def _apart(flows: list[Record]) -> Drawn:
@@ -65,8 +72,8 @@ def _apart(flows: list[Record]) -> Drawn:
                     axes.plot(range(len(y)), y, color=colour, linestyle=style)
                     rows += [{"norm": norm, "what": what, "path": path, "step": steps[when], "block": i, "value": _round(v)} for i, v in enumerate(y) if i]
                     if when == 0:
-                        at_end(axes, len(y) - 1, y[-1], path, colour)
-            axes.set_yscale("log")
+                        at_end(axes, len(y) - 1, y[-1], path, colour, 5 if path == "shortcut" else -5)
+            logarithmic(axes)
             titled(axes, f"{what}, {'norm' if norm else 'no norm'}", "block")
         return c.drawn("Branch and shortcut apart in the residual nets: at the first step (solid) and at the last measured one (dotted)", rows)
 
@@ -78,10 +85,10 @@ def _growth(growth: list[Record]) -> Drawn:
     panels = [(rows, title) for rows, title in ((dense, "fully connected, batch norm"), (weak, "plain, without norm")) if rows]
     with canvas(len(panels), 3.0, share=False) as c:
         for axes, (rows, title) in zip(c.axes, panels, strict=True):
-            axes.set_yscale("log")
             for r in rows:
                 colour = COLOURS["plain"] if r.get("scale", 1) < 1 else COLOURS["residual"]
                 axes.plot(range(1, len(r["norms"]) + 1), r["norms"], color=colour, linewidth=1, alpha=0.8)
+            logarithmic(axes)
             titled(axes, title, "layer" if rows is dense else "block", "gradient norm")
         if dense:
             n = len(dense[0]["norms"])
@@ -90,7 +97,8 @@ def _growth(growth: list[Record]) -> Drawn:
             c.axes[0].annotate("1.2112 a layer", (n / 3, last * 1.2112 ** (2 * n / 3)), xytext=(8, 8), textcoords="offset points", color=MUTED, fontsize=9)
         for r in weak[:2]:
             name = "weights / sqrt(2)" if r["scale"] < 1 else "He's weights"
-            at_end(c.axes[-1], len(r["norms"]), r["norms"][-1], name, COLOURS["plain" if r["scale"] < 1 else "residual"])
+            colour = COLOURS["plain" if r["scale"] < 1 else "residual"]
+            c.axes[-1].annotate(name, (2, r["norms"][1]), xytext=(0, 10), textcoords="offset points", color=colour, fontsize=9)
         rows = [{"net": r["look"], "scale": r.get("scale", 1), "seed": r["seed"], "layer": i, "norm": v} for r in growth for i, v in enumerate(r["norms"], 1)]
         return c.drawn("Gradient norms at the start where the growth a layer is known, a line a seed", rows)
 

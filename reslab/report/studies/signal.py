@@ -2,7 +2,7 @@
 
 from statistics import fmean
 
-from reslab.report.charts import Drawn, Row, at_end, canvas, colours, titled
+from reslab.report.charts import Drawn, Row, at_end, canvas, colours, logarithmic, titled
 from reslab.run import Record
 
 PATHS = colours(["shortcut", "branch"])
@@ -22,7 +22,6 @@ def _additions(added: list[Record]) -> Drawn:
     rows: list[Row] = []
     with canvas(len(panels), 3.1, share=False) as c:
         for axes, (order, norm) in zip(c.axes, panels, strict=True):
-            axes.set_yscale("log")
             for path, colour in PATHS.items():
                 for r in _of(added, order, norm):
                     axes.plot(range(1, len(r[path]) + 1), r[path], color=colour, linewidth=1, alpha=0.8)
@@ -30,6 +29,7 @@ def _additions(added: list[Record]) -> Drawn:
                 ends = [r[path][-1] for r in _of(added, order, norm)]
                 shift = (5 if path == "shortcut" else -5) if not norm else 0  # without norm the two lie together
                 at_end(axes, len(r[path]), fmean(ends), path, colour, shift)
+            logarithmic(axes)
             titled(axes, f"{order}, {'norm' if norm else 'no norm'}", "block", "variance" if axes is c.axes[0] else "")
         return c.drawn("Variance of branch and shortcut where they are added, at the start, a line a seed", rows)
 
