@@ -11,9 +11,8 @@ def autocorrelation(sequence: Tensor, lags: int) -> list[float]:
     """
     centred = sequence.double().reshape(len(sequence), -1)
     centred = centred - centred.mean(0)
-    products = centred @ centred.T
-    sums = torch.stack([products.diagonal(lag).sum() for lag in range(lags + 1)])
-    return (sums / sums[0]).tolist()
+    sums = [(centred[lag:] * centred[: len(centred) - lag]).sum() for lag in range(lags + 1)]
+    return (torch.stack(sums) / sums[0]).tolist()
 
 
 def white_noise(points: int, generator: Generator) -> Tensor:

@@ -21,14 +21,15 @@ Where = tuple[str, str, str]  # a block; out, branch or shortcut; activation or 
 
 @contextmanager
 def untouched(net: nn.Module) -> Iterator[None]:
-    """Puts back weights, statistics, modes, requires_grad and gradients when the block ends, however it ends."""
+    """Puts back weights, statistics, modes, requires_grad, gradients and torch's random numbers when the block ends, however it ends."""
     held = {name: tensor.detach().clone() for name, tensor in net.state_dict().items()}
     modes = [(module, module.training) for module in net.modules()]
     parameters = [(p, p.requires_grad, p.grad) for p in net.parameters()]
     for p in net.parameters():
         p.grad = None
     try:
-        yield
+        with torch.random.fork_rng():
+            yield
     finally:
         net.load_state_dict(held)
         for module, mode in modes:

@@ -100,7 +100,7 @@ def _images(data: Data, pixels: NDArray[np.uint8]) -> Tensor:
 @torch.no_grad()
 def at_additions(net: ResNet, x: Tensor, seed: int = 0) -> dict[str, list[float]]:
     """Mean squares of branch and shortcut at each addition, in train mode."""
-    with torch.random.fork_rng(), untouched(net), additions(net) as held:
+    with untouched(net), additions(net) as held:
         torch.manual_seed(seed_of(seed, DRAW))
         net.train()(x)
     return {path: [_mean_square(pair[i]) for pair in held.values()] for i, path in enumerate(("branch", "shortcut"))}
