@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from reslab.layout import is_normed, stages
+from reslab.nets.parts import Add
 from reslab.nets.torch import ResNet
 
 SAMPLED = 32  # images of a batch, at most, that norms are taken from
@@ -103,17 +104,18 @@ class Flow:
 
     `out` is what a block gives to the next; `stem` what the first one gets. Where there is a shortcut, activations of
     `branch` and `shortcut` are those that are added, gradients of `branch` and `shortcut` those that each brings back:
-    at the first layer of the branch, and at the shortcut's end. The two share their tensors with the rest of the net, so
-    each is read through a view of its own. Taken from up to SAMPLED images, evenly spaced in the batch.
+    at the first layer of the branch, and at the shortcut's end. Both share their tensor with the rest of the net, so it is
+    read through a view of its own where nothing else tells. Taken from up to SAMPLED images, evenly spaced in the batch.
     """
 
     def __init__(self) -> None:
         self.on = True
         self._taken: dict[Where, tuple[Tensor, float]] = {}  # norms of images, and what makes theirs the size that is asked for
+        self._last: tuple[Tensor | None, str] = None, ""  # what passed last, and where
 
     def read(self) -> dict[Where, float]:
         """What the last pass left."""
-        taken, self._taken = self._taken, {}
+        taken, self._taken, self._last = self._taken, {}, (None, "")
         if not taken:
             return {}
         norms = torch.linalg.vector_norm(torch.stack([norms for norms, _ in taken.values()]), dim=1).tolist()
@@ -133,6 +135,7 @@ class Flow:
 
     def passed(self, name: str, x: Tensor) -> None:
         if self.on:
+            self._last = x, name
             self.activation(name, "out", x)
             self.gradient(name, "out", x)
 
@@ -143,14 +146,21 @@ class Flow:
         self.gradient(name, "branch", view)
         return (view, *args[1:])
 
-    def adding(self, name: str, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+    def adding(self, name: str, add: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
         if not self.on:
             return None
-        branch, shortcut = args[0], args[1].view_as(args[1])
+        branch, shortcut = args[:2]
         self.activation(name, "branch", branch)
-        self.activation(name, "shortcut", shortcut)
-        self.gradient(name, "shortcut", shortcut)
-        return (branch, shortcut, *args[2:])
+        if shortcut is self._last[0]:  # an identity: measured already
+            self._taken[name, "shortcut", "activation"] = self._taken[self._last[1], "out", "activation"]
+        else:
+            self.activation(name, "shortcut", shortcut)
+        if isinstance(add, Add):  # a sum gives both the same gradient, and the branch is nobody else's
+            self.gradient(name, "shortcut", branch)
+            return None
+        view = shortcut.view_as(shortcut)
+        self.gradient(name, "shortcut", view)
+        return (branch, view, *args[2:])
 
 
 @contextmanager
@@ -164,7 +174,7 @@ def flowing(net: ResNet) -> Iterator[Flow]:
         handles.append(block.register_forward_hook(lambda module, args, out, name=name: flow.passed(name, out)))
         if isinstance(block.add, nn.Module):
             handles.append(_entry(net, block).register_forward_pre_hook(lambda module, args, name=name: flow.entering(name, args)))
-            handles.append(block.add.register_forward_pre_hook(lambda module, args, name=name: flow.adding(name, args)))
+            handles.append(block.add.register_forward_pre_hook(lambda module, args, name=name: flow.adding(name, module, args)))
     with _removed(handles):
         yield flow
 
