@@ -189,7 +189,7 @@ def answer(records: list[Record]) -> str:
     said = f"At the start the branch of the last block is {shares[0]} of the shortcut with norm, {shares[1]} without."
     deep = max((r["layers"] for r in records if r["kind"] == "response"), default=0)
     apart, _ = _between(records, ("residual", deep), ("plain", deep))
-    return said + (f" After training the responses of the deep residual net are {math.exp(apart.mean):.2f} times those of its plain twin." if apart.n else "")
+    return said + (f" After training the responses of the deep residual net are {math.exp(apart.mean):.2g} times those of its plain twin." if apart.n else "")
 
 
 def _start(records: list[Record], norm: bool) -> list[Record]:

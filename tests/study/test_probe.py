@@ -33,6 +33,11 @@ def test_sizes_are_those_of_retained_tensors(changes: dict) -> None:
     for tensor in held.values():
         tensor.retain_grad()
     logits.logsumexp(1).sum().backward()
+    with additions(net) as added:
+        net(x)
+    for at, pair in added.items():
+        for where, tensor in zip(("branch", "shortcut"), pair, strict=True):
+            assert taken[at, where, "activation"] == pytest.approx(float(tensor.square().mean().sqrt()), rel=1e-4)
     for at, tensor in held.items():
         assert taken[at, "out", "activation"] == pytest.approx(float(tensor.detach().square().mean().sqrt()), rel=1e-4)
         assert taken[at, "out", "gradient"] == pytest.approx(float(tensor.grad.norm()), rel=1e-4, abs=1e-12)

@@ -9,6 +9,7 @@ from reslab.run import Record
 SHOWN = (("plain, centred", 2), ("plain, batch norm", 50), ("residual, beta 0.1", 50), ("brown noise", 0), ("white noise", 0))
 NOISES = ("brown noise", "white noise")
 TWINS = colours(["residual", "plain"])
+LABELLED = (8, 4, 12)  # lags at which the curve of each depth has its label
 
 
 def figures(records: list[Record]) -> list[Drawn]:
@@ -25,8 +26,7 @@ def _examples(dense: list[Record]) -> Drawn:
             values = first[net]
             axes.plot([-2 + 4 * i / (len(values) - 1) for i in range(len(values))], values, color=TWINS["residual"], linewidth=0.7)
             axes.set_yticks([])
-            titled(axes, f"{net[0]}, {net[1]} layers" if net[1] else net[0], "input" if net[1] else "")
-            axes.title.set_fontsize(8)
+            titled(axes, f"{net[0]}\n{net[1]} layers" if net[1] else net[0], "input" if net[1] else "")
         rows = [{"net": net, "layers": depth, "point": i, "gradient": value} for (net, depth), values in first.items() for i, value in enumerate(values)]
         return c.drawn("The gradient along a line of inputs, one net each, in units of its largest value", rows)
 
@@ -43,9 +43,8 @@ def _dense(dense: list[Record]) -> Drawn:
             for depth, colour in colours([str(depth) for depth in depths]).items():
                 curve = curves[net, int(depth)]
                 axes.plot(curve, color=colour)
-                axes.annotate(
-                    depth, (3 + depths.index(int(depth)), curve[3 + depths.index(int(depth))]), xytext=(2, 4), textcoords="offset points", color=colour
-                )
+                lag = LABELLED[depths.index(int(depth)) % len(LABELLED)]
+                axes.annotate(depth, (lag, curve[lag]), xytext=(2, 4), textcoords="offset points", color=colour, fontsize=9)
             titled(axes, net, "lag", "correlation" if axes is c.axes[0] else "")
 
         rows = [{"net": net, "layers": depth, "lag": lag, "correlation": round(v, 5)} for (net, depth), curve in curves.items() for lag, v in enumerate(curve)]

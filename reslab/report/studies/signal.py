@@ -46,7 +46,7 @@ def _responses(responses: list[Record]) -> Drawn:
                     rows += [{"twin": twin, "layers": depth, "seed": r["seed"], "layer": i, "deviation": v} for i, v in enumerate(r["deviations"], 1)]
                 if found:
                     at_end(axes, len(found[0]["deviations"]), fmean(r["deviations"][-1] for r in found), twin, colour)
-            axes.set_ylim(bottom=0)
+            logarithmic(axes)
             titled(axes, f"{depth} layers", "layer", "standard deviation" if axes is c.axes[0] else "")
         return c.drawn("Standard deviation of the layers' responses after training, a line a net", rows)
 
