@@ -11,7 +11,7 @@ import reslab
 
 PACKAGE = Path(reslab.__file__).parent
 LEAVES = {"download", "errors", "host", "interval", "keras_backend", "run", "seeds", "tensors"}
-NETWORK = {"spec", "layout", "family"}
+NETWORK = {"spec", "layout", "family", "receptive"}
 MAY_IMPORT = {
     "download": {"errors"},
     "errors": set(),
@@ -24,6 +24,7 @@ MAY_IMPORT = {
     "spec": {"errors", "layout"},  # only when layers are asked for
     "layout": {"spec"},
     "family": {"errors", "spec"},
+    "receptive": {"layout", "spec"},
     "catalogue": {"errors"} | NETWORK,
     "nets": LEAVES | NETWORK,
     "data": {"download", "errors", "keras_backend", "run"},  # run: for writing whole
@@ -38,7 +39,7 @@ MAY_IMPORT = {
     "terminal": {"data", "errors", "run"},
     "cli": LEAVES | NETWORK | {"catalogue", "nets", "data", "train", "use", "serve", "report", "job", "study", "studies", "terminal", "__init__"},
 }
-STANDARD_ONLY = [PACKAGE / f"{name}.py" for name in ("spec", "layout", "family", "errors")] + sorted((PACKAGE / "catalogue").glob("*.py"))
+STANDARD_ONLY = [PACKAGE / f"{name}.py" for name in ("spec", "layout", "family", "receptive", "errors")] + sorted((PACKAGE / "catalogue").glob("*.py"))
 
 
 def _typed(*tokens: str) -> str:

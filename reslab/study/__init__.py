@@ -8,4 +8,8 @@ STUDIES: dict[str, str] = {
     "init": "Can a deep residual net train without norm, if it starts right?",
     "lesion": "Does a trained residual net miss a block that is removed, and a plain one?",
     "estimation": "Do the blocks of a residual stage refine one estimate?",
+    "gradients": "Where do gradients explode, vanish or stay healthy, at the start and in training?",
+    "shattering": "Do the gradients of deep plain nets look like white noise, and those of residual nets not?",
+    "signal": "How strong are branch and shortcut at the start, and the layers' responses after training?",
+    "receptive": "How much of what a unit could see does it use, before and after training?",
 }

@@ -65,3 +65,16 @@ def points(e: Estimate) -> str:
     if e.n < 2:
         return f"{100 * e.mean:+.1f} points (n = 1)" if e.n else "not measured"
     return f"{100 * e.mean:+.1f} points (95 % interval {100 * e.low:+.1f} to {100 * e.high:+.1f}, n = {e.n})"
+
+
+def within(e: Estimate, low: float, high: float) -> Verdict:
+    """On the claim that the value lies between two published bounds: the whole interval must, or must not."""
+    if e.n > 1 and low <= e.low and e.high <= high:
+        return "agrees"
+    return "disagrees" if e.low > high or e.high < low else "not decided at this budget"
+
+
+def factor(e: Estimate) -> str:
+    """A mean of logarithms as the factor that it is, with its interval."""
+    mean = f"{math.exp(e.mean):.4g}" if abs(e.mean) < 700 else "nothing"
+    return f"{mean} (95 % interval {math.exp(e.low):.3g} to {math.exp(e.high):.3g}, n = {e.n})" if e.n > 1 else f"{mean} (n = {e.n})"

@@ -1,6 +1,7 @@
 """Nets that differ in one thing, and the number of steps that a budget gives them all alike."""
 
 import math
+from collections import Counter
 from dataclasses import replace
 from typing import Any
 
@@ -8,7 +9,7 @@ from reslab.errors import CallError
 from reslab.layout import stages
 from reslab.spec import Spec
 from reslab.study.data import Data
-from reslab.study.kinds import Pace, Schedule, Setting, Subject
+from reslab.study.kinds import Given, Pace, Schedule, Setting, Subject
 
 PAPER_STEPS = 64_000  # He et al. 2015, section 4.2
 SHARE = 0.72  # of the budget that is planned to be spent in training steps
@@ -70,3 +71,14 @@ def affordable(steps: float, spec: Spec, setting: Setting, data: Data, pace: Pac
     """How many images a share of the budget pays for when each costs so many images' training steps; no limit for `paper`."""
     batch = batch_size(data)
     return share * setting.seconds * setting.jobs / (steps * pace(spec, batch) / batch) if setting.seconds else math.inf
+
+
+def numbered(given: tuple[Given, ...]) -> list[tuple[str, int, Given]]:
+    """The given nets, each as plain or residual and with its number among those of that kind and depth: equal numbers are compared."""
+    seen: Counter[tuple[str, int]] = Counter()
+    found = []
+    for net in given:
+        kind = "plain" if net.spec.shortcut == "none" else "residual", layers(net.spec)
+        found.append((kind[0], seen[kind], net))
+        seen[kind] += 1
+    return found
