@@ -11,7 +11,7 @@ from reslab.run import Record, write_whole
 
 
 def write_study(target: Path, facts: dict[str, Any], records: list[Record]) -> Path:
-    """Draws the page of one study. `facts` are name, study, answer, claims, data, size, protocol, command, cells, version, hardware."""
+    """Draws the page of one study. `facts` are name, study, answer, claims, data, size, protocol, command, cells, running, version, hardware."""
     figures = importlib.import_module(f"reslab.report.studies.{facts['name']}").figures(records)
     environment = Environment(loader=PackageLoader("reslab", "report"), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters["shown"] = shown
