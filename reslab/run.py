@@ -16,6 +16,19 @@ import tomli_w
 from reslab.errors import CallError, WorkError, shown
 
 Record = dict[str, Any]
+SHIPPED = Path(__file__).parent / "shipped"  # trained nets of our own, each a run folder without its training
+
+
+def located(path: str | Path) -> Path:
+    """The path; or, for the name of a shipped net with no run of that name here, where that net is."""
+    path, net = Path(path), SHIPPED / Path(path).name
+    is_name = path == Path(path.name) and (net / "run.toml").is_file()
+    return net if is_name and not (path / "run.toml").is_file() and not (path / "spec.json").is_file() else path
+
+
+def shipped() -> list[str]:
+    """The names of the shipped nets."""
+    return sorted(file.parent.name for file in SHIPPED.glob("*/run.toml"))
 
 
 class Run:
@@ -45,7 +58,7 @@ class Run:
     @classmethod
     def open(cls, path: str | Path) -> "Run":
         """A folder that a training wrote. Raises CallError when it is not one."""
-        run = cls(path)
+        run = cls(located(path))
         if not (run.path / "run.toml").is_file():
             raise CallError(f"a run is a folder that `reslab train` wrote; {shown(run.path)} has no run.toml: check the path")
         return run
@@ -61,6 +74,11 @@ class Run:
     @config.setter
     def config(self, value: dict[str, Any]) -> None:
         write_whole(self.path / "run.toml", tomli_w.dumps(_without_none(value)).encode("utf-8", "surrogatepass"))
+
+    @property
+    def is_shipped(self) -> bool:
+        """Whether it came with the package, where nothing is to be written."""
+        return self.path.parent == SHIPPED
 
     @property
     def model(self) -> Path:

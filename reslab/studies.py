@@ -3,6 +3,7 @@
 import hashlib
 import os
 import platform
+import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -15,11 +16,11 @@ from reslab.data.named import roots
 from reslab.data.preprocess import Preprocess
 from reslab.data.source import open_images
 from reslab.data.split import split
-from reslab.errors import CallError, shown
+from reslab.errors import CallError, WorkError, shown
 from reslab.family import spec as find_spec
 from reslab.job import seconds
 from reslab.report.study import write_study
-from reslab.run import Run
+from reslab.run import Run, shipped
 from reslab.study import STUDIES
 from reslab.study.data import Facts, prepare
 from reslab.study.kinds import Claim, Given, Setting, Study
@@ -34,6 +35,7 @@ SMALL = {"cifar10": 16, "cifar100": 16}  # pixels a side in a budget below LONG;
 MOST_PIXELS = 64
 SPLIT_SEED = 0
 MOST_SEEDS = 100
+STUDIES_FOLDER = Path("studies")
 
 
 class Show(Protocol):
@@ -83,24 +85,43 @@ def study(name: str, call: Call, show: Show) -> tuple[Path, list[Claim]]:
     found = find(name)
     if call.runs and not found.shipped:
         raise CallError(f"study {name} makes its own nets; received the run {shown(call.runs[0])}: leave it out")
-    source = call.data or ("digits" if 0 < call.seconds < SHORT or not _has_cifar() else "cifar10")
-    subject = call.runs[0].name if call.runs else Path(source).stem
-    out = call.out or Path("studies") / f"{name}-{subject}-{call.budget}"
-    store = call.out or Path("studies")
-    return _answered(name, found, replace(call, data=None if call.runs else source), Place(out, store, store), show)
+    call = _with_defaults(call, found)
+    subject = "-".join(path.name for path in call.runs) if call.runs else Path(str(call.data)).stem
+    out = call.out or STUDIES_FOLDER / f"{name}-{subject}-{call.budget}"
+    return _answered(name, found, call, Place(out, call.out or STUDIES_FOLDER, out), show)
 
 
 def study_all(call: Call, show: Show) -> list[tuple[str, Path, list[Claim]]]:
-    """Every study in turn, each with the whole budget, in OUT/NAME; they share prepared images and trained nets."""
+    """Every study in turn, each with the whole budget, in OUT/NAME; they share prepared images and trained nets.
+
+    One that fails does not stop the others. Raises WorkError at the end for those that did.
+    """
     if call.runs:
         raise CallError("`study all` makes its own nets; received a run: name one study")
-    store = call.out or Path("studies")
-    source = call.data or ("digits" if 0 < call.seconds < SHORT or not _has_cifar() else "cifar10")
-    answered = []
+    answered, failed = [], []
     for name in STUDIES:
-        out = (call.out / name) if call.out else Path("studies") / f"{name}-{Path(source).stem}-{call.budget}"
-        answered.append((name, *_answered(name, find(name), replace(call, data=source), Place(out, store, store), show)))
+        each = replace(call, out=call.out and call.out / name)
+        try:
+            found = find(name)
+            each = _with_defaults(each, found)
+            out = each.out or STUDIES_FOLDER / f"{name}-{Path(str(each.data)).stem}-{call.budget}"
+            answered.append((name, *_answered(name, found, each, Place(out, call.out or STUDIES_FOLDER, out), show)))
+        except (CallError, WorkError) as error:
+            show.say(f"{name}: {error}")
+            failed.append(name)
+    if failed:
+        raise WorkError(f"{len(answered)} studies are answered; {', '.join(failed)} failed for the reasons above")
     return answered
+
+
+def _with_defaults(call: Call, found: Study) -> Call:
+    """The call with what it leaves open: shipped nets for a study of trained ones, else digits or CIFAR-10."""
+    short = 0 < call.seconds < SHORT
+    if call.runs or call.data:
+        return call
+    if found.shipped and not (call.net or call.image_size or short) and _has_cifar() and set(found.shipped) <= set(shipped()):
+        return replace(call, runs=tuple(Path(name) for name in found.shipped))
+    return replace(call, data="digits" if short or not _has_cifar() else "cifar10")
 
 
 def _answered(name: str, found: Study, call: Call, place: Place, show: Show) -> tuple[Path, list[Claim]]:
@@ -116,13 +137,14 @@ def _answered(name: str, found: Study, call: Call, place: Place, show: Show) -> 
     shape = {"in_channels": data.facts.channels, "num_classes": data.facts.classes}
     nets = tuple(Given(Path(path).name, c.spec, keep(c.net, place.store)) for path, c in given)
     setting = Setting(call.seconds, call.workers, call.seeds, find_spec(base, **shape), nets)
-    page = _page(name, found, call, data.facts, setting)
+    page, began = _page(name, found, call, data.facts, setting), time.monotonic()
 
     def draw(outcome: Outcome, running: bool = True) -> tuple[Path, list[Claim]]:
         claims = found.claims(outcome.records)
         protocol = _protocol(call, setting, outcome, images.image_size, size, running)
-        measured = {"answer": found.answer(outcome.records), "claims": claims, "protocol": protocol, "cells": outcome.done, "running": running}
-        return write_study(place.out / "study.html", page | measured, outcome.records), claims
+        measured = {"answer": found.answer(outcome.records), "claims": claims, "protocol": protocol}
+        now = {"seconds": round(time.monotonic() - began), "cells": outcome.done, "running": running}
+        return write_study(place.out / "study.html", page | measured | now, outcome.records), claims
 
     outcome = run(name, place._replace(data=folder), setting, show.say, draw if found.live else None)
     return draw(outcome, running=False)
@@ -163,7 +185,7 @@ def _size(images: Images, call: Call) -> int:
 def _protocol(call: Call, setting: Setting, outcome: Outcome, own: int, size: int, running: bool) -> str:
     steps = max((int(r["steps"]) for r in outcome.records if "steps" in r), default=0)
     trained = f", which gave every net {steps:,} steps" if steps else ""
-    kind = "The published protocol" if setting.is_paper else f"A budget of {setting.seconds / 60:g} minutes{trained}"
+    kind = "The published protocol" if setting.is_paper else f"A budget of {setting.seconds / 60:g} min{trained}"
     small = f"; the images are {size} pixels a side, where their own size is {own}" if size < own and not call.runs else ""
     of = f"{outcome.done} of {outcome.planned} cells"
     missing = f" It is still running: {of} so far." if running else f" Only {of} fitted: the same command does the rest."

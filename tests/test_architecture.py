@@ -10,7 +10,7 @@ import pytest
 import reslab
 
 PACKAGE = Path(reslab.__file__).parent
-LEAVES = {"download", "errors", "interval", "keras_backend", "run", "tensors"}
+LEAVES = {"download", "errors", "interval", "keras_backend", "run", "seeds", "tensors"}
 NETWORK = {"spec", "layout", "family"}
 MAY_IMPORT = {
     "download": {"errors"},
@@ -18,6 +18,7 @@ MAY_IMPORT = {
     "interval": set(),
     "keras_backend": {"errors"},
     "run": {"errors"},
+    "seeds": set(),
     "tensors": {"errors", "run"},
     "spec": {"errors", "layout"},  # only when layers are asked for
     "layout": {"spec"},
@@ -30,7 +31,7 @@ MAY_IMPORT = {
     "train": LEAVES | NETWORK | {"nets", "data"},
     "report": LEAVES,
     "study": LEAVES | NETWORK | {"__init__", "nets", "data", "train"},
-    "studies": LEAVES | NETWORK | {"__init__", "data", "study", "report", "job"},
+    "studies": LEAVES | NETWORK | {"__init__", "data", "study", "report", "job", "use"},
     "describe": LEAVES | NETWORK | {"data", "train"},
     "job": LEAVES | NETWORK | {"nets", "data", "train", "use", "report", "describe"},
     "terminal": {"data", "errors", "run"},

@@ -24,13 +24,18 @@ class Drawn(NamedTuple):
     rows: list[Row]
 
     @property
-    def csv(self) -> str:
-        """The numbers as a link that a browser saves as a file."""
+    def csv(self) -> bytes:
+        """The numbers as a table with a header."""
         held = io.StringIO()
         writer = csv.DictWriter(held, list(self.rows[0]) if self.rows else [], lineterminator="\n")
         writer.writeheader()
         writer.writerows(self.rows)
-        return f"data:text/csv;base64,{base64.b64encode(held.getvalue().encode()).decode()}"
+        return held.getvalue().encode()
+
+    @property
+    def link(self) -> str:
+        """The numbers as a link that a browser saves as a file."""
+        return f"data:text/csv;base64,{base64.b64encode(self.csv).decode()}"
 
 
 class Canvas:

@@ -2,6 +2,7 @@
 
 import io
 import re
+from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
@@ -42,6 +43,16 @@ def as_svg(figure: Figure, title: str) -> str:
     text = re.sub(r"<svg ([^>]*?)height=\"[^\"]*pt\" ", r"<svg \1", text, count=1)
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
     return _unique_ids(text, title)
+
+
+def standalone(svg: str) -> bytes:
+    """Inline SVG as a file of its own: it brings the page's colours, light and dark, and its name space."""
+    style = (Path(__file__).parent / "style.css").read_text("utf-8")
+    colours = style[: style.index("* {")]  # the variables come first
+    opened = re.sub(r"<svg ", '<svg xmlns="http://www.w3.org/2000/svg" ' if "xmlns=" not in svg[: svg.index(">")] else "<svg ", svg, count=1)
+    return re.sub(
+        r"(<svg [^>]*>)", lambda m: f"{m[1]}\n<style>{colours}</style>\n<rect width='100%' height='100%' fill='var(--card)'/>", opened, count=1
+    ).encode()
 
 
 def _unique_ids(svg: str, title: str) -> str:

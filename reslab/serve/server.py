@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from reslab.errors import CallError, WorkError, needs_extra, shown
-from reslab.run import Run
+from reslab.run import Run, located
 from reslab.use.classifier import Classifier, load
 
 try:
@@ -216,6 +216,7 @@ def _work(settings: Settings, port: int, rows: Any, row: int, pipe: Connection) 
 
 def _published(model: Path) -> Published:
     """What a run folder tells beside its model; of a model alone, its name."""
+    model = located(model)
     run = Run(model)
     if not (model / "run.toml").is_file():
         return Published({"name": model.stem, "net": None, "data": None, "test": None})

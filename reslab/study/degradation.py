@@ -47,7 +47,7 @@ def rise(records: list[Record], twin: str, error: str = "train_error") -> Estima
     """By how much the error of the deepest net exceeds that of the shallowest, seed by seed."""
     shallow, deep = _ends(records)
     found = {n: {r["seed"]: r[error] for r in _results(records) if (r["twin"], r["layers"]) == (twin, n)} for n in (shallow, deep)}
-    return paired(found[deep], found[shallow])
+    return paired(found[deep], found[shallow] if deep > shallow else {})
 
 
 def claims(records: list[Record]) -> list[Claim]:
@@ -75,6 +75,8 @@ def claims(records: list[Record]) -> list[Claim]:
 def answer(records: list[Record]) -> str:
     """The rises of both twins in one sentence."""
     shallow, deep = _ends(records)
+    if shallow == deep:
+        return f"Only nets of {deep} layers were trained: the budget was too short to compare depths."
     plain_rise, residual_rise = rise(records, "plain"), rise(records, "residual")
     return (
         f"From {shallow} to {deep} layers the training error of the plain net changes by {100 * plain_rise.mean:+.1f} points, "

@@ -73,7 +73,7 @@ def run(name: str, place: Place, setting: Setting, tell: Tell = print, draw: Cal
     """Measures what is missing. Cells for which the budget has no time left stay undone: repeating the call does them.
 
     `draw` is given what is there, now and then while the rest is measured.
-    Raises CallError when the budget allows no cell, WorkError when the work fails; finished cells are kept.
+    Raises CallError when the budget allows no step, WorkError when the work fails; finished cells are kept.
     """
     data, started = load(place.data), time.monotonic()
     cells = _plan(find(name), name, data, setting, place)
@@ -87,10 +87,7 @@ def run(name: str, place: Place, setting: Setting, tell: Tell = print, draw: Cal
         if draw and seconds > due:
             draw(_outcome(name, place, cells, fingerprint))
             due = seconds + (time.monotonic() - started - seconds) / REDRAWN
-    outcome = _outcome(name, place, cells, fingerprint)
-    if not outcome.done:
-        raise CallError(f"the budget must allow at least one cell of {name}; {setting.seconds:.0f} s did not: raise --budget")
-    return outcome
+    return _outcome(name, place, cells, fingerprint)
 
 
 def _outcome(name: str, place: Place, cells: list[Cell], fingerprint: str) -> Outcome:
@@ -108,7 +105,7 @@ def _plan(study: Study, name: str, data: Data, setting: Setting, place: Place) -
             return [_cell(row) for row in held["cells"]]
     except (OSError, ValueError, KeyError, TypeError):
         pass  # none, or one of another call
-    cells = study.cells(setting, data, _Pace(data))
+    cells = study.cells(setting, data, _Pace(data, _threads(setting.jobs)))
     schedules = [s for cell in cells for s in (cell.training, cell.subject.schedule) if s]
     if not cells or any(schedule.steps < 1 for schedule in schedules):
         raise CallError(f"the budget must allow every cell a step; {setting.seconds:.0f} s do not for {len(cells)} cells: raise --budget or lower --seeds")
@@ -127,12 +124,20 @@ def _schedule(row: dict[str, Any] | None) -> Schedule | None:
 
 
 class _Pace:
-    """Times a few training steps of a net in this process, without touching its random numbers."""
+    """Times a few training steps of a net with a cell's threads; this process keeps its own, and its random numbers."""
 
-    def __init__(self, data: Data) -> None:
-        self.size = data.facts.size
+    def __init__(self, data: Data, threads: int) -> None:
+        self.size, self.threads = data.facts.size, threads
 
     def __call__(self, spec: Spec, batch: int) -> float:
+        own = torch.get_num_threads()
+        torch.set_num_threads(self.threads)
+        try:
+            return self._timed(spec, batch)
+        finally:
+            torch.set_num_threads(own)
+
+    def _timed(self, spec: Spec, batch: int) -> float:
         with torch.random.fork_rng():
             net = ResNet(spec).to(memory_format=torch.channels_last).train()  # type: ignore[call-overload]
             x = torch.randn(batch, spec.in_channels, self.size, self.size).contiguous(memory_format=torch.channels_last)
@@ -167,20 +172,20 @@ class _Queue:
 def _work(name: str, place: Place, cells: list[Cell], fingerprint: str, setting: Setting, started: float) -> Iterator[tuple[Cell, float]]:
     """Yields each cell when its records are on the disk, and the seconds since the beginning. What is finished stays, whatever happens to the rest.
 
-    Nothing is begun that would, going by the longest of its kind so far, end after the budget.
+    Once a cell is finished, nothing is begun that would, going by the longest of its kind so far, end after the budget.
     """
     if not cells:
         return
     queue, longest, end = _Queue(cells, place, fingerprint), {train_one: 0.0, work_off: 0.0}, setting.seconds or math.inf
-    threads = max(1, len(os.sched_getaffinity(0)) // setting.jobs)
-    with ProcessPoolExecutor(min(setting.jobs, len(cells)), multiprocessing.get_context("spawn"), _begin, (threads,)) as pool:
+    with ProcessPoolExecutor(min(setting.jobs, len(cells)), multiprocessing.get_context("spawn"), _begin, (_threads(setting.jobs),)) as pool:
         running: dict[Future[None], tuple[Cell | list[Cell], float]] = {}
+        any_done = False
         try:
             while True:
                 while len(running) < setting.jobs and (item := queue.next()) is not None:
                     now = time.monotonic() - started
                     function = train_one if isinstance(item, list) else work_off
-                    if now + longest[function] > end:
+                    if any_done and now + longest[function] > end:
                         break
                     task = (train_one, place, item[0].subject) if isinstance(item, list) else (work_off, name, place, item)
                     running[pool.submit(*task)] = item, now
@@ -196,11 +201,17 @@ def _work(name: str, place: Place, cells: list[Cell], fingerprint: str, setting:
                     if isinstance(item, list):
                         queue.ready += item
                     else:
+                        any_done = True
                         yield item, now
         except BrokenProcessPool as error:
             raise WorkError("a process of the study was killed, perhaps for want of memory; the finished cells are kept: repeat the command") from error
         finally:
             pool.shutdown(cancel_futures=True)
+
+
+def _threads(jobs: int) -> int:
+    """Threads for each of so many processes."""
+    return max(1, len(os.sched_getaffinity(0)) // jobs)
 
 
 def _begin(threads: int) -> None:

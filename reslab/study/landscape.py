@@ -179,7 +179,7 @@ def falls(line: Record) -> float:
     """The share of the steps away from the minimiser in which the loss falls: none on a bowl, half in chaos."""
     middle, loss = len(line["loss"]) // 2, [math.inf if v is None else v for v in line["loss"]]
     steps = [b < a for side in (loss[middle:], loss[middle::-1]) for a, b in pairwise(side)]
-    return sum(steps) / len(steps)
+    return steps.count(True) / len(steps)
 
 
 def claims(records: list[Record]) -> list[Claim]:

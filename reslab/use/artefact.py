@@ -11,7 +11,7 @@ from reslab.data.decode import Pixels
 from reslab.data.preprocess import Preprocess
 from reslab.errors import CallError, WorkError, shown
 from reslab.nets.torch import ResNet
-from reslab.run import write_whole
+from reslab.run import shipped, write_whole
 from reslab.spec import Spec
 from reslab.tensors import read_tensors, write_tensors
 from reslab.use.classifier import Classifier, Logits
@@ -58,7 +58,8 @@ def model_folder(path: Path) -> Path:
     folder = path / "model" if (path / "model").is_dir() else path
     if not (folder / "spec.json").is_file():
         unfinished = (path / "run.toml").is_file()
-        fix = f"finish it with `reslab train --resume {shown(path)}`" if unfinished else "give the folder that `reslab train` wrote"
+        own = f", or one of {', '.join(shipped())}" if shipped() else ""
+        fix = f"finish it with `reslab train --resume {shown(path)}`" if unfinished else f"give the folder that `reslab train` wrote{own}"
         raise CallError(f"a finished run has model/spec.json; {shown(path)} has not: {fix}")
     return folder
 

@@ -31,6 +31,8 @@ def write_card(path: str | Path, out: str | Path | None = None) -> Path:
     Raises CallError for an unfinished run or a folder in use, WorkError when records are damaged or it cannot be written.
     """
     run = Run.open(path)
+    if run.is_shipped:
+        raise CallError(f"a card is made of a run of your own; {shown(path)} came with reslab and has one: {shown(run.path / 'README.md')}")
     classifier = load(run.path)
     target = Path(out) if out is not None else run.path / "export" / "card"
     if target.exists() and (not target.is_dir() or (any(target.iterdir()) and not (target / "card.html").is_file())):

@@ -18,6 +18,7 @@ from reslab.data.decode import Pixels, Unreadable, decode
 from reslab.data.images import THREADS
 from reslab.data.preprocess import Frame
 from reslab.errors import CallError, WorkError, shown
+from reslab.run import located
 from reslab.spec import Spec
 
 if TYPE_CHECKING:
@@ -143,11 +144,11 @@ def softmax(logits: NDArray[Float]) -> NDArray[Float]:
 
 
 def load(path: str | Path) -> Classifier:
-    """The Classifier of a run folder, of its `model/`, or of a .onnx file that `reslab export` wrote; the last needs no torch.
+    """The Classifier of a run folder, of its `model/`, of a shipped net by name, or of a .onnx file that `reslab export` wrote; the last needs no torch.
 
     Raises CallError when there is none, WorkError when it is damaged.
     """
-    path = Path(path)
+    path = located(path)
     model: Model
     if path.suffix.lower() == ".onnx":
         from reslab.use.onnx import read_onnx

@@ -16,7 +16,7 @@ from reslab.data.images import Images, Indices, read_batches
 from reslab.data.source import Progress, silent
 from reslab.errors import CallError, WorkError, shown, unknown
 from reslab.interval import share
-from reslab.run import Run, workplace
+from reslab.run import Run, located, workplace
 from reslab.use import quantize
 from reslab.use.classifier import BATCH, Classifier, load, softmax
 from reslab.use.formats import FORMATS, Format, Runner
@@ -138,7 +138,7 @@ def _furthest(got: Any, want: Any) -> float:
 
 def find_images(path: Path, classifier: Classifier, reading: Progress) -> tuple[Images | None, str]:
     """The run's own images, split as for its training, or why there are none."""
-    if not (path / "run.toml").is_file():
+    if not (located(path) / "run.toml").is_file():
         return None, f"{shown(path)} has no run.toml that names its data"
     try:
         return own_images(Run.open(path), reading), ""

@@ -33,7 +33,7 @@ def evaluate(path: str | Path, data: str | Path | None = None, reading: Progress
         raise CallError(f"an exported file has no images of its own; received {shown(path)} alone: name the data too")
     batches = read_batches(images, items, classifier.preprocess.canvas, BATCH)
     scores = score(outputs(classifier, batches), classifier.classes, classifier.temperature)
-    if run is not None:
+    if run is not None and not run.is_shipped:
         run.record("evaluation", data=shown(images.source), **scores)
     return scores
 

@@ -10,10 +10,10 @@ from reslab.study.stats import estimate, paired
 def records(plain: list[float], residual: list[float]) -> list[dict]:
     """Deep nets with the given training errors, shallow ones with 0.1, a seed each."""
     rows = []
-    for kind, deep in (("plain", plain), ("resnet", residual)):
+    for kind, deep in (("plain", plain), ("residual", residual)):
         for seed, error in enumerate(deep):
             rows += [
-                {"kind": "result", "cell_kind": kind, "depth": depth, "seed": seed, "train_error": e, "test_error": e}
+                {"kind": "result", "twin": kind, "layers": depth, "seed": seed, "train_error": e, "test_error": e}
                 for depth, e in ((20, 0.1 + 0.001 * seed), (56, error))
             ]
     return rows

@@ -1,42 +1,79 @@
 """Cells are cached by content, an interrupted study goes on, and what cannot be is one line."""
 
 import json
+from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
 import torch
 
 import reslab
+from reslab.data.source import open_images
+from reslab.data.split import split
 from reslab.nets.torch import ResNet
-from reslab.study import STUDIES, degradation, lab
-from reslab.study.data import Data, prepare
-from reslab.study.kinds import Cell, Schedule, Setting
+from reslab.run import write_whole
+from reslab.study import STUDIES, degradation, lab, training
+from reslab.study.data import Data, load, prepare
+from reslab.study.kinds import Cell, Schedule, Setting, Subject
+from reslab.study.lab import Place
 from reslab.study.training import errors, lr_at, train
+from reslab.study.twins import deeper, layers, plain
 
-SETTING = Setting(seconds=20, jobs=2, seeds=2)
+TINY = reslab.spec("resnet20", depths=(1, 1, 1), in_channels=1)
+SETTING = Setting(seconds=60, jobs=2, seeds=2, net=TINY)
 quiet = lambda text: None  # noqa: E731
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Data:
-    return prepare("digits", None, tmp_path_factory.mktemp("study") / "data", lambda *facts: None)
+def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
+    store = tmp_path_factory.mktemp("study")
+    _, folder = prepare(split(open_images("digits"), 0), 8, store)
+    return Place(store / "out", store, folder)
 
 
 @pytest.fixture
-def small(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nets and steps small enough for a test, through the study's own cells."""
+def data(place: Place) -> Data:
+    return load(place.data)
+
+
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Nets and steps small enough for a test, worked off in this process; the work that was done, in order."""
 
     def cells(setting: Setting, data: Data, pace: object) -> list[Cell]:
         made = []
         for seed in range(setting.seeds):
-            for kind in ("plain", "resnet"):
-                spec = reslab.spec(f"{kind}20", depths=(1, 1, 1), in_channels=1)
-                made.append(Cell(f"{kind} {seed}", spec, seed, Schedule(5, 64), {"cell_kind": kind, "depth": 8}))
+            for twin, spec in (("plain", plain(setting.net)), ("residual", setting.net)):
+                made.append(Cell(f"{twin} {seed}", Subject(spec, seed, Schedule(5, 64)), facts={"twin": twin, "layers": layers(spec)}))
         return made
 
+    done: list[str] = []
+
+    class Here:
+        """A pool that works at once."""
+
+        def __init__(self, *facts: object) -> None: ...
+        def __enter__(self) -> "Here":
+            return self
+
+        def __exit__(self, *facts: object) -> None: ...
+        def shutdown(self, **facts: object) -> None: ...
+        def submit(self, function, *arguments):  # type: ignore[no-untyped-def]
+            item = arguments[-1]
+            done.append(f"train {item.seed}" if isinstance(item, Subject) else item.name)
+            future: Future[None] = Future()
+            try:
+                future.set_result(function(*arguments))
+            except Exception as error:
+                future.set_exception(error)
+            return future
+
     monkeypatch.setattr(lab, "find", lambda name: replace(degradation.STUDY, cells=cells))
+    monkeypatch.setattr(lab, "ProcessPoolExecutor", Here)
+    return done
 
 
 def test_every_study_is_listed_with_its_own_question() -> None:
@@ -44,44 +81,120 @@ def test_every_study_is_listed_with_its_own_question() -> None:
         assert lab.find(name).question == question
 
 
-def test_finished_cells_are_not_measured_again_and_missing_ones_are(small: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    done: list[str] = []
-
-    def here(name: str, out: Path, cells: list[Cell], jobs: int):  # type: ignore[no-untyped-def]
-        for cell in cells:
-            done.append(cell.name)
-            lab.work_off(name, out, cell)
-            yield cell
-
-    monkeypatch.setattr(lab, "_work", here)
-    first, _ = lab.run("degradation", "digits", None, SETTING, tmp_path, quiet)
-    assert done == ["plain 0", "resnet 0", "plain 1", "resnet 1"]
-    files = sorted((tmp_path / "cells").iterdir())
-    before = files[2].read_text()
+def test_finished_cells_are_not_measured_again_and_missing_ones_are(small: list[str], place: Place, tmp_path: Path) -> None:
+    here = place._replace(out=tmp_path / "out", store=tmp_path)
+    first = lab.run("degradation", here, SETTING, quiet)
+    assert sorted(small) == ["plain 0", "plain 1", "residual 0", "residual 1", "train 0", "train 0", "train 1", "train 1"]
+    files = sorted((tmp_path / "out" / "cells").iterdir())
+    before, net = files[2].read_text(), {f.name: f.read_bytes() for f in (tmp_path / "nets").iterdir()}
+    small.clear()
     files[2].unlink()
-    again, _ = lab.run("degradation", "digits", None, SETTING, tmp_path, quiet)
-    assert len(done) == 5, "only the missing cell"
+    again = lab.run("degradation", here, SETTING, quiet)
+    assert len(small) == 1, "only the missing cell, on the net that is there"
     assert files[2].read_text() == before, "bit for bit"
     assert again == first
-    lab.run("degradation", "digits", None, SETTING._replace(seeds=3), tmp_path, quiet)
-    assert done[5:] == ["plain 2", "resnet 2"], "an extended study keeps what it has"
+    small.clear()
+    files[2].unlink()
+    for file in (tmp_path / "nets").iterdir():
+        file.unlink()
+    assert lab.run("degradation", here, SETTING, quiet) == first
+    (made,) = (tmp_path / "nets").iterdir()
+    trained, was = json.loads(_header(made.read_bytes())), json.loads(_header(net[made.name]))
+    assert trained.pop("seconds") >= 0 <= was.pop("seconds")
+    assert trained == was, "the same training again"
+    small.clear()
+    lab.run("degradation", here, SETTING._replace(seeds=3), quiet)
+    assert sorted(small) == ["plain 2", "residual 2", "train 2", "train 2"], "an extended study keeps what it has"
+
+
+def _header(safetensors: bytes) -> str:
+    length = int.from_bytes(safetensors[:8], "little")
+    text: str = json.loads(safetensors[8 : 8 + length])["__metadata__"]["reslab"]
+    return text
+
+
+def test_a_full_disk_in_the_middle_keeps_what_is_finished(small: list[str], place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    here, written = place._replace(out=tmp_path / "out", store=tmp_path), []
+
+    def full(path: Path, data: bytes) -> None:
+        written.append(path)
+        if len(written) > 4:
+            raise reslab.WorkError(f"{path} cannot be written: No space left on device; what was there is kept")
+        write_whole(path, data)
+
+    monkeypatch.setattr(lab, "write_whole", full)
+    with pytest.raises(reslab.WorkError, match="No space left on device"):
+        lab.run("degradation", here, SETTING, quiet)
+    assert len(list((tmp_path / "out" / "cells").iterdir())) == 3
+    monkeypatch.setattr(lab, "write_whole", write_whole)
+    small.clear()
+    assert lab.run("degradation", here, SETTING, quiet).done == 4
+    assert len([each for each in small if not each.startswith("train")]) == 1
+
+
+def test_work_that_the_budget_has_no_time_for_is_left_and_done_by_the_next_call(small: list[str], place: Place, tmp_path: Path) -> None:
+    here = place._replace(out=tmp_path / "out", store=tmp_path)
+    some = lab.run("degradation", here, SETTING._replace(seconds=1e-9), quiet)
+    assert 1 <= some.done < some.planned == 4
+    assert lab.run("degradation", here, SETTING, quiet).done == 4
 
 
 def test_a_cell_is_named_by_everything_that_decides_its_records() -> None:
-    cell = Cell("a", reslab.spec("resnet20"), 0, Schedule(5))
-    others = [
-        replace(cell, seed=1), replace(cell, schedule=Schedule(6)), replace(cell, spec=reslab.spec("resnet20", eps=1e-4)), replace(cell, facts={"depth": 2}),
-    ]  # fmt: skip
-    keys = [c.key("degradation", "print") for c in [cell, *others]] + [cell.key("other", "print"), cell.key("degradation", "other")]
+    subject = Subject(TINY, 0, Schedule(5))
+    cell = Cell("a", subject)
+    others = [replace(subject, seed=1), replace(subject, schedule=Schedule(6)), replace(subject, spec=replace(TINY, eps=1e-4)), replace(subject, weights="x")]
+    cells = [cell, *(Cell("a", other) for other in others), replace(cell, facts={"depth": 2}), replace(cell, training=Schedule(7))]
+    keys = [c.key("degradation", "print") for c in cells] + [cell.key("degradation", "other")]
     assert len(set(keys)) == len(keys)
     assert replace(cell).key("degradation", "print") == keys[0]
+    nets = [s.key("print") for s in (subject, *others)]
+    assert len(set(nets)) == len(nets)
+
+
+def test_an_interrupted_training_goes_on_bit_for_bit(place: Place, data: Data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    subject = Subject(TINY, 3, Schedule(8, 64))
+    assert subject.schedule
+    whole = lab.initial(subject)
+    losses = train(whole, data, subject.schedule, subject.seed)
+    monkeypatch.setattr(training, "SAVE_SECONDS", -1.0)
+
+    def stop(step: int, loss: float) -> None:
+        if step == 5:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(lab.initial(subject), data, subject.schedule, subject.seed, stop, tmp_path / "s")
+    steps: list[int] = []
+    net = lab.initial(subject)
+    resumed = train(net, data, subject.schedule, subject.seed, lambda step, loss: steps.append(step), tmp_path / "s")
+    assert steps == [5, 6, 7]
+    assert resumed == losses
+    assert all(torch.equal(a, b) for a, b in zip(whole.state_dict().values(), net.state_dict().values(), strict=True))
+    (tmp_path / "s").write_bytes(b"no tensors")
+    assert train(lab.initial(subject), data, subject.schedule, subject.seed, None, tmp_path / "s") == losses, "a damaged one is not used"
+
+
+def test_a_study_leaves_random_numbers_alone(place: Place) -> None:
+    torch.manual_seed(5)
+    state = torch.get_rng_state()
+    lab.initial(Subject(TINY, 3))
+    lab._Pace(load(place.data), 1)(TINY, 4)
+    assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_twins_have_the_same_parameters_steps_and_seeds(data: Data) -> None:
-    cells = degradation.cells(Setting(120, 2, 3), data, lambda spec, batch: 0.01)
-    for plain, residual in zip(cells[::2], cells[1::2], strict=True):
-        assert plain.spec.cost(8).params == residual.spec.cost(8).params
-        assert (plain.seed, plain.schedule, plain.facts["depth"]) == (residual.seed, residual.schedule, residual.facts["depth"])
+    setting = Setting(120, 2, 3, reslab.spec("resnet20", in_channels=1))
+    cells = degradation.cells(setting, data, lambda spec, batch: 0.01)
+    for one, two in zip(cells[::2], cells[1::2], strict=True):
+        assert one.subject.spec.cost(8).params == two.subject.spec.cost(8).params
+        assert (one.subject.seed, one.subject.schedule, one.facts["layers"]) == (two.subject.seed, two.subject.schedule, two.facts["layers"])
+    assert {cell.facts["layers"] for cell in cells} == {20, 56}
+
+
+def test_layers_are_counted_as_in_the_papers() -> None:
+    for name in ("resnet20", "plain56", "resnet110", "resnet18", "resnet50", "resnet152"):
+        assert layers(reslab.spec(name)) == int(name.removeprefix("resnet").removeprefix("plain"))
+    assert layers(deeper(reslab.spec("resnet20"), 6)) == 110
 
 
 def test_training_is_the_same_for_the_same_seed_and_leaves_random_numbers_to_the_seed(data: Data) -> None:
@@ -111,7 +224,7 @@ def test_bad_calls_are_one_line(tmp_path: Path, data: Data, cli) -> None:  # typ
     for arguments, message in (
         (("degradatoin",), "unknown study 'degradatoin': did you mean 'degradation'"),
         (("degradation", "--budget", "soon"), "must be a time such as 90s, 20m or 1h30m"),
-        (("degradation", "--data", "digits", "--budget", "0.01", "--out", str(tmp_path / "o")), "must allow every cell a step"),
+        (("degradation", "--data", "digits", "--budget", "0.01s", "--out", str(tmp_path / "o")), "must allow every cell a step"),
         (("degradation", "--seeds", "0"), "--seeds must be 1 to 100"),
     ):
         done = cli("study", *arguments)
@@ -125,14 +238,26 @@ def test_damaged_records_name_the_file(small: None, tmp_path: Path) -> None:
         lab.read(tmp_path / "x.jsonl")
 
 
+def test_runs_that_a_study_cannot_use_are_one_line(tmp_path: Path, cli) -> None:  # type: ignore[no-untyped-def]
+    done = cli("study", "degradation", tmp_path / "run")
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
+    assert "study degradation makes its own nets" in done.stderr
+
+
 def test_study_from_the_command_line_to_the_page(tmp_path: Path, cli) -> None:  # type: ignore[no-untyped-def]
     listed = cli("study")
     assert all(name in listed.stdout for name in STUDIES)
-    done = cli("study", "degradation", "--budget", "15s", "--seeds", "2", "--out", tmp_path / "s")
+    done = cli("study", "degradation", "--budget", "20s", "--seeds", "1", "--out", tmp_path / "s")
     assert done.returncode == 0, done.stderr
     page = (tmp_path / "s" / "study.html").read_text()
     assert "Does a plain net train worse" in page
-    assert page.count("<svg") == 2
+    assert page.count("<svg") == page.count('href="data:text/csv;base64,') == 2
+    assert "the training error of the plain net changes by" in page
     assert "://" not in page.replace("http://www.w3.org", ""), "it opens offline"
+    told = json.loads((tmp_path / "s" / "study.json").read_text())
+    assert {claim["verdict"] for claim in told["claims"]} == {"not decided at this budget"}, "one seed decides nothing"
+    for number in range(1, 1 + len(told["figures"])):
+        ElementTree.parse(tmp_path / "s" / "figures" / f"{number}.svg")
+        assert (tmp_path / "s" / "figures" / f"{number}.csv").read_text().startswith("twin,layers,seed,")
     rows = [json.loads(line) for file in (tmp_path / "s" / "cells").iterdir() for line in file.read_text().splitlines()]
-    assert {r["seed"] for r in rows} == {0, 1}
+    assert {r["seed"] for r in rows} == {0}

@@ -11,9 +11,13 @@ import numpy as np
 import onnx
 import pytest
 from onnx import TensorProto, helper
+from starlette.testclient import TestClient
 
 import reslab
 from reslab.run import Run
+from reslab.serve.metrics import Metrics, shared_rows
+from reslab.serve.server import _published
+from reslab.serve.service import Limits, Service
 from reslab.use.formats import to_onnx, write_onnx
 from tests.use.conftest import TINY, classifier_of, photos_of
 
@@ -51,6 +55,23 @@ def test_an_exported_file_is_the_same_classifier(trained: Run, exported: Path) -
         assert [p for _, p in a.top] == pytest.approx([p for _, p in b.top], abs=1e-5)
     with pytest.raises(reslab.CallError, match="give the run folder"):
         _ = theirs.net
+
+
+def test_an_exported_file_is_served(trained: Run, exported: Path) -> None:
+    file = sorted((photos_of(trained) / "green").iterdir())[0]
+    service = Service(reslab.load(exported), _published(exported), Limits(), Metrics(shared_rows(1)), None, True)
+    with TestClient(service.app, base_url="http://localhost") as client:
+        answer = client.post("/predict", content=file.read_bytes(), headers={"content-type": "image/png"})
+        (found,) = answer.json()["predictions"]
+        assert client.get("/model").json()["name"] == "model"
+    (want,) = reslab.load(exported).predict([file])
+    assert (found["label"], found["probability"]) == (want.label, pytest.approx(want.probability, abs=1e-6))
+
+
+def test_heat_maps_of_an_exported_file_are_refused_in_one_line(trained: Run, exported: Path, here: Callable[..., Any]) -> None:
+    done = here("explain", exported, photos_of(trained) / "green")
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
+    assert "an exported file has only its graph: give the run folder" in done.stderr
 
 
 def test_predict_and_evaluate_work_where_torch_is_not_installed(trained: Run, exported: Path) -> None:

@@ -1,6 +1,6 @@
 """Error by depth, and the running training loss: He et al. 2015, figure 6."""
 
-from reslab.report.charts import Drawn, canvas, colours, titled, with_seeds
+from reslab.report.charts import Drawn, at_end, canvas, colours, titled, with_seeds
 from reslab.report.svg import MUTED
 from reslab.run import Record
 
@@ -21,8 +21,8 @@ def _by_depth(results: list[Record]) -> Drawn:
                 with_seeds(axes, range(len(depths)), values, colour, twin)
             axes.set_xticks(range(len(depths)), [str(depth) for depth in depths])
             axes.set_xlim(-0.2, len(depths) - 0.6)
-            axes.set_ylim(bottom=0)
             titled(axes, f"{key.split('_')[0]} error, %", "layers")
+        c.axes[0].set_ylim(bottom=0)
         rows = [{key: r[key] for key in ("twin", "layers", "seed", "train_error", "test_error", "steps", "parameters")} for r in results]
         return c.drawn("Error by depth, plain and residual, a dot a seed", rows)
 
@@ -33,7 +33,10 @@ def _by_step(curves: list[Record]) -> Drawn:
         for axes, depth in zip(c.axes, depths, strict=True):
             for row in (r for r in curves if r["layers"] == depth):
                 x = [row["every"] * (i + 0.5) for i in range(len(row["loss"]))]
-                axes.plot(x, [float("nan") if v is None else v for v in row["loss"]], color=COLOURS[row["twin"]], linewidth=1, alpha=0.8)
+                loss = [float("nan") if v is None else v for v in row["loss"]]
+                axes.plot(x, loss, color=COLOURS[row["twin"]], linewidth=1, alpha=0.8)
+                if not row["seed"]:
+                    at_end(axes, x[-1], loss[-1], row["twin"], COLOURS[row["twin"]])
             axes.axhline(0, color=MUTED, linewidth=0.5)
             titled(axes, f"{depth} layers", "step")
         rows = [

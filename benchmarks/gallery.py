@@ -1,0 +1,60 @@
+"""docs/studies.md from finished studies: for each its question, its answer, its verdicts, its first figures and its command.
+
+    python gallery.py STUDY...        folders that `reslab study` wrote, in the order they are to be shown
+
+Every number on that page is one that the studies printed. The figures are copied to docs/studies/, the records of each
+study beside them as one file.
+"""
+
+import json
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+DOCS = Path(__file__).parents[1] / "docs"
+FIGURES = 2  # of each study
+HEAD = """# Studies
+
+`reslab study` asks questions about residual networks and answers them by measuring, on your machine and within a time that
+you state. Each answer is a page that puts what a paper says beside what was measured, with n, intervals and a verdict:
+agrees, disagrees, or not decided at this budget. Below is what real runs gave; this page was written by
+`python benchmarks/gallery.py` from their records, which lie in [docs/studies](studies).
+"""
+WORDS = {"agrees": "✓ agrees", "disagrees": "✗ disagrees", "not decided at this budget": "· not decided"}
+
+
+def section(folder: Path) -> str:
+    told: dict[str, Any] = json.loads((folder / "study.json").read_text("utf-8"))
+    name = folder.resolve().name
+    kept = DOCS / "studies" / name
+    kept.mkdir(parents=True, exist_ok=True)
+    pictures = []
+    for number, title in list(enumerate(told["figures"], start=1))[:FIGURES]:
+        shutil.copyfile(folder / "figures" / f"{number}.svg", kept / f"{number}.svg")
+        pictures.append(f"![{title}](studies/{name}/{number}.svg)\n\n*{title}.*")
+    records = sorted(folder.glob("cells/*.jsonl"))
+    (kept / "records.jsonl").write_text("".join(file.read_text("utf-8") for file in records), "utf-8")
+    claims = "\n".join(f"| {c['paper']} | {c['measured']} | {WORDS[c['verdict']]} |" for c in told["claims"])
+    return f"""
+## {told["name"]}: {told["question"]}
+
+{told["answer"]}
+
+| claim | measured here | verdict |
+|---|---|---|
+{claims}
+
+{chr(10).join(f"{picture}{chr(10)}" for picture in pictures)}
+```sh
+{told["command"]}
+```
+
+{told["protocol"]} {told["data"]} at {told["size"]} px, {told["cells"]} cells, {told["seconds"]} s; {told["hardware"]}.
+"""
+
+
+if __name__ == "__main__":
+    sections = [section(Path(folder)) for folder in sys.argv[1:]]
+    (DOCS / "studies.md").write_text(HEAD + "".join(sections), "utf-8")
+    print(f"docs/studies.md: {len(sections)} studies")
