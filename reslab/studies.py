@@ -6,7 +6,7 @@ import platform
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
@@ -22,7 +22,7 @@ from reslab.job import seconds
 from reslab.report.study import write_study
 from reslab.run import Run, shipped
 from reslab.study import STUDIES
-from reslab.study.data import prepare
+from reslab.study.data import Facts, prepare
 from reslab.study.kinds import Claim, Given, Setting, Study
 from reslab.study.lab import Outcome, Place, find, keep, run
 from reslab.use.artefact import TorchModel
@@ -137,24 +137,30 @@ def _answered(name: str, found: Study, call: Call, place: Place, show: Show) -> 
     shape = {"in_channels": data.facts.channels, "num_classes": data.facts.classes}
     nets = tuple(Given(_named(path, call.runs), c.spec, keep(c.net, place.store)) for path, c in given)
     setting = Setting(call.seconds, call.workers, call.seeds, find_spec(base, **shape), nets)
-    began = time.monotonic()
-    outcome = run(name, place._replace(data=folder), setting, show.say)
-    claims = found.claims(outcome.records)
-    page = {
+    page, began = _page(name, found, call, data.facts, setting), time.monotonic()
+
+    def draw(outcome: Outcome, running: bool = True) -> tuple[Path, list[Claim]]:
+        claims = found.claims(outcome.records)
+        protocol = _protocol(call, setting, outcome, images.image_size, size, running)
+        measured = {"answer": found.answer(outcome.records), "claims": claims, "protocol": protocol}
+        now = {"seconds": round(time.monotonic() - began), "cells": outcome.done, "running": running}
+        return write_study(place.out / "study.html", page | measured | now, outcome.records), claims
+
+    outcome = run(name, place._replace(data=folder), setting, show.say, draw if found.live else None)
+    return draw(outcome, running=False)
+
+
+def _page(name: str, found: Study, call: Call, facts: Facts, setting: Setting) -> dict[str, Any]:
+    """What the page says that is known before anything is measured."""
+    return {
         "name": name,
         "study": found,
-        "answer": found.answer(outcome.records),
-        "claims": claims,
-        "data": data.facts.name,
-        "size": data.facts.size,
-        "protocol": _protocol(call, setting, outcome, images.image_size, size),
-        "command": _command(name, call, size),
-        "seconds": round(time.monotonic() - began),
-        "cells": outcome.done,
+        "data": facts.name,
+        "size": facts.size,
+        "command": _command(name, call, facts.size),
         "version": __version__,
         "hardware": f"{platform.machine()}, {setting.jobs} processes on {len(os.sched_getaffinity(0))} cores, torch {torch.__version__}",
     }
-    return write_study(place.out / "study.html", page, outcome.records), claims
 
 
 def _named(path: Path, among: tuple[Path, ...]) -> str:
@@ -185,12 +191,14 @@ def _size(images: Images, call: Call) -> int:
     return min(own, SMALL.get(str(call.data), MOST_PIXELS))
 
 
-def _protocol(call: Call, setting: Setting, outcome: Outcome, own: int, size: int) -> str:
+def _protocol(call: Call, setting: Setting, outcome: Outcome, own: int, size: int, running: bool) -> str:
     steps = max((int(r["steps"]) for r in outcome.records if "steps" in r), default=0)
     trained = f", which gave every net {steps:,} steps" if steps else ""
     kind = "The published protocol" if setting.is_paper else f"A budget of {setting.seconds / 60:g} min{trained}"
     small = f"; the images are {size} pixels a side, where their own size is {own}" if size < own and not call.runs else ""
-    missing = "" if outcome.done == outcome.planned else f" Only {outcome.done} of {outcome.planned} cells fitted: the same command does the rest."
+    of = f"{outcome.done} of {outcome.planned} cells"
+    missing = f" It is still running: {of} so far." if running else f" Only {of} fitted: the same command does the rest."
+    missing = "" if outcome.done == outcome.planned else missing
     return f"{kind}, {setting.seeds} seeds{small}. What needs longer trainings cannot be decided here.{missing}"
 
 

@@ -40,7 +40,7 @@ def train(net: nn.Module, data: Data, schedule: Schedule, seed: int, watch: Watc
     losses = _resume(state, net, optimizer) if state else []
     saved = time.monotonic()
     net.train()
-    order = _order(len(data.train), schedule, seed)
+    order = image_order(len(data.train), schedule, seed)
     for step in range(len(losses), len(order)):
         for group in optimizer.param_groups:
             group["lr"] = lr_at(schedule, step) * group["share"]
@@ -102,7 +102,7 @@ def _wrong(net: nn.Module, data: Data, pixels: NDArray[Any], labels: NDArray[Any
     return wrong, len(pixels)
 
 
-def _order(n: int, schedule: Schedule, seed: int) -> list[NDArray[np.int64]]:
+def image_order(n: int, schedule: Schedule, seed: int) -> list[NDArray[np.int64]]:
     """The images of each step: every epoch is a permutation of its own, its incomplete last batch left out."""
     batch = min(schedule.batch_size, n)
     each = n // batch
