@@ -11,8 +11,10 @@ All nets have one learning rate (`grid`), chosen for deep nets: those without no
 skips and with, where rates of 0.1 and 0.2 leave 49 and 22 %. So what batch norm buys in shallow nets is in part that it
 does not depend on the rate (docs/log.md).
 
-A result shows what either part does to a training of the given steps at that rate. It does not show why (studies
-`gradients`, `signal`, `batchnorm`), nor what nets without norm do from an initialisation made for them (`init`).
+A result shows what either part does to a training of the given steps at that rate. No error is much above that of a guess:
+a net that fails without one part cannot lose more without both, which is a part of what "together" measures. It does not
+show why (studies `gradients`, `signal`, `batchnorm`), nor what nets without norm do from an initialisation made for them
+(`init`).
 
     reslab study ablation --budget 2m      digits, 8 to 56 layers
 
@@ -130,8 +132,9 @@ STUDY = Study(
     source="He et al. 2015 (1512.03385), section 4; De & Smith 2020 (2002.10444); Wu & He 2018 (1803.08494); Li et al. 2018 (1712.09913)",
     shows="what each part does to the error of a net trained in the given steps, how much of that takes both, and which nets do not train at all",
     limits=(
-        "what each net could do at a rate of its own, which shallow nets without norm would take higher; nor why (studies gradients, signal, batchnorm), nor "
-        "what nets without norm do from an initialisation made for them (study init)"
+        "what each net could do at a rate of its own, which shallow nets without norm would take higher; nor more loss than down to a guess: a net that fails "
+        "without one part cannot lose more without both; nor why (studies gradients, signal, batchnorm), nor what nets without norm do from an "
+        "initialisation made for them (study init)"
     ),
     expected=(
         "CIFAR-10 test error with batch norm at 20 / 56 / 110 layers: with skips 7.37 / 5.89 / 5.79 %, without 8.18 / 13.31 / 16.44 % (Li et al. 2018). "

@@ -59,8 +59,10 @@ def higher(table: Table, records: list[Record], worse: str, better: str, said: s
 def order(table: Table, records: list[Record]) -> Claim:
     """The claim that the rows come in the table's order: Spearman's rank correlation of the test errors, seed by seed."""
     e = correlation(table, records)
-    interval = f" (95 % interval {max(-1, e.low):+.2f} to {min(1, e.high):+.2f}, n = {e.n})" if e.n > 1 else f" (n = {e.n})"
-    return Claim("The rows come in this order", f"rank correlation of the test errors with the table's: {e.mean:+.2f}{interval}", e.verdict(), e.n)
+    found = f"{e.mean:+.2f} (n = 1)" if e.n else "not measured"
+    if e.n > 1:
+        found = f"{e.mean:+.2f} (95 % interval {max(-1, e.low):+.2f} to {min(1, e.high):+.2f}, n = {e.n})"
+    return Claim("The rows come in this order", f"rank correlation of the test errors with the table's: {found}", e.verdict(), e.n)
 
 
 def correlation(table: Table, records: list[Record]) -> Estimate:
