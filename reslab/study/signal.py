@@ -3,7 +3,8 @@
 Method: at the start, the mean square of the residual branch and of the shortcut where each block adds them, in train mode
 on real images, with norm and without: in the pre-activation net of a single stage that the theory is about, and in the
 net itself. (Over random weights these activations have mean zero: their mean square is their variance.) After training,
-the standard deviation of the response of every convolution, behind its norm and before ReLU and addition, by depth.
+the standard deviation of the response of every convolution, behind its norm and before ReLU and addition, by depth; batch
+norm has the statistics of the images measured.
 
 A result shows how much a block changes what passes it: at the start by its initialisation, later by what it learned. It
 does not show that small branches are what makes deep nets trainable; study `init` removes the norm and keeps them small.
@@ -33,7 +34,7 @@ from reslab.seeds import seed_of
 from reslab.spec import Spec
 from reslab.study.data import Data
 from reslab.study.kinds import Cell, Claim, Pace, Ready, Setting, Study, Subject, Verdict
-from reslab.study.probe import additions, outputs, responses, untouched
+from reslab.study.probe import additions, outputs, responses, settle, untouched
 from reslab.study.stats import Estimate, estimate, factor, paired, within
 from reslab.study.twins import deeper, layers, numbered, plain, schedule
 
@@ -108,10 +109,16 @@ def at_additions(net: ResNet, x: Tensor, seed: int = 0) -> dict[str, list[float]
 
 @torch.no_grad()
 def deviations(net: ResNet, x: Tensor) -> list[float]:
-    """Standard deviation of the response of each convolution on the longest path, in eval mode."""
+    """Standard deviation of the response of each convolution on the longest path, in eval mode.
+
+    Batch norm has the statistics of these images: after a short training its running ones lag behind the weights, and in a
+    deep plain net that multiplies from layer to layer.
+    """
     modules = responses(net)
-    with untouched(net), outputs(modules) as held:
-        net.eval()(x)
+    with untouched(net):
+        settle(net, x)
+        with outputs(modules) as held:
+            net(x)
     return [float(held[name].std()) for name in modules]
 
 
