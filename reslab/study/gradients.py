@@ -112,7 +112,7 @@ def _rows(rows: dict[int, dict[Any, float]], spec: Spec) -> Iterator[Record]:
 
 def _weak(net: ResNet, data: Data, seed: int) -> Iterator[Record]:
     """The growth with He's weights, and with all of them times WEAK: a net without norm and biases only scales."""
-    x, y = augmented(data, np.arange(min(batch_size(data), len(data.train))), Schedule(1, augment=False), seed, 0, torch.device("cpu"))
+    x, y = augmented(data, np.linspace(0, len(data.train) - 1, batch_size(data)).astype(np.int64), Schedule(1, augment=False), seed, 0, torch.device("cpu"))
     with untouched(net), flowing(net) as flow:
         for scale in (1.0, WEAK):
             with torch.no_grad():
@@ -222,8 +222,10 @@ def _over_time(records: list[Record], twin: str, late: bool, of: Any) -> dict[in
     for r in records:
         if r["kind"] == "flow" and (r["where"], r["what"], r["twin"], r["norm"]) == ("out", "gradient", twin, True):
             half = [values for at, values in zip(r["at"], r["values"], strict=True) if at >= r["at"][-1] / 2] if late else r["values"][:1]
-            found[r["seed"]] = median(of(values) for values in half if all(value for value in values)) if len(r["at"]) > 1 else math.nan
-    return {seed: value for seed, value in found.items() if math.isfinite(value)}
+            known = [of(values) for values in half if all(values)]
+            if known and len(r["at"]) > 1:
+                found[r["seed"]] = median(known)
+    return found
 
 
 def _by_seed(records: list[Record], **facts: Any) -> dict[int, float]:

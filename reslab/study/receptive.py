@@ -217,7 +217,8 @@ def _shares(records: list[Record]) -> str:
 
 
 def _sizes(records: list[Record], twin: str, after: bool) -> dict[int, float]:
-    return {r["pair"]: r["size"] for r in records if r["look"] == "twin" and (r["twin"], r["trained"]) == (twin, after)}
+    """By pair; a net through which nothing comes back has none."""
+    return {r["pair"]: r["size"] for r in records if r["look"] == "twin" and (r["twin"], r["trained"]) == (twin, after) and r["size"]}
 
 
 def _ratio(records: list[Record], one: tuple[str, bool], other: tuple[str, bool]) -> Estimate:

@@ -55,7 +55,7 @@ def cells(setting: Setting, data: Data, pace: Pace) -> list[Cell]:
         for order, net in (("single stage", single_stage(base)), ("the net", deeper(base, 1 if setting.given else DEEP))):
             for norm in (net.norm if net.norm != "none" else "batch", "none"):
                 facts = {"look": "start", "order": order, "norm": norm != "none"}
-                made.append(Cell(f"{order}, norm {norm}, seed {seed}", Subject(replace(net, norm=norm, init="he"), seed), facts=facts))
+                made.append(Cell(f"{order}, norm {norm}, seed {seed}", Subject(replace(net, norm=norm, init="he", zero_init=False), seed), facts=facts))
         made += [cell for cell in trained if cell.subject.seed == seed]
     return made
 
