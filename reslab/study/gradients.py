@@ -200,6 +200,8 @@ def answer(records: list[Record]) -> str:
     dense, conv = _logs(records, look="dense"), _logs(records, look="training", twin="plain", norm=True)
     residual = _logs(records, look="training", twin="residual", norm=True)
     start, late = (estimate(list(spans(records, late).values())) for late in (False, True))
+    if not all(e.n for e in (dense, conv, residual, start, late)):
+        return "Some of the nets that are compared were not measured yet."
     return (
         f"At the start, gradients grow by {_times(dense)} a layer towards the input in fully connected nets with batch norm, by {_times(conv)} in the "
         f"plain convolutional net and by {_times(residual)} in the residual one. Over the blocks of the plain net that is a range of {_times(start)}; "
@@ -247,8 +249,8 @@ def _healthy(e: Estimate) -> Any:
 
 
 def _times(e: Estimate) -> str:
-    value = math.exp(e.mean) if e.n else math.nan
-    return f"{value:,.0f} times" if value >= 100 else f"{value:.3g} times" if e.n else "an unknown factor"
+    value = math.exp(e.mean)
+    return f"{value:,.0f} times" if value >= 100 else f"{value:.3g} times"
 
 
 STUDY = Study(

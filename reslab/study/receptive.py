@@ -43,8 +43,9 @@ STACKS = (2, 4, 8, 16)  # blocks of two 3x3 convolutions
 WIDTH = 16  # channels of the stacks
 SLOPE, TOLERANCE = 0.5, 0.1  # of the size against depth, both logarithms
 EDGE = 0.0455  # of the largest value: two standard deviations of a Gaussian, as in the paper
-IMAGES, SETTLING, CHUNK = 16, 128, 4  # images measured, for the statistics of batch norm, and through a net together
-MOST = 193  # pixels a side that a net is shown at most
+IMAGES, LEAST, PIXELS = 16, 4, 16 * 128**2  # images measured, at most and at least, and pixels of all together
+SETTLING, CHUNK = 128, 4  # images for the statistics of batch norm, and through a net together
+MOST = 513  # pixels a side that a net is shown at most
 SHOWN = 41  # pixels a side of a map that a record keeps
 SHARE = 0.55
 DRAW = 43  # stream of random numbers
@@ -108,8 +109,8 @@ def theoretical(spec: Spec) -> int:
 
 def measure(cell: Cell, ready: Ready, data: Data) -> Iterator[Record]:
     """One record: sizes, and the middle of the map in units of its largest value."""
-    picked = np.linspace(0, len(data.test) - 1, min(IMAGES, len(data.test))).astype(np.int64)
-    x, _ = data.test_batch(picked)
+    count = min(IMAGES, max(LEAST, PIXELS // cell.facts["theoretical"] ** 2), len(data.test))
+    x, _ = data.test_batch(np.linspace(0, len(data.test) - 1, count).astype(np.int64))
     settling, _ = data.train_batch(np.arange(0, len(data.train), max(1, len(data.train) // SETTLING)))
     found = effective(ready.net, x, settling, cell.subject.seed)
     half = len(found.map) // 2

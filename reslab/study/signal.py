@@ -204,11 +204,13 @@ def _start(records: list[Record], norm: bool) -> list[Record]:
 
 
 def _between(records: list[Record], one: tuple[str, int], other: tuple[str, int]) -> tuple[Estimate, str]:
-    """Logarithm of the ratio of two nets' responses: over pairs; over layers where there is one pair and the layers match."""
-    nets = [{r["pair"]: r["deviations"] for r in records if r["kind"] == "response" and (r["twin"], r["layers"]) == net} for net in (one, other)]
-    if len(nets[0]) == len(nets[1]) == 1 and len(nets[0].get(0, [])) == len(nets[1].get(0, [])):
-        return estimate([math.log(x / y) for x, y in zip(nets[0][0], nets[1][0], strict=True) if x and y]), "the layers of one pair"
-    means = [{pair: fmean(map(math.log, values)) for pair, values in net.items() if all(values)} for net in nets]
+    """Logarithm of the ratio of two nets' responses: over pairs; over layers for a single pair of given nets whose layers match."""
+    found = [[r for r in records if r["kind"] == "response" and (r["twin"], r["layers"]) == net] for net in (one, other)]
+    if len(found[0]) == len(found[1]) == 1:
+        (a,), (b,) = found
+        if not a["steps"] and len(a["deviations"]) == len(b["deviations"]):
+            return estimate([math.log(x / y) for x, y in zip(a["deviations"], b["deviations"], strict=True) if x and y]), "the layers of one pair"
+    means = [{r["pair"]: fmean(map(math.log, r["deviations"])) for r in nets if all(r["deviations"])} for nets in found]
     return paired(means[0], means[1]), "pairs of nets"
 
 

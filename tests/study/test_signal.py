@@ -60,7 +60,7 @@ def test_the_law_is_found_in_made_up_strengths() -> None:
 
 
 def response(seed: int, twin: str, layers: int, value: float) -> dict:
-    return {"kind": "response", "seed": seed, "pair": seed, "twin": twin, "layers": layers, "deviations": [value * (1 + 0.01 * seed)] * 9}
+    return {"kind": "response", "seed": seed, "pair": seed, "twin": twin, "layers": layers, "steps": 9, "deviations": [value * (1 + 0.01 * seed)] * 9}
 
 
 @pytest.mark.parametrize(
