@@ -40,7 +40,7 @@ from reslab.study.dense import gradient_norms
 from reslab.study.kinds import Cell, Claim, Pace, Ready, Schedule, Setting, Study, Subject
 from reslab.study.probe import flowing, untouched
 from reslab.study.stats import Estimate, estimate, factor, paired, within
-from reslab.study.training import augmented, outcome, train
+from reslab.study.training import outcome, train
 from reslab.study.twins import batch_size, deeper, layers, plain, schedule
 
 DENSE = (30, 512, 512)  # layers, width, batch
@@ -75,7 +75,7 @@ def measure(cell: Cell, ready: Ready, data: Data) -> Iterator[Record]:
             norms = gradient_norms(*DENSE, generator=seeded(cell.subject.seed))
             yield {"kind": "growth", "rate": math.exp(-_slope(range(len(norms)), norms, ENDS)), "norms": norms}
         case "weak":
-            yield from _weak(ready.net, data, cell.subject.seed)
+            yield from _weak(ready.net, data)
         case _:
             assert cell.training
             with untouched(ready.net):
@@ -100,7 +100,7 @@ def watched(net: ResNet, data: Data, plan: Schedule, seed: int) -> tuple[dict[in
 
 def _rows(rows: dict[int, dict[Any, float]], spec: Spec) -> Iterator[Record]:
     """A record a quantity: values by step and block. And the growth a layer at the first step."""
-    names = ["stem", *(unit.name for units in stages(spec) for unit in units)]
+    names = ["stem", *_names(spec)]
     steps = sorted(rows)
     for where in ("out", "branch", "shortcut"):
         for what in ("activation", "gradient"):
@@ -110,9 +110,9 @@ def _rows(rows: dict[int, dict[Any, float]], spec: Spec) -> Iterator[Record]:
     yield {"kind": "growth", "rate": rate(rows[0], spec)}
 
 
-def _weak(net: ResNet, data: Data, seed: int) -> Iterator[Record]:
+def _weak(net: ResNet, data: Data) -> Iterator[Record]:
     """The growth with He's weights, and with all of them times WEAK: a net without norm and biases only scales."""
-    x, y = augmented(data, np.linspace(0, len(data.train) - 1, batch_size(data)).astype(np.int64), Schedule(1, augment=False), seed, 0, torch.device("cpu"))
+    x, y = data.train_batch(np.linspace(0, len(data.train) - 1, batch_size(data)).astype(np.int64))
     with untouched(net), flowing(net) as flow:
         for scale in (1.0, WEAK):
             with torch.no_grad():
