@@ -8,6 +8,7 @@ from reslab.run import Record
 
 PATHS = colours(["shortcut", "branch"])
 TWINS = colours(["residual", "plain"])
+SHIFT = {"residual": -5, "plain": 5}  # points, of names that would often overlap
 ORDERS = ("single stage", "the net")
 
 
@@ -46,7 +47,7 @@ def _responses(responses: list[Record]) -> Drawn:
                     axes.plot(range(1, len(r["deviations"]) + 1), r["deviations"], color=colour, linewidth=1, alpha=0.8)
                     rows += [{"twin": twin, "layers": depth, "seed": r["seed"], "layer": i, "deviation": v} for i, v in enumerate(r["deviations"], 1)]
                 if found:
-                    at_end(axes, len(found[0]["deviations"]), fmean(r["deviations"][-1] or math.nan for r in found), twin, colour)
+                    at_end(axes, len(found[0]["deviations"]), fmean(r["deviations"][-1] or math.nan for r in found), twin, colour, SHIFT[twin])
             logarithmic(axes)
             titled(axes, f"{depth} layers", "layer", "standard deviation" if axes is c.axes[0] else "")
         return c.drawn("Standard deviation of the layers' responses after training, a line a net", rows)
