@@ -75,8 +75,9 @@ def with_seeds(axes: Axes, x: Sequence[float], values: Sequence[Sequence[float]]
 
 
 def at_end(axes: Axes, x: float, y: float, label: str, colour: str, shift: float = 0) -> None:
-    """A name right of a line's last point, in the line's colour; shifted upwards by some points where two would overlap."""
-    axes.annotate(label, (x, y), xytext=(6, shift), textcoords="offset points", color=colour, fontsize=9, va="center", annotation_clip=False)
+    """A name right of a line's last point, in the line's colour; shifted upwards by some points where two would overlap. None where the line has no end."""
+    if math.isfinite(y):
+        axes.annotate(label, (x, y), xytext=(6, shift), textcoords="offset points", color=colour, fontsize=9, va="center", annotation_clip=False)
 
 
 def colours(names: Sequence[str]) -> dict[str, str]:

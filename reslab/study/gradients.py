@@ -40,7 +40,7 @@ from reslab.study.dense import gradient_norms
 from reslab.study.kinds import Cell, Claim, Pace, Ready, Schedule, Setting, Study, Subject
 from reslab.study.probe import flowing, untouched
 from reslab.study.stats import Estimate, estimate, factor, paired, within
-from reslab.study.training import augmented, outcome, train
+from reslab.study.training import outcome, train
 from reslab.study.twins import batch_size, deeper, layers, plain, schedule
 
 DENSE = (30, 512, 512)  # layers, width, batch
@@ -48,20 +48,19 @@ ENDS = slice(5, -3)  # of the fully connected layers: the growth settles after a
 GROWTH = math.sqrt(math.pi / (math.pi - 1))  # 1.2112 a layer
 TOLERANCE = 0.02
 WEAK = math.sqrt(1 / 2)  # Glorot's weights where fan in and fan out are equal, as a part of He's
-DEEP, SHARE, TIMES = 3, 0.6, 40
+DEEP, SHARE, TIMES = 3, 0.55, 40
 HEALTHY = 0.1  # of the last block's gradient is what the first must have, at least
 
 
 def cells(setting: Setting, data: Data, pace: Pace) -> list[Cell]:
-    """For each seed the dense net, the weak one, and four that are watched in training: a twin of each kind with and without norm."""
+    """First, since they take a second, the dense and the weak nets of all seeds; then for each seed four twins that are watched in training."""
     net = deeper(setting.net, DEEP)
     normed, bare = (replace(net, norm=net.norm if net.norm != "none" else "batch"), replace(net, norm="none"))
     twins = {("plain", True): plain(normed), ("residual", True): normed, ("plain", False): plain(bare), ("residual", False): bare}
     plan = schedule(list(twins.values()), setting, data, pace, SHARE)
-    made = []
+    made = [Cell(f"fully connected, seed {seed}", Subject(net, seed), facts={"look": "dense"}) for seed in range(setting.seeds)]
+    made += [Cell(f"weak weights, seed {seed}", Subject(plain(bare), seed), facts={"look": "weak"}) for seed in range(setting.seeds)]
     for seed in range(setting.seeds):
-        made.append(Cell(f"fully connected, seed {seed}", Subject(net, seed), facts={"look": "dense"}))
-        made.append(Cell(f"weak weights, seed {seed}", Subject(plain(bare), seed), facts={"look": "weak"}))
         for (twin, norm), spec in twins.items():
             name = f"{twin} {'with' if norm else 'without'} norm, {layers(spec)} layers, seed {seed}"
             made.append(Cell(name, Subject(spec, seed), plan, {"look": "training", "twin": twin, "norm": norm, "layers": layers(spec)}))
@@ -75,7 +74,7 @@ def measure(cell: Cell, ready: Ready, data: Data) -> Iterator[Record]:
             norms = gradient_norms(*DENSE, generator=seeded(cell.subject.seed))
             yield {"kind": "growth", "rate": math.exp(-_slope(range(len(norms)), norms, ENDS)), "norms": norms}
         case "weak":
-            yield from _weak(ready.net, data, cell.subject.seed)
+            yield from _weak(ready.net, data)
         case _:
             assert cell.training
             with untouched(ready.net):
@@ -100,7 +99,7 @@ def watched(net: ResNet, data: Data, plan: Schedule, seed: int) -> tuple[dict[in
 
 def _rows(rows: dict[int, dict[Any, float]], spec: Spec) -> Iterator[Record]:
     """A record a quantity: values by step and block. And the growth a layer at the first step."""
-    names = ["stem", *(unit.name for units in stages(spec) for unit in units)]
+    names = ["stem", *_names(spec)]
     steps = sorted(rows)
     for where in ("out", "branch", "shortcut"):
         for what in ("activation", "gradient"):
@@ -110,9 +109,9 @@ def _rows(rows: dict[int, dict[Any, float]], spec: Spec) -> Iterator[Record]:
     yield {"kind": "growth", "rate": rate(rows[0], spec)}
 
 
-def _weak(net: ResNet, data: Data, seed: int) -> Iterator[Record]:
+def _weak(net: ResNet, data: Data) -> Iterator[Record]:
     """The growth with He's weights, and with all of them times WEAK: a net without norm and biases only scales."""
-    x, y = augmented(data, np.arange(min(batch_size(data), len(data.train))), Schedule(1, augment=False), seed, 0, torch.device("cpu"))
+    x, y = data.train_batch(np.linspace(0, len(data.train) - 1, batch_size(data)).astype(np.int64))
     with untouched(net), flowing(net) as flow:
         for scale in (1.0, WEAK):
             with torch.no_grad():
@@ -200,6 +199,8 @@ def answer(records: list[Record]) -> str:
     dense, conv = _logs(records, look="dense"), _logs(records, look="training", twin="plain", norm=True)
     residual = _logs(records, look="training", twin="residual", norm=True)
     start, late = (estimate(list(spans(records, late).values())) for late in (False, True))
+    if not all(e.n for e in (dense, conv, residual, start, late)):
+        return "Some of the nets that are compared were not measured yet."
     return (
         f"At the start, gradients grow by {_times(dense)} a layer towards the input in fully connected nets with batch norm, by {_times(conv)} in the "
         f"plain convolutional net and by {_times(residual)} in the residual one. Over the blocks of the plain net that is a range of {_times(start)}; "
@@ -222,8 +223,10 @@ def _over_time(records: list[Record], twin: str, late: bool, of: Any) -> dict[in
     for r in records:
         if r["kind"] == "flow" and (r["where"], r["what"], r["twin"], r["norm"]) == ("out", "gradient", twin, True):
             half = [values for at, values in zip(r["at"], r["values"], strict=True) if at >= r["at"][-1] / 2] if late else r["values"][:1]
-            found[r["seed"]] = median(of(values) for values in half if all(value for value in values)) if len(r["at"]) > 1 else math.nan
-    return {seed: value for seed, value in found.items() if math.isfinite(value)}
+            known = [of(values) for values in half if all(values)]
+            if known and len(r["at"]) > 1:
+                found[r["seed"]] = median(known)
+    return found
 
 
 def _by_seed(records: list[Record], **facts: Any) -> dict[int, float]:
@@ -245,8 +248,8 @@ def _healthy(e: Estimate) -> Any:
 
 
 def _times(e: Estimate) -> str:
-    value = math.exp(e.mean) if e.n else math.nan
-    return f"{value:,.0f} times" if value >= 100 else f"{value:.3g} times" if e.n else "an unknown factor"
+    value = math.exp(e.mean)
+    return f"{value:,.0f} times" if value >= 100 else f"{value:.3g} times"
 
 
 STUDY = Study(

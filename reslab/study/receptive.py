@@ -6,8 +6,8 @@ weight for each of its channels: its root mean square over images and colours is
 standard deviations of a Gaussian; the theoretical field follows from kernels and strides. First stacks of 3x3
 convolutions of several depths at their start, then plain and residual twins before and after training.
 
-Images are continued beyond their borders by mirroring, so that no border cuts the field; before training, batch norm has
-the statistics of real images. Both are ours: the paper uses the images as they are, and weights without batch norm.
+Images are continued beyond their borders by mirroring, so that no border cuts the field; batch norm has the statistics of
+training images, before training as after it. Both are ours: the paper uses the images as they are, and weights without batch norm.
 
 A result shows from where a unit is moved at all. It does not show that a net needs more: what is useful may lie near.
 
@@ -43,8 +43,9 @@ STACKS = (2, 4, 8, 16)  # blocks of two 3x3 convolutions
 WIDTH = 16  # channels of the stacks
 SLOPE, TOLERANCE = 0.5, 0.1  # of the size against depth, both logarithms
 EDGE = 0.0455  # of the largest value: two standard deviations of a Gaussian, as in the paper
-IMAGES, SETTLING, CHUNK = 16, 128, 4  # images measured, for the statistics of batch norm, and through a net together
-MOST = 193  # pixels a side that a net is shown at most
+IMAGES, LEAST, PIXELS = 16, 4, 16 * 128**2  # images measured, at most and at least, and pixels of all together
+SETTLING, CHUNK = 128, 4  # images for the statistics of batch norm, and through a net together
+MOST = 513  # pixels a side that a net is shown at most
 SHOWN = 41  # pixels a side of a map that a record keeps
 SHARE = 0.55
 DRAW = 43  # stream of random numbers
@@ -108,18 +109,17 @@ def theoretical(spec: Spec) -> int:
 
 def measure(cell: Cell, ready: Ready, data: Data) -> Iterator[Record]:
     """One record: sizes, and the middle of the map in units of its largest value."""
-    picked = np.linspace(0, len(data.test) - 1, min(IMAGES, len(data.test))).astype(np.int64)
-    x, _ = data.test_batch(picked)
+    count = min(IMAGES, max(LEAST, PIXELS // cell.facts["theoretical"] ** 2), len(data.test))
+    x, _ = data.test_batch(np.linspace(0, len(data.test) - 1, count).astype(np.int64))
     settling, _ = data.train_batch(np.arange(0, len(data.train), max(1, len(data.train) // SETTLING)))
-    is_start = not cell.subject.schedule and not cell.subject.weights
-    found = effective(ready.net, x, settling if is_start else None, cell.subject.seed)
+    found = effective(ready.net, x, settling, cell.subject.seed)
     half = len(found.map) // 2
     near = slice(max(0, half - SHOWN // 2), half + SHOWN // 2 + 1)
     shown = [[round(value, 4) for value in row] for row in found.map[near, near].tolist()]
     yield {"kind": "field", "size": found.size, "spread": found.spread, "canvas": len(found.map), "map": shown, "steps": len(ready.losses)}
 
 
-def effective(net: ResNet, x: Tensor, settling: Tensor | None, seed: int = 0) -> Field:
+def effective(net: ResNet, x: Tensor, settling: Tensor, seed: int = 0) -> Field:
     """The field of the middle unit of the last block's output, for images (N, C, H, W) continued by mirroring.
 
     `settling` are images that batch norm takes its statistics from first.
@@ -128,9 +128,7 @@ def effective(net: ResNet, x: Tensor, settling: Tensor | None, seed: int = 0) ->
     half = -(-min(theoretical(net.spec), MOST) // (2 * step)) * step
     generator, energy = seeded(seed, DRAW), torch.zeros(2 * half + 1, 2 * half + 1)
     with untouched(net):
-        net.eval()
-        if settling is not None:
-            settle(net, settling)
+        settle(net, settling)
         for images in torch.split(mirrored(x, 2 * half + 1), CHUNK):
             part, outputs = images.requires_grad_(), dict[str, Tensor]()
             net(part, outputs)
@@ -220,7 +218,8 @@ def _shares(records: list[Record]) -> str:
 
 
 def _sizes(records: list[Record], twin: str, after: bool) -> dict[int, float]:
-    return {r["pair"]: r["size"] for r in records if r["look"] == "twin" and (r["twin"], r["trained"]) == (twin, after)}
+    """By pair; a net through which nothing comes back has none."""
+    return {r["pair"]: r["size"] for r in records if r["look"] == "twin" and (r["twin"], r["trained"]) == (twin, after) and r["size"]}
 
 
 def _ratio(records: list[Record], one: tuple[str, bool], other: tuple[str, bool]) -> Estimate:

@@ -163,6 +163,8 @@ def answer(records: list[Record]) -> str:
     """How near to brown noise each kind of deep net is."""
     deep = DEPTHS[-1]
     found = {name: whiteness(records, name, deep) for name in ("plain, batch norm", "residual, beta 1", "residual, beta 0.1")}
+    if not all(e.n for e in found.values()):
+        return "The fully connected nets are not measured yet."
     return (
         f"On a scale from white noise (0) to brown noise (1), the gradients of a fully connected plain net of {deep} layers lie at "
         f"{found['plain, batch norm'].mean:.2f}, those of residual nets at {found['residual, beta 1'].mean:.2f} (beta 1) and "

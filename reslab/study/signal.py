@@ -3,7 +3,8 @@
 Method: at the start, the mean square of the residual branch and of the shortcut where each block adds them, in train mode
 on real images, with norm and without: in the pre-activation net of a single stage that the theory is about, and in the
 net itself. (Over random weights these activations have mean zero: their mean square is their variance.) After training,
-the standard deviation of the response of every convolution, behind its norm and before ReLU and addition, by depth.
+the standard deviation of the response of every convolution, behind its norm and before ReLU and addition, by depth; batch
+norm has the statistics of the images measured.
 
 A result shows how much a block changes what passes it: at the start by its initialisation, later by what it learned. It
 does not show that small branches are what makes deep nets trainable; study `init` removes the norm and keeps them small.
@@ -33,7 +34,7 @@ from reslab.seeds import seed_of
 from reslab.spec import Spec
 from reslab.study.data import Data
 from reslab.study.kinds import Cell, Claim, Pace, Ready, Setting, Study, Subject, Verdict
-from reslab.study.probe import additions, outputs, responses, untouched
+from reslab.study.probe import additions, outputs, responses, settle, untouched
 from reslab.study.stats import Estimate, estimate, factor, paired, within
 from reslab.study.twins import deeper, layers, numbered, plain, schedule
 
@@ -54,7 +55,7 @@ def cells(setting: Setting, data: Data, pace: Pace) -> list[Cell]:
         for order, net in (("single stage", single_stage(base)), ("the net", deeper(base, 1 if setting.given else DEEP))):
             for norm in (net.norm if net.norm != "none" else "batch", "none"):
                 facts = {"look": "start", "order": order, "norm": norm != "none"}
-                made.append(Cell(f"{order}, norm {norm}, seed {seed}", Subject(replace(net, norm=norm, init="he"), seed), facts=facts))
+                made.append(Cell(f"{order}, norm {norm}, seed {seed}", Subject(replace(net, norm=norm, init="he", zero_init=False), seed), facts=facts))
         made += [cell for cell in trained if cell.subject.seed == seed]
     return made
 
@@ -108,10 +109,16 @@ def at_additions(net: ResNet, x: Tensor, seed: int = 0) -> dict[str, list[float]
 
 @torch.no_grad()
 def deviations(net: ResNet, x: Tensor) -> list[float]:
-    """Standard deviation of the response of each convolution on the longest path, in eval mode."""
+    """Standard deviation of the response of each convolution on the longest path, in eval mode.
+
+    Batch norm has the statistics of these images: after a short training its running ones lag behind the weights, and in a
+    deep plain net that multiplies from layer to layer.
+    """
     modules = responses(net)
-    with untouched(net), outputs(modules) as held:
-        net.eval()(x)
+    with untouched(net):
+        settle(net, x)
+        with outputs(modules) as held:
+            net(x)
     return [float(held[name].std()) for name in modules]
 
 
@@ -197,11 +204,13 @@ def _start(records: list[Record], norm: bool) -> list[Record]:
 
 
 def _between(records: list[Record], one: tuple[str, int], other: tuple[str, int]) -> tuple[Estimate, str]:
-    """Logarithm of the ratio of two nets' responses: over pairs; over layers where there is one pair and the layers match."""
-    nets = [{r["pair"]: r["deviations"] for r in records if r["kind"] == "response" and (r["twin"], r["layers"]) == net} for net in (one, other)]
-    if len(nets[0]) == len(nets[1]) == 1 and len(nets[0].get(0, [])) == len(nets[1].get(0, [])):
-        return estimate([math.log(x / y) for x, y in zip(nets[0][0], nets[1][0], strict=True) if x and y]), "the layers of one pair"
-    means = [{pair: fmean(map(math.log, values)) for pair, values in net.items() if all(values)} for net in nets]
+    """Logarithm of the ratio of two nets' responses: over pairs; over layers for a single pair of given nets whose layers match."""
+    found = [[r for r in records if r["kind"] == "response" and (r["twin"], r["layers"]) == net] for net in (one, other)]
+    if len(found[0]) == len(found[1]) == 1:
+        (a,), (b,) = found
+        if not a["steps"] and len(a["deviations"]) == len(b["deviations"]):
+            return estimate([math.log(x / y) for x, y in zip(a["deviations"], b["deviations"], strict=True) if x and y]), "the layers of one pair"
+    means = [{r["pair"]: fmean(map(math.log, r["deviations"])) for r in nets if all(r["deviations"])} for nets in found]
     return paired(means[0], means[1]), "pairs of nets"
 
 

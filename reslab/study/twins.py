@@ -16,7 +16,9 @@ SHARE = 0.72  # of the budget that is planned to be spent in training steps
 
 
 def plain(spec: Spec) -> Spec:
-    """The twin without shortcuts. It has the same parameters where the shortcuts have none."""
+    """The twin without shortcuts. It has the same parameters where the shortcuts have none. Raises CallError for a plain net."""
+    if spec.shortcut == "none":
+        raise CallError("a study of twins takes away the shortcuts of a residual net; received a plain one: name its residual twin")
     return replace(spec, shortcut="none")
 
 

@@ -13,6 +13,8 @@ from reslab.study.kinds import Given, Ready, Setting
 from reslab.study.receptive import answer, cells, claims, describe, effective, measure, mirrored, stack, theoretical
 from tests.study.probing import digits, made, same, state, tiny
 
+SETTLING = torch.rand(2, 1, 8, 8)  # for nets without norm
+
 
 @pytest.mark.parametrize("blocks", [1, 2, 5])
 def test_a_stack_of_3x3_convolutions_sees_two_more_pixels_a_layer_and_nothing_outside(blocks: int) -> None:
@@ -23,7 +25,7 @@ def test_a_stack_of_3x3_convolutions_sees_two_more_pixels_a_layer_and_nothing_ou
         net = made(spec)
         for p in net.parameters():
             p.copy_(p.abs() if p.ndim == 4 else p)  # every path is open
-    field = effective(net, torch.rand(2, 1, 8, 8), None)
+    field = effective(net, torch.rand(2, 1, 8, 8), SETTLING)
     middle, half = len(field.map) // 2, sees // 2
     inside = field.map[middle - half : middle + half + 1, middle - half : middle + half + 1]
     assert bool((inside > 0).all())
@@ -37,7 +39,7 @@ def test_strides_are_centred() -> None:
         for p in net.parameters():
             if p.ndim == 4:
                 p.fill_(0.05)
-    found = effective(net, torch.ones(1, 1, 64, 64), None).map
+    found = effective(net, torch.ones(1, 1, 64, 64), SETTLING).map
     assert torch.allclose(found, found.T, atol=1e-4)
     assert torch.allclose(found, found.flip(0), atol=1e-4)
     assert int(found.argmax()) == found.numel() // 2
@@ -47,7 +49,7 @@ def test_random_weights_spread_as_the_theory_says() -> None:
     """Squared gradients of n random 3x3 convolutions are spread with a variance of 2 n / 3 pixels."""
     for blocks in (3, 8):
         spec = replace(stack(tiny(), blocks), widths=(32,))
-        found = [effective(made(spec, seed), torch.randn(8, 1, 16, 16), None).spread ** 2 for seed in range(3)]
+        found = [effective(made(spec, seed), torch.randn(8, 1, 16, 16), SETTLING).spread ** 2 for seed in range(3)]
         assert sum(found) / 3 == pytest.approx((2 * blocks + 1) * 2 / 3, rel=0.12)
 
 

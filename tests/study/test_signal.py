@@ -42,10 +42,9 @@ def test_responses_behind_a_norm_have_its_scale() -> None:
         for module in net.modules():
             if isinstance(module, torch.nn.BatchNorm2d):
                 module.weight.fill_(0.25)
-                module.momentum = 1.0
-        net.train()(x)
-        net(x)
+    before = state(net)
     assert deviations(net, x) == pytest.approx([0.25] * 13, rel=0.02)
+    assert same(before, state(net))
 
 
 def addition(seed: int, norm: bool, power: float, rate: float) -> dict:
@@ -61,7 +60,7 @@ def test_the_law_is_found_in_made_up_strengths() -> None:
 
 
 def response(seed: int, twin: str, layers: int, value: float) -> dict:
-    return {"kind": "response", "seed": seed, "pair": seed, "twin": twin, "layers": layers, "deviations": [value * (1 + 0.01 * seed)] * 9}
+    return {"kind": "response", "seed": seed, "pair": seed, "twin": twin, "layers": layers, "steps": 9, "deviations": [value * (1 + 0.01 * seed)] * 9}
 
 
 @pytest.mark.parametrize(

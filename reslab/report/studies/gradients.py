@@ -50,7 +50,9 @@ def _maps(flows: list[Record], what: str) -> Drawn:
             for step, row in zip(steps, grid, strict=True)
             for block, value in enumerate(row)
         ]
-        return c.drawn(f"{said} at every block's output, from input (0) to output, through the training; mean of the logarithms over seeds", rows)
+        return c.drawn(
+            f"{said} at every block's output, from input (0) to output, through the training; mean of the logarithms over seeds; empty where nothing came", rows
+        )
 
 
 def _map(axes: Axes, steps: list[int], grid: Grid, low: float, high: float) -> Any:

@@ -14,7 +14,7 @@ Map = list[list[float]]
 
 def figures(records: list[Record]) -> list[Drawn]:
     """Sizes of the stacks and of the twins, then the twins' maps."""
-    stacks, twins = ([r for r in records if r["look"] == look] for look in ("stack", "twin"))
+    stacks, twins = ([r for r in records if r["look"] == look and r["size"]] for look in ("stack", "twin"))
     return [*([_stacks(stacks)] if stacks else []), *([_sizes(twins), _maps(twins)] if twins else [])]
 
 

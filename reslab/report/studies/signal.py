@@ -1,5 +1,6 @@
 """Branch and shortcut by block at the start (De & Smith 2020), responses by layer after training (He 2015, figure 7)."""
 
+import math
 from statistics import fmean
 
 from reslab.report.charts import Drawn, Row, at_end, canvas, colours, logarithmic, titled
@@ -7,6 +8,7 @@ from reslab.run import Record
 
 PATHS = colours(["shortcut", "branch"])
 TWINS = colours(["residual", "plain"])
+SHIFT = {"residual": -5, "plain": 5}  # points, of names that would often overlap
 ORDERS = ("single stage", "the net")
 
 
@@ -45,7 +47,7 @@ def _responses(responses: list[Record]) -> Drawn:
                     axes.plot(range(1, len(r["deviations"]) + 1), r["deviations"], color=colour, linewidth=1, alpha=0.8)
                     rows += [{"twin": twin, "layers": depth, "seed": r["seed"], "layer": i, "deviation": v} for i, v in enumerate(r["deviations"], 1)]
                 if found:
-                    at_end(axes, len(found[0]["deviations"]), fmean(r["deviations"][-1] for r in found), twin, colour)
+                    at_end(axes, len(found[0]["deviations"]), fmean(r["deviations"][-1] or math.nan for r in found), twin, colour, SHIFT[twin])
             logarithmic(axes)
             titled(axes, f"{depth} layers", "layer", "standard deviation" if axes is c.axes[0] else "")
         return c.drawn("Standard deviation of the layers' responses after training, a line a net", rows)
