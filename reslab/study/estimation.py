@@ -217,7 +217,7 @@ def _head(rows: list[Record], others: list[Record], other: str) -> Claim:
     verdict: Verdict = "agrees" if mine.high < theirs.low else "disagrees" if mine.low > theirs.high else UNDECIDED
     if pair[1]["whole"] + ROOM > pair[1]["chance"]:
         verdict = UNDECIDED
-    measured = f"mean error {_told(mine)}, {other} {_told(theirs)}; of the whole nets {pair[0]['whole']:.3f} and {pair[1]['whole']:.3f}"
+    measured = f"mean error {_percent(mine)}, {other} {_percent(theirs)}; the whole nets err on {100 * pair[0]['whole']:.1f} and {100 * pair[1]['whole']:.1f} %"
     return Claim(said, measured, verdict, mine.n)
 
 
@@ -239,6 +239,10 @@ def _negative(e: Estimate) -> Estimate:
 def _claim(said: str, measured: str, e: Estimate) -> Claim:
     """Decided by whether the interval lies above zero."""
     return Claim(said, measured if e.n else "not measured", e.verdict(), e.n)
+
+
+def _percent(e: Estimate) -> str:
+    return f"{100 * e.mean:.1f} % (95 % interval {100 * e.low:.1f} to {100 * e.high:.1f}, n = {e.n} images)"
 
 
 def _told(e: Estimate, digits: int = 2) -> str:

@@ -37,7 +37,8 @@ from reslab.study.surgery import Lesion, batches, interchangeable, keeps_shape, 
 from reslab.study.twins import affordable, deeper, is_residual, trained, with_and_without_shortcuts
 
 DEEPER = 3  # times the blocks: 56 layers of 20
-TRAINING, MEASURING = 0.5, 0.15  # shares of the budget; given nets leave both to the measuring
+TRAINING, MEASURING = 0.57, 0.13  # shares of the budget; given nets leave both to the measuring
+WEIGHTS = {"each block": 1, "paths": 3, "several blocks": 1, "permuted": 1}  # of the time to measure: the norms along single paths vary most
 DRAWS, PERMUTATIONS, BOOTSTRAPS = 10, 48, 1000
 LEAST, MOST_PATH_IMAGES = 64, 1000  # images; the paper samples 1000 paths of each length
 LITTLE, RUINOUS = 0.02, 0.30  # rise of the error by one block: of a residual net at most, of a plain one at least
@@ -53,11 +54,11 @@ def cells(setting: Setting, data: Data, pace: Pace) -> list[Cell]:
     pace = cache(pace)
     subjects = trained(with_and_without_shortcuts(deeper(setting.net, DEEPER)), setting, data, pace, TRAINING)
     jobs = [(kind, name) for kind in MEASURES for name, subject in subjects.items() if kind != "paths" or is_residual(subject.spec)]
-    share = MEASURING + (TRAINING if setting.given else 0.0)
+    share = (MEASURING + (TRAINING if setting.given else 0.0)) / sum(WEIGHTS[kind] for kind, _ in jobs)
     made = []
     for kind, name in jobs:
         spec = subjects[name].spec
-        images = _images(kind, affordable(_cost(kind, sum(spec.depths)), spec, setting, data, pace, share / len(jobs)), data)
+        images = _images(kind, affordable(_cost(kind, sum(spec.depths)), spec, setting, data, pace, share * WEIGHTS[kind]), data)
         facts = {"net": name, "twin": "residual" if is_residual(spec) else "plain", "lesion": kind, "images": images}
         made.append(Cell(f"{name}, {kind}", subjects[name], facts=facts))
     return made
