@@ -13,7 +13,7 @@ takes. It does not show that the paths were trained as an ensemble, nor why resi
 
 Expected: one block of a trained ResNet-110 removed is barely noticed, one layer of VGG is fatal; the error grows smoothly
 with the number of blocks removed and with the disorder of a permutation; the gradient's norm falls exponentially with the
-path's length; of 54 blocks the paths through 5 to 17 carry almost all of it, 0.45 % of all paths (the paper, sections 4, 5).
+path's length; of 54 blocks the paths through 5 to 17 carry almost all of it, 0.45 % of all paths (the paper).
 The bounds of 2 and 30 points are this project's own, for 56 layers on CIFAR-10.
 """
 
@@ -304,7 +304,7 @@ STUDY = Study(
         "On test images, each block of a trained net yields nothing, so that only what its shortcut carries remains; then several blocks; then blocks change "
         "places. A plain block is left out whole, with shortcut A where it changes the shape. Gradients flow along sampled paths, through or around each block."
     ),
-    source="Veit, Wilber & Belongie 2016 (1605.06431), sections 4 and 5; figures 3, 5 and 6",
+    source="Veit, Wilber & Belongie 2016 (1605.06431)",
     shows="how far the blocks of a trained net depend on one another, and how long the paths are that its gradient takes",
     limits="that such paths are trained as an ensemble, nor why residual nets train; and one training of each net says little of others",
     expected=(

@@ -1,4 +1,4 @@
-"""Error by block removed, by number removed, by disorder, and the gradient by path length: Veit et al. 2016, figures 3, 5 and 6."""
+"""Error by block removed, by number removed, by disorder, and the gradient by path length: Veit et al. 2016."""
 
 from collections.abc import Sequence
 
