@@ -4,7 +4,7 @@ Method: of trained nets, (1) for each block that keeps the shape, the cosine bet
 gradient of the loss at its input, and the norm of the branch relative to its input (Jastrzebski et al. 2018, 1710.04773);
 (2) the error when the net's own head reads each block of the last stage, and the error of a linear read-out fitted to each
 block's averaged map by ridge regression on training images; (3) how far the output of each block is from that of the last
-block of its stage, feature by feature (Greff et al. 2017, 1612.07771, equation 2). A plain block has no branch: what it
+block of its stage, feature by feature (Greff et al. 2017, 1612.07771). A plain block has no branch: what it
 adds is its output minus its input, and the same is measured of the residual blocks beside.
 
 A result shows whether blocks behave as steps towards one estimate. It does not show that the net computes by descent: a
@@ -14,8 +14,8 @@ net that was never trained is measured beside, and one training of each net says
     reslab study estimation --budget 2m             digits: trains twins first
 
 Expected: branches point along the negative gradient, the more so in the later blocks, and later blocks of a stage change
-their input less (1710.04773, section 4); within a stage the estimates differ by nothing in the mean, and by less and less
-from block to block (1612.07771, figure 3). Neither paper gives numbers to compare with.
+their input less (1710.04773); within a stage the estimates differ by nothing in the mean, and by less and less
+from block to block (1612.07771). Neither paper gives numbers to compare with.
 """
 
 from collections.abc import Iterator
@@ -217,7 +217,7 @@ def _head(rows: list[Record], others: list[Record], other: str) -> Claim:
     verdict: Verdict = "agrees" if mine.high < theirs.low else "disagrees" if mine.low > theirs.high else UNDECIDED
     if pair[1]["whole"] + ROOM > pair[1]["chance"]:
         verdict = UNDECIDED
-    measured = f"mean error {_told(mine)}, {other} {_told(theirs)}; of the whole nets {pair[0]['whole']:.3f} and {pair[1]['whole']:.3f}"
+    measured = f"mean error {_percent(mine)}, {other} {_percent(theirs)}; the whole nets err on {100 * pair[0]['whole']:.1f} and {100 * pair[1]['whole']:.1f} %"
     return Claim(said, measured, verdict, mine.n)
 
 
@@ -241,6 +241,10 @@ def _claim(said: str, measured: str, e: Estimate) -> Claim:
     return Claim(said, measured if e.n else "not measured", e.verdict(), e.n)
 
 
+def _percent(e: Estimate) -> str:
+    return f"{100 * e.mean:.1f} % (95 % interval {100 * e.low:.1f} to {100 * e.high:.1f}, n = {e.n} images)"
+
+
 def _told(e: Estimate, digits: int = 2) -> str:
     return f"{e.mean:+.{digits}f} (95 % interval {e.low:+.{digits}f} to {e.high:+.{digits}f}, n = {e.n})"
 
@@ -251,7 +255,7 @@ STUDY = Study(
         "Of trained nets: the cosine between what a block adds and the negative gradient at its input, and its relative norm; the error of the net's own head "
         "on each block of the last stage, and of a ridge read-out of every block; the difference of each block's output from that of its stage's last."
     ),
-    source="Jastrzebski et al. 2018 (1710.04773), section 4; Greff et al. 2017 (1612.07771), section 3",
+    source="Jastrzebski et al. 2018 (1710.04773); Greff et al. 2017 (1612.07771)",
     shows="whether blocks behave as steps towards one estimate, and whether training made them so: an untrained net is beside",
     limits="that the net computes by descent; intervals are over the blocks or images of one training of each net, and say little of other trainings",
     expected=(

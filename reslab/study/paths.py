@@ -1,4 +1,4 @@
-"""The gradient that flows along single paths of a residual net: Veit et al. 2016, section 4.
+"""The gradient that flows along single paths of a residual net: Veit et al. 2016 (1605.06431).
 
 Every block offers the way through its branch and the way around it, so n blocks make 2^n paths, and the gradient at the
 input is the sum of the gradients that flow along each. A path's length is the number of branches that it takes.

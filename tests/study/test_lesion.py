@@ -28,12 +28,12 @@ def of(net: str, kind: str, **facts: object) -> dict:
     return {"kind": kind, "net": net, "twin": net, "cell": net, "images": 500, **facts}
 
 
-def one_removed(net: str, rise: tuple[float, float, float], whole: float = 0.1) -> list[dict]:
+def one_removed(net: str, rise: tuple[float, float, float], whole: float = 0.1, blocks: int = 27) -> list[dict]:
     low, middle, high = rise
     return [
         of(net, "whole", error=whole, chance=0.9),
         of(net, "removed", block="layer1.0", number=0, rise=middle, error=whole + middle),
-        of(net, "median", rise=middle, rise_low=low, rise_high=high, blocks=27),
+        of(net, "median", rise=middle, rise_low=low, rise_high=high, blocks=blocks),
     ]
 
 
@@ -52,6 +52,12 @@ def one_removed(net: str, rise: tuple[float, float, float], whole: float = 0.1) 
 )
 def test_one_block_is_judged_by_the_bounds_and_a_net_near_chance_not_at_all(net: str, rise: tuple[float, float, float], whole: float, verdict: str) -> None:
     assert claims(one_removed(net, rise, whole))[0].verdict == verdict
+
+
+def test_of_few_blocks_each_does_much_and_the_claim_is_not_about_them() -> None:
+    residual, plain = (claims(one_removed(net, (0.5, 0.6, 0.7), blocks=9))[0] for net in ("residual", "plain"))
+    assert (residual.verdict, plain.verdict) == (UNDECIDED, "agrees")
+    assert "nets of 20 and more blocks" in residual.measured
 
 
 @pytest.mark.parametrize(

@@ -67,7 +67,7 @@ def test_branches_that_scale_fall_by_their_scale_and_share_binomially(blocks: in
 
 
 def test_paths_are_counted_as_the_paper_counts_them() -> None:
-    """Veit et al. 2016, section 4.3: of 54 blocks, the paths through 5 to 17."""
+    """Veit et al. 2016: of 54 blocks, the paths through 5 to 17."""
     assert sum(paths_of(54)[5:18]) == pytest.approx(0.004537, abs=1e-6)
     assert sum(paths_of(1200)) == pytest.approx(1)
 

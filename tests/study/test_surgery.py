@@ -1,6 +1,7 @@
 """Lesions whose outcome is known, and nets that are as they were."""
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from reslab.nets.parts import PadShortcut
 from reslab.nets.torch import ResNet
 from reslab.study.data import Data, prepare
 from reslab.study.paths import along_paths
-from reslab.study.surgery import Lesion, block_inputs, interchangeable, lesioned, mistakes, remove, units
+from reslab.study.surgery import Lesion, batches, block_inputs, interchangeable, lesioned, mistakes, remove, units
 from tests.study.tiny import everything, tiny
 
 ITEMS = np.arange(120)
@@ -69,6 +70,14 @@ def test_a_plain_block_is_left_out_and_shortcut_a_stands_where_shapes_change() -
         for index, block in enumerate(blocks):
             expected = instead(expected) if index == number else block(expected)
         assert torch.equal(lesioned, net.head(expected))
+
+
+def test_batches_are_as_large_as_memory_holds(data: Data) -> None:
+    large = replace(data, facts=replace(data.facts, preprocess={**data.facts.preprocess, "image_size": 1024}))
+    assert [len(batch) for batch in batches(tiny(), data, ITEMS)] == [100, 20]
+    sizes = [len(batch) for batch in batches(tiny(), large, ITEMS)]
+    assert sum(sizes) == 120
+    assert 1 <= sizes[0] < 20
 
 
 @torch.no_grad()

@@ -93,7 +93,7 @@ def _by_stage(rows: list[Record]) -> list[list[Record]]:
 
 
 def _label(axes: Axes, x: float, y: float, text: str, colour: str, right: bool = False) -> None:
-    axes.annotate(text, (x, y), xytext=(0, 7), textcoords="offset points", color=colour, fontsize=9, ha="right" if right else "left")
+    axes.annotate(text, (x, y), xytext=(0, 10), textcoords="offset points", color=colour, fontsize=9, ha="right" if right else "left")
 
 
 def _rows(found: list[Record], keys: Sequence[str]) -> list[Row]:
