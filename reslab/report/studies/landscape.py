@@ -47,8 +47,8 @@ def _scale(planes: dict[str, Plane]) -> Normalize:
 def _contours(rows: list[Record]) -> Drawn:
     planes = _planes(rows)
     scale = _scale(planes)
-    with canvas(max(2, len(planes)), 4.3, grid=False, subplot_kw={"aspect": "equal"}) as c:
-        for axes, (net, (x, y, z)) in zip(c.axes, planes.items(), strict=False):
+    with canvas(len(planes), 4.3, grid=False, subplot_kw={"aspect": "equal"}) as c:
+        for axes, (net, (x, y, z)) in zip(c.axes, planes.items(), strict=True):
             heights = np.ma.masked_invalid(z)
             axes.contourf(x, y, heights, levels=np.linspace(scale.vmin or 0, scale.vmax or 1, LEVELS), cmap=HEAT, norm=scale)
             lines = axes.contour(x, y, heights, levels=_decades(scale), colors="white", linewidths=0.7, linestyles="solid")
@@ -62,9 +62,10 @@ def _contours(rows: list[Record]) -> Drawn:
 def _perspective(rows: list[Record]) -> Drawn:
     planes = _planes(rows)
     scale = _scale(planes)
-    with matplotlib.rc_context(SHARP), canvas(max(2, len(planes)), 4.4, share=False, grid=False, subplot_kw={"projection": "3d"}) as c:
-        for axes, (net, (x, y, z)) in zip(c.axes, planes.items(), strict=False):
+    with matplotlib.rc_context(SHARP), canvas(len(planes), 4.4, share=False, grid=False, subplot_kw={"projection": "3d"}) as c:
+        for axes, (net, (x, y, z)) in zip(c.axes, planes.items(), strict=True):
             surface: Any = axes  # mplot3d
+            z = np.where(np.isfinite(z), z, scale.vmax)  # what is lost stands at the ceiling
             surface.plot_surface(
                 *np.meshgrid(x, y), z, cmap=HEAT, norm=scale, rcount=len(y), ccount=len(x), linewidth=0.15, edgecolor="#00000040", rasterized=True
             )
@@ -76,17 +77,12 @@ def _perspective(rows: list[Record]) -> Drawn:
             surface.set_xticks([-1, 0, 1])
             surface.set_yticks([-1, 0, 1])
             axes.set_title(net, fontsize=10)
-        for axes in c.axes[len(planes) :]:
-            axes.set_visible(False)
         return c.drawn("The same surface in perspective, height and colour the logarithm of the loss", _table(rows))
 
 
 def _bar(c: Canvas, scale: Normalize) -> None:
-    """The colours of the loss, and panels without a net left out."""
-    used = [axes for axes in c.axes if axes.has_data()]
-    for axes in c.axes[len(used) :]:
-        axes.set_visible(False)
-    bar = c.figure.colorbar(ScalarMappable(scale, HEAT), ax=used, shrink=0.8, ticks=_decades(scale), format=lambda v, _: f"{10**v:g}", label="loss")
+    """The colours of the loss."""
+    bar = c.figure.colorbar(ScalarMappable(scale, HEAT), ax=c.axes, shrink=0.8, ticks=_decades(scale), format=lambda v, _: f"{10**v:g}", label="loss")
     bar.outline.set_visible(False)
 
 
