@@ -324,6 +324,8 @@ def test_lost_points_are_drawn_as_gaps() -> None:
     assert "<svg" in contours.svg
     assert "<svg" in perspective.svg
     assert len(contours.rows) == 9
+    nothing = figures([{**r, "net": r"$\\frac$", "loss": [None] * 3} for r in rows])
+    assert "frac" in nothing[0].svg, "a name is no formula"
 
 
 def test_rows_come_coarse_first_and_twins_share_sizes(data: Data) -> None:
