@@ -60,9 +60,14 @@ def canvas(panels: int = 1, height: float = 3.0, share: bool = True, grid: bool 
 
 def titled(axes: Axes, title: str, x: str = "", y: str = "") -> None:
     """The panel's title and what its axes are."""
-    axes.set_title(title, loc="left", fontsize=10)
+    axes.set_title(as_typed(title), loc="left", fontsize=10)
     axes.set_xlabel(x)
     axes.set_ylabel(y)
+
+
+def as_typed(name: str) -> str:
+    """A name, such as a folder's, for matplotlib to draw as it is: dollars would make a formula of it."""
+    return name.replace("$", r"\$")
 
 
 def with_seeds(axes: Axes, x: Sequence[float], values: Sequence[Sequence[float]], colour: str, label: str) -> None:

@@ -11,7 +11,7 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 from numpy.typing import NDArray
 
-from reslab.report.charts import Canvas, Drawn, canvas, colours, titled
+from reslab.report.charts import Drawn, as_typed, canvas, colours, titled
 from reslab.report.svg import HEAT, INK, MUTED
 from reslab.run import Record
 
@@ -39,62 +39,58 @@ def _planes(rows: list[Record]) -> dict[str, Plane]:
     return found
 
 
-def _scale(planes: dict[str, Plane]) -> Normalize:
+def _scale(planes: dict[str, Plane]) -> tuple[float, float]:
+    """The lowest and the highest logarithm of the loss on all planes."""
     heights = np.concatenate([z[np.isfinite(z)] for *_, z in planes.values()])
-    return Normalize(float(heights.min()), max(float(heights.max()), float(heights.min()) + 1e-6))
+    low, high = (float(heights.min()), float(heights.max())) if len(heights) else (0.0, 1.0)
+    return low, max(high, low + 1e-6)
 
 
 def _contours(rows: list[Record]) -> Drawn:
     planes = _planes(rows)
-    scale = _scale(planes)
-    with canvas(max(2, len(planes)), 4.3, grid=False, subplot_kw={"aspect": "equal"}) as c:
-        for axes, (net, (x, y, z)) in zip(c.axes, planes.items(), strict=False):
+    low, high = _scale(planes)
+    with canvas(len(planes), 4.3, grid=False, subplot_kw={"aspect": "equal"}) as c:
+        for axes, (net, (x, y, z)) in zip(c.axes, planes.items(), strict=True):
             heights = np.ma.masked_invalid(z)
-            axes.contourf(x, y, heights, levels=np.linspace(scale.vmin or 0, scale.vmax or 1, LEVELS), cmap=HEAT, norm=scale)
-            lines = axes.contour(x, y, heights, levels=_decades(scale), colors="white", linewidths=0.7, linestyles="solid")
-            axes.clabel(lines, fmt=lambda v: f"{10**v:g}", fontsize=7)
+            axes.contourf(x, y, heights, levels=np.linspace(low, high, LEVELS), cmap=HEAT, vmin=low, vmax=high)
+            lines = axes.contour(x, y, heights, levels=_decades(low, high), colors="white", linewidths=0.7, linestyles="solid")
+            axes.clabel(lines, fmt=_loss, fontsize=7)
             axes.plot(0, 0, marker="+", color="white", markersize=7)
             titled(axes, net, "first direction", "second direction" if axes is c.axes[0] else "")
-        _bar(c, scale)
+        colours_of = ScalarMappable(Normalize(low, high), HEAT)
+        bar = c.figure.colorbar(colours_of, ax=c.axes, shrink=0.8, ticks=_decades(low, high), format=lambda v, _: _loss(v), label="loss")
+        bar.outline.set_visible(False)
         return c.drawn("Loss on a plane through the trained weights (+), one colour scale for all nets", _table(rows))
 
 
 def _perspective(rows: list[Record]) -> Drawn:
     planes = _planes(rows)
-    scale = _scale(planes)
-    with matplotlib.rc_context(SHARP), canvas(max(2, len(planes)), 4.4, share=False, grid=False, subplot_kw={"projection": "3d"}) as c:
-        for axes, (net, (x, y, z)) in zip(c.axes, planes.items(), strict=False):
+    low, high = _scale(planes)
+    with matplotlib.rc_context(SHARP), canvas(len(planes), 4.4, share=False, grid=False, subplot_kw={"projection": "3d"}) as c:
+        for axes, (net, (x, y, z)) in zip(c.axes, planes.items(), strict=True):
             surface: Any = axes  # mplot3d
-            surface.plot_surface(
-                *np.meshgrid(x, y), z, cmap=HEAT, norm=scale, rcount=len(y), ccount=len(x), linewidth=0.15, edgecolor="#00000040", rasterized=True
-            )
+            heights = np.where(np.isfinite(z), z, high)  # what is lost stands at the ceiling
+            style = {"cmap": HEAT, "vmin": low, "vmax": high, "linewidth": 0.15, "edgecolor": "#00000040"}
+            surface.plot_surface(*np.meshgrid(x, y), heights, rcount=len(y), ccount=len(x), rasterized=True, **style)
             surface.view_init(TILT, TURN)
-            surface.set_zlim(scale.vmin, scale.vmax)
+            surface.set_zlim(low, high)
+            surface.set_zticks(_decades(low, high), [_loss(v) for v in _decades(low, high)])
             for axis in (surface.xaxis, surface.yaxis, surface.zaxis):
                 axis.set_pane_color((0, 0, 0, 0))
-            surface.set_zticks(_decades(scale), [f"{10**v:g}" for v in _decades(scale)])
             surface.set_xticks([-1, 0, 1])
             surface.set_yticks([-1, 0, 1])
-            axes.set_title(net, fontsize=10)
-        for axes in c.axes[len(planes) :]:
-            axes.set_visible(False)
+            titled(axes, net)
         return c.drawn("The same surface in perspective, height and colour the logarithm of the loss", _table(rows))
 
 
-def _bar(c: Canvas, scale: Normalize) -> None:
-    """The colours of the loss, and panels without a net left out."""
-    used = [axes for axes in c.axes if axes.has_data()]
-    for axes in c.axes[len(used) :]:
-        axes.set_visible(False)
-    bar = c.figure.colorbar(ScalarMappable(scale, HEAT), ax=used, shrink=0.8, ticks=_decades(scale), format=lambda v, _: f"{10**v:g}", label="loss")
-    bar.outline.set_visible(False)
+def _decades(low: float, high: float) -> list[float]:
+    """Exponents of the powers of ten within the scale, at most eight."""
+    first, last = math.ceil(low), math.floor(high)
+    return [float(v) for v in range(first, last + 1, max(1, -(-(last - first + 1) // 8)))]
 
 
-def _decades(scale: Normalize) -> list[float]:
-    """Powers of ten within the scale, at most eight."""
-    first, last = math.ceil(scale.vmin or 0), math.floor(scale.vmax or 0)
-    step = max(1, -(-(last - first + 1) // 8))
-    return [float(v) for v in range(first, last + 1, step)]
+def _loss(exponent: float) -> str:
+    return f"{10**exponent:g}"
 
 
 def _panels(records: list[Record], height: float, draw: Callable[[Axes, str, list[Record]], None], title: str, rows: list[Record]) -> Drawn:
@@ -131,7 +127,7 @@ def _spectra(found: list[Record]) -> Drawn:
                 values = [*r["largest"], *r["smallest"]]
                 axes.scatter(values, [place + 0.12 * (r["number"] - 1)] * len(values), color=colour.get(net, MUTED), s=16, alpha=0.7, linewidths=0)
         axes.set_xscale("symlog", linthresh=1)
-        axes.set_yticks(range(len(nets)), nets)
+        axes.set_yticks(range(len(nets)), [as_typed(net) for net in nets])
         axes.set_ylim(len(nets) - 0.5, -0.5)
         axes.axvline(0, color=MUTED, linewidth=0.6)
         titled(axes, "", "eigenvalue")
