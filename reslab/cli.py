@@ -58,6 +58,7 @@ def train(
     out: Annotated[Path | None, Parameter(help="the run folder to make; by default below runs/")] = None,
     resume: Annotated[Path | None, Parameter(help="continue the run in this folder")] = None,
     budget: Annotated[str | None, Parameter(help="time for everything, such as 20m: as many epochs as fit")] = None,
+    memory: Annotated[str | None, Parameter(help="what a process may hold, such as 4G: blocks are computed twice to keep to it; on a GPU, its tensors")] = None,
     recipe: Annotated[str, Parameter(help=f"{', '.join(RECIPES)}, or a .toml file of recipe fields")] = "quick",
     tensorboard: Annotated[bool, Parameter(negative="", help="also write the curves for TensorBoard (extra `tensorboard`)")] = False,
     flags: Annotated[Flags, Parameter(name="*", group="Recipe")] = Flags(),  # type: ignore[valid-type]  # noqa: B008
@@ -67,7 +68,7 @@ def train(
 
     given = {name: value for name, value in vars(flags).items() if value is not None}
     with watch() as show:
-        run = run_training(data, net, out, resume=resume, recipe=recipe, budget=budget, tensorboard=tensorboard, show=show, **given)
+        run = run_training(data, net, out, resume=resume, recipe=recipe, budget=budget, memory=memory, tensorboard=tensorboard, show=show, **given)
     if int(os.environ.get("RANK", "0")) == 0:
         print_result(run)
     return 0

@@ -10,7 +10,7 @@ import torch
 from reslab import __version__
 from reslab.data.named import roots
 from reslab.errors import CallError, shown
-from reslab.job import seconds
+from reslab.limits import seconds
 from reslab.report.study import write_study
 from reslab.study.kinds import Claim, Setting
 from reslab.study.lab import find, run

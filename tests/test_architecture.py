@@ -27,12 +27,13 @@ MAY_IMPORT = {
     "data": {"download", "errors", "keras_backend"},
     "use": LEAVES | NETWORK | {"nets", "data"},
     "serve": LEAVES | NETWORK | {"data", "use", "__init__"},
-    "train": LEAVES | NETWORK | {"nets", "data"},
+    "limits": {"errors"},
+    "train": LEAVES | NETWORK | {"catalogue", "nets", "data"},  # of the catalogue, the arithmetic of memory
     "report": LEAVES,
     "study": LEAVES | NETWORK | {"__init__", "nets", "data", "train"},
-    "studies": LEAVES | NETWORK | {"__init__", "data", "study", "report", "job"},
-    "describe": LEAVES | NETWORK | {"data", "train"},
-    "job": LEAVES | NETWORK | {"nets", "data", "train", "use", "report", "describe"},
+    "studies": LEAVES | NETWORK | {"__init__", "data", "limits", "study", "report"},
+    "describe": LEAVES | NETWORK | {"data", "limits", "train"},
+    "job": LEAVES | NETWORK | {"limits", "nets", "data", "train", "use", "report", "describe"},
     "terminal": {"data", "errors", "run"},
     "cli": LEAVES | NETWORK | {"catalogue", "nets", "data", "train", "use", "serve", "report", "job", "study", "studies", "terminal", "__init__"},
 }
