@@ -100,6 +100,7 @@ def predict(
     run: Annotated[Path, Parameter(help="a run folder, its model/, or an exported .onnx file")],
     /,
     *images: Annotated[str, Parameter(help="files, folders or patterns such as 'photos/*.jpg'")],
+    cluster: Annotated[str | None, Parameter(help="let a Ray cluster do it: its address, `auto` or `local` (extra `cluster`)")] = None,
     as_json: JsonFlag = False,
 ) -> int:
     """The likeliest classes of images. Exit status 1 when one could not be read; the others are done."""
@@ -109,13 +110,18 @@ def predict(
     from reslab.use.classifier import Prediction, load
 
     paths = _expand(images, "predict")
-    classifier = load(run)
+    if cluster is None:
+        answers = load(run).predict_each(paths)
+    else:
+        from reslab.use.cluster import predict_each
+
+        answers = predict_each(run, paths, cluster)
     failed = False
     table = Table("image", "class", "probability", "next")
     for column in table.columns:
         column.overflow = "fold"
     rows: list[dict[str, Any]] = []
-    for path, found in classifier.predict_each(paths):
+    for path, found in answers:
         if isinstance(found, Prediction):
             rows.append({"image": str(path), **found._asdict()})
             then = "  ".join(f"{shown(label)} {p:.1%}" for label, p in found.top[1:3])

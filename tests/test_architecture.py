@@ -25,9 +25,10 @@ MAY_IMPORT = {
     "catalogue": {"errors"} | NETWORK,
     "nets": LEAVES | NETWORK,
     "data": {"download", "errors", "keras_backend"},
-    "use": LEAVES | NETWORK | {"nets", "data"},
+    "use": LEAVES | NETWORK | {"nets", "data", "cluster"},
     "serve": LEAVES | NETWORK | {"data", "use", "__init__"},
     "limits": {"errors"},
+    "cluster": {"errors"},
     "train": LEAVES | NETWORK | {"catalogue", "nets", "data"},  # of the catalogue, the arithmetic of memory
     "report": LEAVES,
     "study": LEAVES | NETWORK | {"__init__", "nets", "data", "train"},
