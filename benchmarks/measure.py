@@ -1,5 +1,6 @@
 """What the benchmarks share: running a command as a whole process, and keeping what was printed."""
 
+import contextlib
 import json
 import os
 import subprocess
@@ -36,6 +37,52 @@ def train(*arguments: str | Path) -> Measured:
         assert (out / "report.html").stat().st_size > 10_000
         records = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     return Measured(seconds, usage.ru_maxrss / 2**20, records)
+
+
+class Enough(Exception):
+    """The steps that were to be timed are done."""
+
+
+class Steps:
+    """A Show that notes the loss and the time at the end of every step, and stops the training after `count`."""
+
+    def __init__(self, count: int) -> None:
+        self.count, self.times, self.losses = count, [], []
+        self.sums = 0.0  # of the losses of this epoch; what is shown is their mean
+
+    def step(self, epoch: int, epochs: int, step: int, steps: int, facts: dict[str, float]) -> None:
+        self.times.append(time.perf_counter())
+        before = self.sums if step > 1 else 0.0
+        self.sums = facts["loss"] * step
+        self.losses.append(self.sums - before)
+        if len(self.times) >= self.count:
+            raise Enough
+
+    def epoch(self, epoch: int, epochs: int, facts: dict[str, float]) -> None: ...
+
+    def say(self, text: str) -> None: ...
+
+    def reading(self, what: str, done: int, total: int) -> None: ...
+
+
+def our_steps(count: int, data: str | Path, **given: Any) -> Steps:
+    """The first `count` steps of `reslab.train`, as a person would start it: reading, plan and loop are the product's."""
+    import reslab
+
+    steps = Steps(count)
+    with tempfile.TemporaryDirectory() as folder, contextlib.suppress(Enough):
+        reslab.train(data, out=Path(folder) / "run", show=steps, **given)
+    return steps
+
+
+def in_turns(rounds: int, jobs: dict[str, list[str]]) -> dict[str, list[dict[str, Any]]]:
+    """Every round runs each command once, as a process of its own; what it prints last is a JSON object, and these come back."""
+    found: dict[str, list[dict[str, Any]]] = {name: [] for name in jobs}
+    for _ in range(rounds):
+        for name, command in jobs.items():
+            done = subprocess.run([sys.executable, *command], stdout=subprocess.PIPE, text=True, check=True)
+            found[name].append(json.loads(done.stdout.splitlines()[-1]))
+    return found
 
 
 def train_here(data: str, out: Path, *arguments: str) -> Path:

@@ -42,7 +42,6 @@ def run_config(job: Job, net: str, data: str, plan: Plan, limits: Limits) -> dic
         "command": shown(command),
         "net": net,
         "budget": limits.seconds,
-        "memory": limits.memory,
         "spec": asdict(job.spec),
         "recipe": asdict(recipe),
         "plan": asdict(plan),

@@ -146,7 +146,7 @@ def _start(
         name = net if isinstance(net, str) else "custom"
         run.config = run_config(job, name, str(data), plan, limits)
         write_whole(run.path / "split.json", _json(split_record(images, recipe.seed)))
-        run.record("plan", **asdict(plan), budget=limits.seconds, memory=limits.memory)
+        run.record("plan", **asdict(plan), budget=limits.seconds)
         for line in finding:
             run.record("warning", text=line)
     show.say(sentence(job, net if isinstance(net, str) else "a custom net", plan))
@@ -176,7 +176,7 @@ def _resume(run: Run, limits: Limits, here: Machine, show: JobShow, started: flo
     job = _prepare(images, spec, kept, here, show)
     built = here.place(ResNet(spec))
     if limits.memory:
-        plan = replace(plan, segments=choose_segments(spec, kept, plan.precision, limits.memory, here.agree(here.held())))
+        plan = replace(plan, memory=limits.memory, segments=choose_segments(spec, kept, plan.precision, limits.memory, here))
     total = limits.seconds or config.get("budget")
     training = Training(built, job.parts["train"], job.parts["val"], job.preprocess, kept, plan, run, here, show)
     training.resume()

@@ -25,50 +25,64 @@ from reslab.catalogue.memory import Stretch, stretches
 from reslab.errors import CallError
 from reslab.nets.torch import ResNet
 from reslab.spec import Spec
+from reslab.train.hardware import Machine, release_freed_memory, resident
 from reslab.train.recipe import Recipe
 
 Segments = tuple[int, ...]  # how many blocks each has, from the first block on
 
 MEMORIES = {"sgd": 1, "muon": 1, "adamw": 2}  # tensors that an optimiser remembers of each parameter
+HEAP = 1.25  # of what activations need, so that the heap may have holes before it must be trimmed
+MARGIN = 160 << 20  # bytes by which the heap may grow between two looks at it
+LOADED_LATER = 128 << 20  # bytes: the part of torch that checkpointing loads, and the report
 IN_FLIGHT = 4  # of the largest output: gradients on their way back, what runs forward, the workspace of a convolution
 GIB = 2**30
 
 
 class Checkpointed(nn.Module):
-    """A net that forgets the activations of its first blocks and computes them again. Same parameters, same results."""
+    """A net that forgets the activations of its first blocks and computes them again. Same parameters, same results.
 
-    def __init__(self, net: nn.Module, segments: Segments) -> None:
+    `memory` is what the process may hold. On a CPU the heap is trimmed when it grows beyond: between buffers that come and
+    go lies what stays, and glibc's heap would grow to two or three times of what is in use.
+    """
+
+    def __init__(self, net: nn.Module, segments: Segments, memory: int | None = None) -> None:
         super().__init__()
-        self.net, self.segments = net, segments
+        self.net, self.segments, self.memory = net, segments, memory
 
     def forward(self, x: Tensor) -> Tensor:
-        if not (self.segments and torch.is_grad_enabled()):
+        if not (self.memory and torch.is_grad_enabled()):
             logits: Tensor = self.net(x)
             return logits
         assert isinstance(self.net, ResNet)
         blocks = list(self.net.blocks.values())
         x, begin = self.net.before(x), 0
         for count in self.segments:
-            segment = nn.Sequential(*blocks[begin : begin + count])
-            x = checkpoint(segment, x, use_reentrant=False, context_fn=partial(_contexts, segment))
+            segment = blocks[begin : begin + count]
+            x = checkpoint(self._run, segment, x, use_reentrant=False, context_fn=partial(_contexts, segment))
             begin += count
-        for block in blocks[begin:]:
+        return self.net.after(self._run(blocks[begin:], x))
+
+    def _run(self, blocks: list[nn.Module], x: Tensor) -> Tensor:
+        assert self.memory is not None
+        for block in blocks:
             x = block(x)
-        return self.net.after(x)
+            if x.device.type == "cpu" and resident() + MARGIN > self.memory:
+                release_freed_memory()
+        return x
 
 
-def _contexts(segment: nn.Module) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+def _contexts(segment: list[nn.Module]) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
     """Around a segment's first run, and around its second."""
     return nullcontext(), running_statistics_kept(segment)
 
 
 @contextmanager
-def running_statistics_kept(module: nn.Module) -> Iterator[None]:
+def running_statistics_kept(blocks: list[nn.Module]) -> Iterator[None]:
     """Batch norm works on copies of its running statistics and its counter, and what it does to them is forgotten.
 
     A momentum of zero would not do: 0 times a value that is not finite is not 0, and the counter would count.
     """
-    norms = [m for m in module.modules() if isinstance(m, nn.BatchNorm2d)]
+    norms = [m for block in blocks for m in block.modules() if isinstance(m, nn.BatchNorm2d)]
     own = [dict(norm.named_buffers()) for norm in norms]
     for norm, buffers in zip(norms, own, strict=True):
         for name, tensor in buffers.items():
@@ -81,14 +95,15 @@ def running_statistics_kept(module: nn.Module) -> Iterator[None]:
                 setattr(norm, name, tensor)
 
 
-def choose_segments(spec: Spec, recipe: Recipe, precision: str, memory: int | None, held: int) -> Segments:
-    """The segments with which a training step fits into `memory` bytes, of which `held` are taken already; () if all fits.
+def choose_segments(spec: Spec, recipe: Recipe, precision: str, memory: int | None, machine: Machine) -> Segments:
+    """The segments with which a training step fits into `memory` bytes, less what the machine holds already; () if all fits.
 
     By arithmetic, for a `recipe` that is resolved. Raises CallError, with what is needed, when no segments do.
     """
     assert recipe.image_size is not None and recipe.micro_batch is not None
     if memory is None:
         return ()
+    held = machine.agree(machine.held())
     parts = stretches(spec, recipe.image_size, recipe.micro_batch)
     parameters = 4 * spec.cost(recipe.image_size).params
     fixed = held + (2 + MEMORIES[recipe.optimizer] + (recipe.ema > 0)) * parameters  # gradients, and the copy on which steps are timed
@@ -98,9 +113,12 @@ def choose_segments(spec: Spec, recipe: Recipe, precision: str, memory: int | No
     fixed += IN_FLIGHT * max(part.largest for part in parts)
     if recipe.freeze == "trunk":
         parts = [Stretch(0, 0, 0) for _ in parts]  # nothing flows back through it
-    segments = segments_within(parts, memory - fixed)
+    on_cpu = machine.device.type == "cpu"
+    fixed += LOADED_LATER * on_cpu
+    waste = HEAP if on_cpu else 1.0
+    segments = segments_within(parts, int((memory - fixed) / waste))
     if segments is None:
-        need = fixed + least(parts)
+        need = fixed + int(waste * least(parts))
         raise CallError(
             f"--memory must hold a training step of {recipe.micro_batch} images, here {_up(need)} GiB ({_up(held)} are held before it, "
             f"{_up(need - fixed)} are activations with every block computed twice); received {memory / GIB:.2f}: raise it, or lower --batch-size"

@@ -29,7 +29,7 @@ from reslab.tensors import below, read_tensors, write_tensors
 from reslab.train.board import Board
 from reslab.train.checkpoint import Checkpointed
 from reslab.train.hardware import Machine
-from reslab.train.optim import Average, lr_at, optimizer, set_lr
+from reslab.train.optim import Average, keep_gradients, lr_at, optimizer, set_lr
 from reslab.train.pieces import RunningStatistics, pieces
 from reslab.train.plan import Plan, low_size
 from reslab.train.recipe import Recipe, check_shares
@@ -72,7 +72,8 @@ class Training:
         self.board: Board | None = None
         self.logged = 0.0  # when the last `step` record was written
         self.optimizer = optimizer(net, recipe)
-        self.shared = machine.share(Checkpointed(net, plan.segments))  # after the optimiser has frozen what is to be frozen
+        keep_gradients(net)
+        self.shared = machine.share(Checkpointed(net, plan.segments, plan.memory))  # after the optimiser has frozen what is to be frozen
         self.statistics = RunningStatistics(net)
         self.average = Average(net, recipe.ema) if recipe.ema else None
         self.progress = Progress(steps=plan.steps, gentle=recipe.warmup_lr > 0)
@@ -136,7 +137,7 @@ class Training:
         if recipe.freeze == "trunk":
             self.net.eval()  # a frozen trunk keeps its statistics too
         set_lr(self.optimizer, lr)
-        self.optimizer.zero_grad()
+        self.optimizer.zero_grad(set_to_none=False)
         signum = caught[0] if caught and self.machine.is_writer else 0
         told = torch.cat([self._gradients(batch), torch.tensor([signum], dtype=torch.float64, device=self.machine.device)])
         loss_sum, correct, seen, stop = self.machine.total(told).tolist()
@@ -162,7 +163,7 @@ class Training:
         after = torch.zeros_like(before)
         for index, part in enumerate(parts):
             if index:
-                self.statistics.write(before)
+                self.statistics.rewind(before)
             with nullcontext() if part is parts[-1] else self.machine.gather_later(self.shared):
                 loss, right = self._loss(part, first + index)
                 (loss / len(parts)).backward()  # type: ignore[no-untyped-call]

@@ -21,6 +21,7 @@ from reslab.errors import WorkError
 T = TypeVar("T")
 N = TypeVar("N", bound=nn.Module)
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
+PAGE = os.sysconf("SC_PAGE_SIZE")
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,7 @@ class Machine:
         if self.device.type == "cuda":
             return int(torch.cuda.memory_allocated(self.device))
         release_freed_memory()
-        return int(Path("/proc/self/statm").read_text("ascii").split()[1]) * os.sysconf("SC_PAGE_SIZE")
+        return resident()
 
     def has_bf16(self) -> bool:
         """Whether the hardware computes in bf16; elsewhere it is emulated, and slow."""
@@ -131,6 +132,15 @@ def keep_freed_memory() -> None:
         libc.mallopt(M_TRIM_THRESHOLD, (1 << 31) - 1)
     except (OSError, AttributeError):
         pass
+
+
+def resident() -> int:
+    """Bytes of memory that this process takes; 0 where the system does not say."""
+    try:
+        with open("/proc/self/statm", "rb") as held:  # noqa: PTH123  # asked for at every block
+            return int(held.read().split()[1]) * PAGE
+    except OSError:
+        return 0
 
 
 def release_freed_memory() -> None:

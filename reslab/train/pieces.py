@@ -25,11 +25,18 @@ class RunningStatistics:
     def __init__(self, net: nn.Module) -> None:
         norms = [module for module in net.modules() if isinstance(module, nn.BatchNorm2d)]
         self.tensors = [tensor for norm in norms for tensor in (norm.running_mean, norm.running_var) if tensor is not None]
+        self.counters = [norm.num_batches_tracked for norm in norms if norm.num_batches_tracked is not None]
         self.sizes = [tensor.numel() for tensor in self.tensors]
 
     def read(self) -> Tensor:
         """All of them, as one vector."""
         return torch.cat([tensor.flatten() for tensor in self.tensors]) if self.tensors else torch.zeros(0)
+
+    def rewind(self, before: Tensor) -> None:
+        """Lets the next piece set out where the one before it did."""
+        self.write(before)
+        for counter in self.counters:
+            counter -= 1  # a step counts once
 
     def write(self, values: Tensor) -> None:
         """The inverse of `read`."""

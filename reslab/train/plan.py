@@ -14,8 +14,8 @@ from torch.nn.functional import cross_entropy, interpolate
 from reslab.errors import CallError
 from reslab.nets.torch import ResNet
 from reslab.train.checkpoint import Checkpointed, Segments, choose_segments
-from reslab.train.hardware import Machine, synchronise
-from reslab.train.optim import optimizer
+from reslab.train.hardware import Machine, release_freed_memory, synchronise
+from reslab.train.optim import keep_gradients, optimizer
 from reslab.train.recipe import Recipe
 
 BF16_GAIN = 1.3  # bf16 must multiply matrices this much faster to be worth its rounding
@@ -35,6 +35,7 @@ class Plan:
     step_seconds: float = 0.0  # at full size
     low_step_seconds: float = 0.0  # at the reduced size that the training begins with
     val_seconds: float = 0.0  # one pass over val
+    memory: int | None = None  # bytes that a process may hold
     segments: Segments = ()  # the first blocks, grouped, that are computed again in the backward pass
 
     @property
@@ -72,8 +73,8 @@ def make_plan(net: ResNet, x: Tensor, recipe: Recipe, train: int, val: int, macs
     assert recipe.epochs is not None and recipe.batch_size is not None and recipe.micro_batch is not None
     precision, reason = (recipe.precision, "as asked") if recipe.precision != "auto" else _choose_precision(macs, machine)
     per_epoch = train // recipe.batch_size
-    segments = choose_segments(net.spec, recipe, precision, memory, machine.agree(machine.held())) if memory else ()
-    plan = Plan(recipe.steps or recipe.epochs * per_epoch, per_epoch, precision, reason, segments=segments)
+    segments = choose_segments(net.spec, recipe, precision, memory, machine)
+    plan = Plan(recipe.steps or recipe.epochs * per_epoch, per_epoch, precision, reason, memory=memory, segments=segments)
     pieces, x = len(x) // recipe.micro_batch, x[: recipe.micro_batch]
     full = low = pieces * _time_step(net, x, recipe, plan, machine)
     if recipe.low_resolution:
@@ -82,6 +83,7 @@ def make_plan(net: ResNet, x: Tensor, recipe: Recipe, train: int, val: int, macs
     twin = copy.deepcopy(net).eval()
     with torch.no_grad(), machine.autocast(precision):
         forward = _time(lambda: twin(x), x)
+    release_freed_memory()
     return replace(plan, step_seconds=full, low_step_seconds=low, val_seconds=forward / len(x) * val / machine.world)
 
 
@@ -112,14 +114,15 @@ def _choose_precision(macs: int, machine: Machine) -> tuple[str, str]:
 
 
 def _time_step(net: nn.Module, x: Tensor, recipe: Recipe, plan: Plan, machine: Machine) -> float:
-    twin = Checkpointed(copy.deepcopy(net).train(), plan.segments)
+    twin = Checkpointed(copy.deepcopy(net).train(), plan.segments, plan.memory)
     optim = optimizer(twin.net, recipe)
+    keep_gradients(twin.net)
     y = torch.arange(len(x), device=x.device) % 2
 
     def step() -> None:
         with machine.autocast(plan.precision):
             logits = twin(x)
-        optim.zero_grad()
+        optim.zero_grad(set_to_none=False)
         cross_entropy(logits.float(), y).backward()  # type: ignore[no-untyped-call]
         optim.step()
 
