@@ -47,7 +47,10 @@ class Steps:
     """A Show that notes the loss and the time at the end of every step, and stops the training after `count`."""
 
     def __init__(self, count: int) -> None:
-        self.count, self.times, self.losses = count, [], []
+        self.count = count
+        self.times: list[float] = []
+        self.losses: list[float] = []
+        self.said: list[str] = []
         self.sums = 0.0  # of the losses of this epoch; what is shown is their mean
 
     def step(self, epoch: int, epochs: int, step: int, steps: int, facts: dict[str, float]) -> None:
@@ -60,7 +63,8 @@ class Steps:
 
     def epoch(self, epoch: int, epochs: int, facts: dict[str, float]) -> None: ...
 
-    def say(self, text: str) -> None: ...
+    def say(self, text: str) -> None:
+        self.said.append(text)
 
     def reading(self, what: str, done: int, total: int) -> None: ...
 
@@ -73,6 +77,21 @@ def our_steps(count: int, data: str | Path, **given: Any) -> Steps:
     with tempfile.TemporaryDirectory() as folder, contextlib.suppress(Enough):
         reslab.train(data, out=Path(folder) / "run", show=steps, **given)
     return steps
+
+
+def some_of_cifar(root: Path, count: int) -> Path:
+    """The first images of CIFAR-10 as files, so that a whole run of a deep net takes minutes."""
+    from PIL import Image
+
+    from reslab.data.source import open_images
+
+    images = open_images("cifar10")
+    assert images.array is not None
+    for i in range(count):
+        folder = root / images.classes[images.labels[i]]
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(images.array[i]).save(folder / f"{i}.png")
+    return root
 
 
 def in_turns(rounds: int, jobs: dict[str, list[str]]) -> dict[str, list[dict[str, Any]]]:

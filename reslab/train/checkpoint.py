@@ -47,10 +47,12 @@ class Checkpointed(nn.Module):
 
     def __init__(self, net: nn.Module, segments: Segments, memory: int | None = None) -> None:
         super().__init__()
-        self.net, self.segments, self.memory = net, segments, memory
+        self.net, self.segments = net, segments
+        ahead = MARGIN + 2 * sum(p.nbytes for p in net.parameters())  # what the optimiser works with comes after the last look
+        self.limit = None if memory is None else memory - ahead
 
     def forward(self, x: Tensor) -> Tensor:
-        if not (self.memory and torch.is_grad_enabled()):
+        if self.limit is None or not torch.is_grad_enabled():
             logits: Tensor = self.net(x)
             return logits
         assert isinstance(self.net, ResNet)
@@ -63,10 +65,10 @@ class Checkpointed(nn.Module):
         return self.net.after(self._run(blocks[begin:], x))
 
     def _run(self, blocks: list[nn.Module], x: Tensor) -> Tensor:
-        assert self.memory is not None
+        assert self.limit is not None
         for block in blocks:
             x = block(x)
-            if x.device.type == "cpu" and resident() + MARGIN > self.memory:
+            if x.device.type == "cpu" and resident() > self.limit:
                 release_freed_memory()
         return x
 

@@ -6,6 +6,7 @@ One training path serves a CPU, a GPU and several; all that differs is decided h
 import ctypes
 import os
 import platform
+import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
@@ -47,7 +48,9 @@ class Machine:
         if self.world == 1:
             return net
         devices = [self.device.index] if self.device.type == "cuda" else None
-        return nn.parallel.DistributedDataParallel(net, devices, broadcast_buffers=False)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # torch 2.13 renames the option to one that older versions lack
+            return nn.parallel.DistributedDataParallel(net, devices, broadcast_buffers=False)
 
     def gather_later(self, shared: nn.Module) -> AbstractContextManager[None]:
         """A context whose backward passes add to this process's gradients only; the next one outside it averages over processes."""
