@@ -32,7 +32,7 @@ Segments = tuple[int, ...]  # how many blocks each has, from the first block on
 
 MEMORIES = {"sgd": 1, "muon": 1, "adamw": 2}  # tensors that an optimiser remembers of each parameter
 HEAP = 1.25  # of what activations need, so that the heap may have holes before it must be trimmed
-MARGIN = 160 << 20  # bytes by which the heap may grow between two looks at it
+MARGIN = 128 << 20  # bytes by which the heap may grow between two looks at it
 LOADED_LATER = 128 << 20  # bytes: the part of torch that checkpointing loads, and the report
 IN_FLIGHT = 4  # of the largest output: gradients on their way back, what runs forward, the workspace of a convolution
 GIB = 2**30
@@ -65,12 +65,18 @@ class Checkpointed(nn.Module):
         return self.net.after(self._run(blocks[begin:], x))
 
     def _run(self, blocks: list[nn.Module], x: Tensor) -> Tensor:
-        assert self.limit is not None
         for block in blocks:
             x = block(x)
-            if x.device.type == "cpu" and resident() > self.limit:
-                release_freed_memory()
+            if x.device.type == "cpu":
+                self._look()
+                if x.requires_grad:
+                    x.register_hook(self._look)  # type: ignore[no-untyped-call]  # once more, on the way back
         return x
+
+    def _look(self, _: Tensor | None = None) -> None:
+        """Trims the heap when the process has grown beyond its limit."""
+        if self.limit is not None and resident() > self.limit:
+            release_freed_memory()
 
 
 def _contexts(segment: list[nn.Module]) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
