@@ -60,6 +60,7 @@ def train(
     out: Annotated[Path | None, Parameter(help="the run folder to make; by default below runs/")] = None,
     resume: Annotated[Path | None, Parameter(help="continue the run in this folder")] = None,
     budget: Annotated[str | None, Parameter(help="time for everything, such as 20m: as many epochs as fit")] = None,
+    memory: Annotated[str | None, Parameter(help="what a process may hold, such as 4G: blocks are computed twice to keep to it; on a GPU, its tensors")] = None,
     recipe: Annotated[str, Parameter(help=f"{', '.join(RECIPES)}, or a .toml file of recipe fields")] = "quick",
     tensorboard: Annotated[bool, Parameter(negative="", help="also write the curves for TensorBoard (extra `tensorboard`)")] = False,
     flags: Annotated[Flags, Parameter(name="*", group="Recipe")] = Flags(),  # type: ignore[valid-type]  # noqa: B008
@@ -69,7 +70,7 @@ def train(
 
     given = {name: value for name, value in vars(flags).items() if value is not None}
     with watch() as show:
-        run = run_training(data, net, out, resume=resume, recipe=recipe, budget=budget, tensorboard=tensorboard, show=show, **given)
+        run = run_training(data, net, out, resume=resume, recipe=recipe, budget=budget, memory=memory, tensorboard=tensorboard, show=show, **given)
     if int(os.environ.get("RANK", "0")) == 0:
         print_result(run)
     return 0
@@ -121,6 +122,7 @@ def predict(
     /,
     *images: Annotated[str, Parameter(help="files, folders or patterns such as 'photos/*.jpg'")],
     out: Annotated[Path | None, Parameter(help="write a .csv or .jsonl instead, for very many images")] = None,
+    cluster: Annotated[str | None, Parameter(help="let a Ray cluster do it: its address, `auto` or `local` (extra `cluster`)")] = None,
     as_json: JsonFlag = False,
 ) -> int:
     """The likeliest classes of images. Exit status 1 when one could not be read; the others are done."""
@@ -132,7 +134,12 @@ def predict(
         check_out(out)
     paths = _expand(images, "predict")
     keep_freed_memory()
-    answers = load(run).predict_each(paths)
+    if cluster is None:
+        answers = load(run).predict_each(paths)
+    else:
+        from reslab.use.cluster import predict_each
+
+        answers = predict_each(run, paths, cluster)
     if out is None:
         return 1 if (print_json(answers) if as_json else print_tables(answers, console())) else 0
     n, failed = write_file(answers, out)

@@ -18,7 +18,7 @@ from reslab.data.source import open_images
 from reslab.data.split import split
 from reslab.errors import CallError, WorkError, shown
 from reslab.family import spec as find_spec
-from reslab.job import seconds
+from reslab.limits import seconds
 from reslab.report.study import write_study
 from reslab.run import Run, shipped
 from reslab.study import STUDIES

@@ -28,14 +28,16 @@ MAY_IMPORT = {
     "catalogue": {"errors"} | NETWORK,
     "nets": LEAVES | NETWORK,
     "data": {"download", "errors", "keras_backend", "run"},  # run: for writing whole
-    "use": LEAVES | NETWORK | {"nets", "data"},
+    "limits": {"errors"},
+    "cluster": {"errors"},
+    "use": LEAVES | NETWORK | {"nets", "data", "cluster"},
     "serve": LEAVES | NETWORK | {"data", "use", "__init__"},
-    "train": LEAVES | NETWORK | {"nets", "data"},
+    "train": LEAVES | NETWORK | {"catalogue", "nets", "data"},  # of the catalogue, the arithmetic of memory
     "report": LEAVES | {"study"},  # what a study works out of its records
     "study": LEAVES | NETWORK | {"__init__", "nets", "data", "train"},
-    "studies": LEAVES | NETWORK | {"__init__", "data", "study", "report", "job", "use"},
-    "describe": LEAVES | NETWORK | {"data", "train"},
-    "job": LEAVES | NETWORK | {"nets", "data", "train", "use", "report", "describe"},
+    "studies": LEAVES | NETWORK | {"__init__", "data", "limits", "study", "report", "use"},
+    "describe": LEAVES | NETWORK | {"data", "limits", "train"},
+    "job": LEAVES | NETWORK | {"limits", "nets", "data", "train", "use", "report", "describe"},
     "terminal": {"data", "errors", "run"},
     "cli": LEAVES | NETWORK | {"catalogue", "nets", "data", "train", "use", "serve", "report", "job", "study", "studies", "terminal", "__init__"},
 }

@@ -73,16 +73,20 @@ class ResNet(nn.Module):
         """The stages in order, each a Sequential of blocks."""
         return [self.get_submodule(f"layer{i + 1}") for i in range(len(self.spec.depths))]  # type: ignore[misc]
 
+    @property
+    def blocks(self) -> dict[str, nn.Module]:
+        """Every block by name, in order."""
+        return {f"layer{number}.{index}": block for number, stage in enumerate(self.stages, start=1) for index, block in enumerate(stage)}
+
     def forward(self, x: Tensor, outputs: dict[str, Tensor] | None = None) -> Tensor:
         """Logits (N, num_classes). A dict given as `outputs` receives the stem's and every block's output by name."""
         x = self.stem(x)
         if outputs is not None:
             outputs["stem"] = x
-        for number, stage in enumerate(self.stages, start=1):
-            for index, block in enumerate(stage):
-                x = block(x)
-                if outputs is not None:
-                    outputs[f"layer{number}.{index}"] = x
+        for name, block in self.blocks.items():
+            x = block(x)
+            if outputs is not None:
+                outputs[name] = x
         return self.head(x)
 
     def stem(self, x: Tensor) -> Tensor:
