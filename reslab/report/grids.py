@@ -10,6 +10,7 @@ from reslab.report.charts import Drawn, at_ends, canvas, titled
 from reslab.report.svg import MUTED, SERIES
 from reslab.run import Record
 from reslab.study.grid import results
+from reslab.study.table import best
 
 OURS, PUBLISHED = SERIES[0], SERIES[4]
 TOP = 4.0  # of the axis of losses: what is above is drawn at its edge
@@ -81,13 +82,20 @@ def by_variant(title: str, records: list[Record]) -> Drawn:
                 values = [100 * r[key] for r in nets if r["variant"] == name]
                 axes.plot([0, sum(values) / len(values)], [y, y], color=colour, linewidth=5, alpha=0.35, solid_capstyle="butt")
                 axes.scatter(values, [y] * len(values), color=colour, s=16, linewidths=0, marker=">" if key == "published" and _least(nets, name) else "o")
-            axes.set_yticks(range(len(names)), names if axes is c.axes[0] else [""] * len(names))
+            axes.set_yticks(range(len(names)), [_named(nets, name) if axes is c.axes[0] else "" for name in names])
             axes.set_ylim(len(names) - 0.5, -0.5)
             axes.set_xlim(0, None if key == "published" else 1.05 * most)
             axes.grid(axis="y", visible=False)
         for axes, name in zip(c.axes, ("training error, %", "test error, %", "published test error, %"), strict=True):
             titled(axes, name)
-        return c.drawn(title, [{**row, "published_error": r["published"]} for row, r in zip(rows(nets, "variant"), nets, strict=True)])
+        return c.drawn(
+            title, [{**row, "published_error": r["published"], "rate": r.get("rate", "")} for row, r in zip(rows(nets, "variant"), nets, strict=True)]
+        )
+
+
+def _named(nets: list[Record], variant: str) -> str:
+    """A variant, and its rate where it had a choice."""
+    return next(f"{variant}, rate {r['rate']}" if "rate" in r else variant for r in nets if r["variant"] == variant)
 
 
 def _least(nets: list[Record], name: str) -> bool:
@@ -129,6 +137,7 @@ def _curves(axes: Axes, curves: list[Record], line: Line, alpha: float = 0.9) ->
 
 def variants(records: list[Record], first: str, what: str) -> list[Drawn]:
     """The figures of a study that repeats a table: errors beside the published ones, and losses beside those of its first row."""
+    records = best(records)
     nets = results(records)
     names, depth = list(dict.fromkeys(r["variant"] for r in nets)), nets[0]["layers"]
     panels = {name.replace(", ", ",\n"): [Line(name, OURS, {"variant": name})] for name in names}

@@ -6,6 +6,7 @@ to the batch. On digits (120 steps of 32 images, one seed; docs/log.md) 0.02 is 
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -27,10 +28,11 @@ BETTER_THAN_GUESSING = 0.1  # by that share of the images: the net has trained a
 
 
 class Arm(NamedTuple):
-    """One net of a grid, and the facts that tell it from the others."""
+    """One net of a grid, the facts that tell it from the others, and what is its own of the common schedule."""
 
     spec: Spec
     facts: dict[str, Any]
+    own: Mapping[str, Any] = {}
 
 
 class Ladder(NamedTuple):
@@ -61,7 +63,7 @@ def grid(
         if made and longer.steps < least:
             break
         made, plan = wanted, longer
-    return [Cell(_words(arm.facts, seed), Subject(arm.spec, seed, plan), facts=arm.facts) for seed in range(setting.seeds) for arm in made]
+    return [Cell(_words(arm.facts, seed), Subject(arm.spec, seed, replace(plan, **arm.own)), facts=arm.facts) for seed in range(setting.seeds) for arm in made]
 
 
 def planned(specs: list[Spec], setting: Setting, data: Data, pace: Pace, **changes: Any) -> Schedule:
@@ -76,7 +78,14 @@ def _total(arms: list[Arm]) -> int:
 
 
 def _words(facts: dict[str, Any], seed: int) -> str:
-    return ", ".join([*(str(value) for value in facts.values() if isinstance(value, str)), f"{facts['layers']} layers", f"seed {seed}"])
+    return ", ".join(
+        [
+            *(str(value) for value in facts.values() if isinstance(value, str)),
+            *([f"rate {facts['rate']}"] if "rate" in facts else []),
+            f"{facts['layers']} layers",
+            f"seed {seed}",
+        ]
+    )
 
 
 def measure(cell: Cell, ready: Ready, data: Data) -> Iterator[Record]:

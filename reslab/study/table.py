@@ -1,12 +1,17 @@
-"""A table of a paper, repeated: variants of one deep net, all trained alike, the published errors beside ours."""
+"""A table of a paper, repeated: variants of one deep net, all trained alike, the published errors beside ours.
 
-from collections.abc import Mapping
+Where a short training would otherwise be a comparison of which variant likes the learning rate, each variant is trained at
+every one of the same rates, and stands with the one at which its training error is the lowest.
+"""
+
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
 from scipy.stats import spearmanr
 
 from reslab.run import Record
+from reslab.spec import Spec
 from reslab.study.data import Data
 from reslab.study.grid import Arm, Ladder, beyond, by_seed, claim, depths, grid, results
 from reslab.study.kinds import Cell, Claim, Pace, Setting
@@ -31,22 +36,33 @@ class Row(NamedTuple):
 Table = dict[str, Row]
 
 
-def cells(table: Table, setting: Setting, data: Data, pace: Pace) -> list[Cell]:
-    """Every row for every seed, at the greatest depth that the budget allows enough steps."""
-    return grid(
-        lambda net: [
-            Arm(replace(net, **row.fields), {"variant": name, "published": row.published, "published_is_least": row.least}) for name, row in table.items()
-        ],
-        LADDERS,
-        PAPER,
-        setting,
-        data,
-        pace,
-    )
+def cells(table: Table, setting: Setting, data: Data, pace: Pace, rates: Sequence[float] = ()) -> list[Cell]:
+    """Every row for every seed, at the greatest depth that the budget allows enough steps; in a short budget at each of the rates, if any are given."""
+
+    def arms(net: Spec) -> list[Arm]:
+        made = [Arm(replace(net, **row.fields), {"variant": name, "published": row.published, "published_is_least": row.least}) for name, row in table.items()]
+        if setting.is_paper or not rates:
+            return made
+        return [arm._replace(facts={**arm.facts, "rate": rate}, own={"lr": rate}) for arm in made for rate in rates]
+
+    return grid(arms, LADDERS, PAPER, setting, data, pace)
+
+
+def best(records: list[Record]) -> list[Record]:
+    """Of each variant, the records at the rate with the lowest mean training error; all where there was one rate."""
+    if not any("rate" in r for r in records):
+        return records
+    means: dict[str, dict[float, float]] = {}
+    for r in results(records):
+        rows = results(records, variant=r["variant"], rate=r["rate"])
+        means.setdefault(r["variant"], {})[r["rate"]] = estimate([row["train_error"] for row in rows]).mean
+    chosen = {variant: min(rates, key=lambda rate: rates[rate]) for variant, rates in means.items()}
+    return [r for r in records if r["rate"] == chosen[r["variant"]]]
 
 
 def higher(table: Table, records: list[Record], worse: str, better: str, said: str) -> Claim:
     """The claim that one row's test error is above another's."""
+    records = best(records)
     gap, training = (beyond(records, {"variant": worse}, {"variant": better}, error) for error in ("test_error", "train_error"))
     return claim(
         f"{said}: {table[worse].percent} beside {table[better].percent}",
@@ -67,6 +83,7 @@ def order(table: Table, records: list[Record]) -> Claim:
 
 def correlation(table: Table, records: list[Record]) -> Estimate:
     """Over the seeds of which every row was measured; a seed whose errors are all equal has no order."""
+    records = best(records)
     errors = [by_seed(records, "test_error", variant=name) for name in table]
     whole = [[row[seed] for row in errors] for seed in sorted(set.intersection(*map(set, errors)))]
     published = [row.published for row in table.values()]
@@ -75,6 +92,7 @@ def correlation(table: Table, records: list[Record]) -> Estimate:
 
 def answer(table: Table, records: list[Record]) -> str:
     """All rows by their mean test error."""
+    records = best(records)
     means = {name: estimate([r["test_error"] for r in results(records, variant=name)]).mean for name in table if results(records, variant=name)}
     ranked = sorted(means, key=lambda name: means[name])
     listed = ", ".join(f"{name} {100 * means[name]:.1f} %" for name in ranked)

@@ -75,11 +75,14 @@ def test_the_depth_is_the_greatest_that_leaves_enough_steps_and_deeper_nets_are_
 @pytest.mark.parametrize("name", STUDIES)
 def test_twins_share_schedule_and_seed_and_seeds_are_outermost(name: str, data: Data) -> None:
     cells = STUDIES[name].cells(SETTING, data, Pace(0.001))
-    assert len({cell.subject.schedule for cell in cells}) == 1
+    rates = {cell.facts.get("rate") for cell in cells}
+    assert len({cell.subject.schedule for cell in cells}) == len(rates)
+    assert all(cell.subject.schedule and cell.subject.schedule.lr == cell.facts.get("rate", cell.subject.schedule.lr) for cell in cells)
     seeds = [cell.subject.seed for cell in cells]
     assert seeds == sorted(seeds)
     one_seed = len(cells) // 3
-    assert len({cell.subject.spec for cell in cells[:one_seed]}) == one_seed, "no net twice"
+    assert len({(cell.subject.spec, cell.facts.get("rate")) for cell in cells[:one_seed]}) == one_seed, "no net twice"
+    assert len({cell.subject.spec for cell in cells[:one_seed]}) * len(rates) == one_seed, "every net at every rate"
     assert len({cell.name for cell in cells}) == len(cells)
 
 
@@ -186,6 +189,20 @@ def test_a_table_that_is_reproduced_agrees_and_one_upside_down_does_not(name: st
     assert {claim.verdict for claim in study.claims(upside_down)} == {"disagrees"}
     equal = made_up(name, data, lambda cell: 0.5)
     assert {claim.verdict for claim in study.claims(equal)} == {UNDECIDED}
+
+
+def test_each_order_stands_with_the_rate_at_which_it_trains_best(data: Data) -> None:
+    likes = {"original": 0.02, "full pre-activation": 0.1}
+
+    def error(cell: Cell) -> float:
+        variant = cell.facts["variant"]
+        return cell.facts["published"] + luck(cell) + 0.3 * (cell.facts["rate"] != likes.get(variant, 0.02))
+
+    records = made_up("orderings", data, error)
+    kept = table.best(records)
+    assert {(r["variant"], r["rate"]) for r in kept} >= set(likes.items())
+    assert len(kept) == len(records) / 2
+    assert {claim.verdict for claim in orderings.claims(records)} == {"agrees"}
 
 
 def test_the_tables_hold_every_carry_and_every_order_and_change_nothing_else(data: Data) -> None:
