@@ -17,9 +17,9 @@ from measure import keep
 from torch.nn.functional import cross_entropy
 
 import reslab
+from reslab.host import keep_freed_memory
 from reslab.nets.torch import ResNet
 from reslab.study.probe import flowing
-from reslab.train.hardware import keep_freed_memory
 
 SMOKE = "--smoke" in sys.argv
 ROUNDS = 2 if SMOKE else 25

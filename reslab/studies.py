@@ -6,7 +6,7 @@ import platform
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
@@ -18,11 +18,11 @@ from reslab.data.source import open_images
 from reslab.data.split import split
 from reslab.errors import CallError, WorkError, shown
 from reslab.family import spec as find_spec
-from reslab.job import seconds
+from reslab.limits import seconds
 from reslab.report.study import write_study
 from reslab.run import Run, shipped
 from reslab.study import STUDIES
-from reslab.study.data import prepare
+from reslab.study.data import Facts, prepare
 from reslab.study.kinds import Claim, Given, Setting, Study
 from reslab.study.lab import Outcome, Place, find, keep, run
 from reslab.use.artefact import TorchModel
@@ -126,7 +126,7 @@ def _with_defaults(call: Call, found: Study) -> Call:
 
 def _answered(name: str, found: Study, call: Call, place: Place, show: Show) -> tuple[Path, list[Claim]]:
     if call.runs:
-        given = [(str(path), load(path)) for path in call.runs]
+        given = [(path, load(path)) for path in call.runs]
         images, size, preprocess = _of_runs(call.runs, [c for _, c in given], show)
     else:
         assert call.data
@@ -135,30 +135,45 @@ def _answered(name: str, found: Study, call: Call, place: Place, show: Show) -> 
     data, folder = prepare(images, size, place.store, preprocess)
     base = call.net or ("resnet20" if size <= MOST_PIXELS else "resnet18")
     shape = {"in_channels": data.facts.channels, "num_classes": data.facts.classes}
-    nets = tuple(Given(Path(path).name, c.spec, keep(c.net, place.store)) for path, c in given)
+    nets = tuple(Given(_named(path, call.runs), c.spec, keep(c.net, place.store)) for path, c in given)
     setting = Setting(call.seconds, call.workers, call.seeds, find_spec(base, **shape), nets)
-    began = time.monotonic()
-    outcome = run(name, place._replace(data=folder), setting, show.say)
-    claims = found.claims(outcome.records)
-    page = {
+    page, began = _page(name, found, call, data.facts, setting), time.monotonic()
+
+    def draw(outcome: Outcome, running: bool = True) -> tuple[Path, list[Claim]]:
+        claims = found.claims(outcome.records)
+        protocol = _protocol(call, setting, outcome, images.image_size, size, running)
+        measured = {"answer": found.answer(outcome.records), "claims": claims, "protocol": protocol}
+        now = {"seconds": round(time.monotonic() - began), "cells": outcome.done, "running": running}
+        return write_study(place.out / "study.html", page | measured | now, outcome.records), claims
+
+    outcome = run(name, place._replace(data=folder), setting, show.say, draw if found.live else None)
+    return draw(outcome, running=False)
+
+
+def _page(name: str, found: Study, call: Call, facts: Facts, setting: Setting) -> dict[str, Any]:
+    """What the page says that is known before anything is measured."""
+    return {
         "name": name,
         "study": found,
-        "answer": found.answer(outcome.records),
-        "claims": claims,
-        "data": data.facts.name,
-        "size": data.facts.size,
-        "protocol": _protocol(call, setting, outcome, images.image_size, size),
-        "command": _command(name, call, size),
-        "seconds": round(time.monotonic() - began),
-        "cells": outcome.done,
+        "data": facts.name,
+        "size": facts.size,
+        "command": _command(name, call, facts.size),
         "version": __version__,
         "hardware": f"{platform.machine()}, {setting.jobs} processes on {len(os.sched_getaffinity(0))} cores, torch {torch.__version__}",
     }
-    return write_study(place.out / "study.html", page, outcome.records), claims
+
+
+def _named(path: Path, among: tuple[Path, ...]) -> str:
+    """A run's name: its folder's, unless another run's folder is called the same."""
+    names = [other.resolve().name for other in among]
+    return path.resolve().name if names.count(path.resolve().name) == 1 else str(path)
 
 
 def _of_runs(paths: tuple[Path, ...], classifiers: list[Classifier], show: Show) -> tuple[Images, int, Preprocess]:
     """The images that the runs were trained on. Raises CallError unless all saw the same ones in the same way, WorkError when they are gone."""
+    for path, classifier in zip(paths, classifiers, strict=True):
+        if not classifier.has_net:
+            raise CallError(f"a study looks at the blocks of a net, and an exported file has only its graph; received {shown(path)}: give the run folder")
     first = classifiers[0].model
     assert isinstance(first, TorchModel)
     prints = {hashlib.sha256(repr(c.preprocess.to_dict() if isinstance(c.preprocess, Preprocess) else None).encode()).hexdigest() for c in classifiers}
@@ -176,12 +191,14 @@ def _size(images: Images, call: Call) -> int:
     return min(own, SMALL.get(str(call.data), MOST_PIXELS))
 
 
-def _protocol(call: Call, setting: Setting, outcome: Outcome, own: int, size: int) -> str:
+def _protocol(call: Call, setting: Setting, outcome: Outcome, own: int, size: int, running: bool) -> str:
     steps = max((int(r["steps"]) for r in outcome.records if "steps" in r), default=0)
     trained = f", which gave every net {steps:,} steps" if steps else ""
     kind = "The published protocol" if setting.is_paper else f"A budget of {setting.seconds / 60:g} min{trained}"
     small = f"; the images are {size} pixels a side, where their own size is {own}" if size < own and not call.runs else ""
-    missing = "" if outcome.done == outcome.planned else f" Only {outcome.done} of {outcome.planned} cells fitted: the same command does the rest."
+    of = f"{outcome.done} of {outcome.planned} cells"
+    missing = f" It is still running: {of} so far." if running else f" Only {of} fitted: the same command does the rest."
+    missing = "" if outcome.done == outcome.planned else missing
     return f"{kind}, {setting.seeds} seeds{small}. What needs longer trainings cannot be decided here.{missing}"
 
 

@@ -60,9 +60,14 @@ def canvas(panels: int = 1, height: float = 3.0, share: bool = True, grid: bool 
 
 def titled(axes: Axes, title: str, x: str = "", y: str = "") -> None:
     """The panel's title and what its axes are."""
-    axes.set_title(title, loc="left", fontsize=10)
+    axes.set_title(as_typed(title), loc="left", fontsize=10)
     axes.set_xlabel(x)
     axes.set_ylabel(y)
+
+
+def as_typed(name: str) -> str:
+    """A name, such as a folder's, for matplotlib to draw as it is: dollars would make a formula of it."""
+    return name.replace("$", r"\$")
 
 
 def with_seeds(axes: Axes, x: Sequence[float], values: Sequence[Sequence[float]], colour: str, label: str) -> None:
@@ -83,6 +88,25 @@ def at_end(axes: Axes, x: float, y: float, label: str, colour: str, shift: float
 def colours(names: Sequence[str]) -> dict[str, str]:
     """A colour for each name, in order; at most as many as can be told apart."""
     return dict(zip(names, SERIES, strict=False))
+
+
+def at_ends(axes: Axes, x: float, labels: Sequence[tuple[float, str, str]], least: float = 0.075) -> None:
+    """Names (y, text, colour) right of the last points of lines, moved apart where they would overlap.
+
+    Call it when the y axis has its limits; `least` is the distance of two names as a part of the axis.
+    """
+    low, high = axes.get_ylim()
+    placed: list[float] = []
+    ordered = sorted(labels)
+    for y, _, _ in ordered:
+        placed.append(max((y - low) / (high - low), placed[-1] + least if placed else 0.0))
+    over = max(0.0, (placed[-1] if placed else 0.0) - 1)
+    for i in reversed(range(len(placed))):  # what stuck out above pushes the rest down
+        placed[i] = min(placed[i], 1 - least * (len(placed) - 1 - i)) if over else placed[i]
+    for at, (_, text, colour) in zip(placed, ordered, strict=True):
+        axes.annotate(
+            text, (x, low + at * (high - low)), xytext=(6, 0), textcoords="offset points", color=colour, fontsize=9, va="center", annotation_clip=False
+        )
 
 
 def heat(axes: Axes, values: Sequence[Sequence[float]], low: float, high: float) -> Any:

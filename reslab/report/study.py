@@ -13,7 +13,10 @@ from reslab.run import Record, write_whole
 
 
 def write_study(target: Path, facts: dict[str, Any], records: list[Record]) -> Path:
-    """Draws one study beside `target`. `facts` are name, study, answer, claims, data, size, protocol, command, seconds, cells, version, hardware."""
+    """Draws one study beside `target`.
+
+    `facts` are name, study, answer, claims, data, size, protocol, command, seconds, cells, running, version, hardware.
+    """
     figures = importlib.import_module(f"reslab.report.studies.{facts['name']}").figures(records)
     environment = Environment(loader=PackageLoader("reslab", "report"), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters["shown"] = shown

@@ -39,6 +39,7 @@ class Schedule:
     warmup: float = 0.3  # share of the steps
     milestones: tuple[float, float] = (0.5, 0.75)
     augment: bool = True
+    scalars: float = 1.0  # learning rate of parameters that are a single number, as a share of the others' (Fixup asks for a tenth)
 
 
 @dataclass(frozen=True)
@@ -122,7 +123,8 @@ class Study:
     """A question, how it is answered, and what an answer is worth. `expected` are the published numbers.
 
     `answer` is one sentence or two made from the numbers. `shipped` names the package's own trained nets that a study of
-    trained nets looks at when none is given; a study without them trains or initialises all that it needs.
+    trained nets looks at when none is given; a study without them trains or initialises all that it needs. The page of a
+    `live` one is drawn again and again while it runs.
     """
 
     question: str
@@ -136,6 +138,7 @@ class Study:
     claims: Callable[[list[Record]], list[Claim]]
     answer: Callable[[list[Record]], str]
     shipped: tuple[str, ...] = ()
+    live: bool = False
 
 
 def _hash(value: Any) -> str:

@@ -24,6 +24,7 @@ import torch
 from torch import nn
 
 from reslab.errors import CallError, WorkError, shown, unknown
+from reslab.host import keep_freed_memory
 from reslab.nets.torch import ResNet
 from reslab.run import Record, write_whole
 from reslab.spec import Spec
@@ -32,9 +33,9 @@ from reslab.study.data import Data, load
 from reslab.study.kinds import Cell, Ready, Schedule, Setting, Study, Subject
 from reslab.study.training import train
 from reslab.tensors import read_tensors, write_tensors
-from reslab.train.hardware import keep_freed_memory
 
 TIMED_STEPS = 3
+REDRAWN = 0.04  # of the time, at most, goes into drawing what is there so far
 Tell = Callable[[str], None]
 
 
@@ -68,9 +69,10 @@ def find(name: str) -> Study:
     return study
 
 
-def run(name: str, place: Place, setting: Setting, tell: Tell = print) -> Outcome:
+def run(name: str, place: Place, setting: Setting, tell: Tell = print, draw: Callable[[Outcome], object] | None = None) -> Outcome:
     """Measures what is missing. Cells for which the budget has no time left stay undone: repeating the call does them.
 
+    `draw` is given what is there, now and then while the rest is measured.
     Raises CallError when the budget allows no step, WorkError when the work fails; finished cells are kept.
     """
     data, started = load(place.data), time.monotonic()
@@ -78,10 +80,17 @@ def run(name: str, place: Place, setting: Setting, tell: Tell = print) -> Outcom
     fingerprint = data.facts.fingerprint
     waiting = [cell for cell in cells if not place.cell(name, cell, fingerprint).is_file()]
     tell(f"{name}: {len(cells)} cells on {data.facts.name} at {data.facts.size} px, {len(cells) - len(waiting)} done before")
-    done = len(cells) - len(waiting)
+    done, due = len(cells) - len(waiting), 0.0
     for cell, seconds in _work(name, place, waiting, fingerprint, setting, started):
         done += 1
         tell(f"{done}/{len(cells)}  {cell.name}  {seconds:.0f} s")
+        if draw and seconds > due:
+            draw(_outcome(name, place, cells, fingerprint))
+            due = seconds + (time.monotonic() - started - seconds) / REDRAWN
+    return _outcome(name, place, cells, fingerprint)
+
+
+def _outcome(name: str, place: Place, cells: list[Cell], fingerprint: str) -> Outcome:
     files = [file for cell in cells if (file := place.cell(name, cell, fingerprint)).is_file()]
     return Outcome([record for file in files for record in read(file)], len(files), len(cells))
 

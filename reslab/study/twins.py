@@ -1,5 +1,6 @@
 """Nets that differ in one thing, and the number of steps that a budget gives them all alike."""
 
+import math
 from collections import Counter
 from dataclasses import replace
 from typing import Any
@@ -21,6 +22,18 @@ def plain(spec: Spec) -> Spec:
     return replace(spec, shortcut="none")
 
 
+def with_and_without_shortcuts(spec: Spec) -> dict[str, Spec]:
+    """A residual net and its plain twin, by a name that tells them apart. Raises CallError for a net without shortcuts."""
+    if not is_residual(spec):
+        raise CallError("this study compares a residual net with its plain twin; received one that has no shortcuts: name the residual net")
+    return {f"residual {layers(spec)} layers": spec, f"plain {layers(spec)} layers": plain(spec)}
+
+
+def is_residual(spec: Spec) -> bool:
+    """Whether its blocks have shortcuts."""
+    return spec.shortcut != "none"
+
+
 def deeper(spec: Spec, factor: float) -> Spec:
     """The same net with that many times the blocks in every stage, at least one."""
     return replace(spec, depths=tuple(max(1, round(factor * depth)) for depth in spec.depths))
@@ -36,9 +49,12 @@ def batch_size(data: Data) -> int:
     return min(128, max(1, len(data.train) // 4))
 
 
-def schedule(specs: list[Spec], setting: Setting, data: Data, pace: Pace, share: float = SHARE, **changes: Any) -> Schedule:
-    """The same training for all the specs, each once a seed: as many steps as a share of the budget allows."""
-    batch = batch_size(data)
+def schedule(specs: list[Spec], setting: Setting, data: Data, pace: Pace, share: float = SHARE, batch: int = 0, **changes: Any) -> Schedule:
+    """The same training for all the specs, each once a seed: as many steps of `batch` images as a share of the budget allows.
+
+    A batch of 0 is that of `batch_size`.
+    """
+    batch = batch or batch_size(data)
     if setting.is_paper:
         return Schedule(PAPER_STEPS, batch, **{"lr": 0.1, "warmup": 0.01, **changes})
     cost = sum(pace(spec, batch) for spec in specs) * setting.seeds / setting.jobs
@@ -51,6 +67,12 @@ def trained(twins: dict[str, Spec], setting: Setting, data: Data, pace: Pace, sh
         return {net.name: Subject(net.spec, weights=net.weights) for net in setting.given}
     plan = schedule(list(twins.values()), setting._replace(seeds=1), data, pace, share)
     return {name: Subject(spec, 0, plan) for name, spec in twins.items()}
+
+
+def affordable(steps: float, spec: Spec, setting: Setting, data: Data, pace: Pace, share: float) -> float:
+    """How many images a share of the budget pays for when each costs so many images' training steps; no limit for `paper`."""
+    batch = batch_size(data)
+    return share * setting.seconds * setting.jobs / (steps * pace(spec, batch) / batch) if setting.seconds else math.inf
 
 
 def numbered(given: tuple[Given, ...]) -> list[tuple[str, int, Given]]:
