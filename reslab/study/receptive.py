@@ -2,7 +2,7 @@
 
 Method: the gradient of the unit in the middle of the last feature map with respect to the input, with a random normal
 weight for each of its channels: its root mean square over images and colours is a map around the middle (Luo et al. 2016,
-1701.04128, section 3). Its size is the side of a square with as many pixels as exceed 4.55 % of the largest, that is two
+1701.04128). Its size is the side of a square with as many pixels as exceed 4.55 % of the largest, that is two
 standard deviations of a Gaussian; the theoretical field follows from kernels and strides. First stacks of 3x3
 convolutions of several depths at their start, then plain and residual twins before and after training.
 
@@ -16,7 +16,7 @@ where images are smaller than the field at the start, training has nothing to en
     reslab study receptive RUN RUN             nets that are trained already
 
 Expected: at the start the effective field grows as the square root of the depth, the theoretical one linearly, so the
-share that is used shrinks; training enlarges the effective field; skip connections make it smaller (sections 2 to 4).
+share that is used shrinks; training enlarges the effective field; skip connections make it smaller.
 """
 
 import math
@@ -260,7 +260,7 @@ def _plain(e: Estimate) -> str:
 STUDY = Study(
     question="How much of what a unit could see does it use, before and after training?",
     method="The gradient of the middle unit of the last map with respect to the input, root mean square over images: its size beside the theoretical field.",
-    source="Luo et al. 2016 (1701.04128), sections 2 to 4",
+    source="Luo et al. 2016 (1701.04128)",
     shows="from where in the image a unit is moved at all",
     limits="that a net needs a larger field: what is useful may lie near, or within images that are smaller than the field",
     expected="at the start the size grows as the square root of the depth, and the share that is used shrinks; training enlarges it; skips make it smaller",

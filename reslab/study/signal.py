@@ -13,7 +13,7 @@ does not show that small branches are what makes deep nets trainable; study `ini
     reslab study signal RUN RUN                responses in nets that are trained already
 
 Expected: with batch norm the branch is about 1 / sqrt(depth) of the shortcut at depth-th block, since each adds one unit
-of variance; without norm both are alike, and the variance doubles in each block (De & Smith 2020, 2002.10444, section 3).
+of variance; without norm both are alike, and the variance doubles in each block (De & Smith 2020, 2002.10444).
 After training, the responses of residual nets are smaller than those of plain ones, and those of deeper residual nets
 smaller than those of shallower ones (He et al. 2015, 1512.03385, figure 7).
 """
@@ -225,7 +225,7 @@ def _plain(e: Estimate) -> str:
 STUDY = Study(
     question="How strong are branch and shortcut at the start, and the layers' responses after training?",
     method="Mean squares of branch and shortcut where they are added, with norm and without; after training, standard deviations of the layers' responses.",
-    source="De & Smith 2020 (2002.10444), section 3; He et al. 2015 (1512.03385), figure 7",
+    source="De & Smith 2020 (2002.10444); He et al. 2015 (1512.03385), figure 7",
     shows="how much a block changes what passes it: at the start by its initialisation, later by what it learned",
     limits="that small branches are what makes deep nets trainable; and short trainings hardly move the scales of batch norm, which set the responses",
     expected="with batch norm, branch over shortcut about 1 / sqrt(depth); without norm about 1, the variance doubling in each block",
