@@ -48,7 +48,7 @@ IMAGES, LEAST, PIXELS = 16, 4, 16 * 128**2  # images measured, at most and at le
 SETTLING, CHUNK = 128, 4  # images for the statistics of batch norm, and through a net together
 MOST = 513  # pixels a side that a net is shown at most
 SHOWN = 41  # pixels a side of a map that a record keeps
-SHARE = 0.55
+SHARE = 0.45
 DRAW = 43  # stream of random numbers
 
 

@@ -3,9 +3,8 @@
 Method: the gradient with respect to the input along a line of inputs, and its autocorrelation, at the start, without
 training. As published: fully connected nets from one number to one number, 200 rectifiers a layer, at 256 points from -2
 to 2, averaged over 20 nets; plain with centred or batch-normalised layers, residual with batch norm and branches times
-beta = 1 or 0.1 (Balduzzi et al. 2017, 1702.08591). And for convolutional nets: from one
-training image to another, the gradient of a logit, batch norm with the statistics of real images. White and brown noise
-are the references.
+beta = 1 or 0.1 (Balduzzi et al. 2017, 1702.08591). And for convolutional nets: from one training image to another, the
+gradient of a logit, batch norm with the statistics of real images. White and brown noise are the references.
 
 A result shows whether a small step changes the gradient altogether, which makes a gradient a poor guide. It says nothing
 of its size (study `gradients`), and nothing of nets that have begun to train.
@@ -13,8 +12,8 @@ of its size (study `gradients`), and nothing of nets that have begun to train.
     reslab study shattering --budget 2m        seconds; trains nothing
 
 Expected: the gradients of a shallow net resemble brown noise, those of a plain net of 24 or 50 layers white noise, those
-of a residual net of 50 layers lie between. Plain correlations halve with each layer, residual
-ones fall as one over the square root of the depth (its theorems). The convolutional case is ours.
+of a residual net of 50 layers lie between: the correlation falls exponentially with depth in plain nets, sublinearly in
+residual ones (the paper's abstract). The convolutional case is ours.
 """
 
 from collections.abc import Iterator

@@ -39,7 +39,7 @@ from reslab.study.stats import Estimate, estimate, factor, paired, within
 from reslab.study.twins import deeper, layers, numbered, plain, schedule
 
 DEPTHS, PAPER_DEPTHS = (1, 3), (1, 3, 6)  # times the net's: figure 7 has 20, 56 and 110 layers
-DEEP, SHARE = 3, 0.6
+DEEP, SHARE = 3, 0.45
 WIDTH = 64  # of the single stage, at most: the narrower, the more it is chance
 PIXELS, MOST, LEAST = 256 * 16**2, 256, 16  # of all images together; images
 SLOPE, TOLERANCE = -0.5, 0.15  # of the branch's share against depth, both logarithms
