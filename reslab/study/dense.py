@@ -14,7 +14,7 @@ Centring = Literal["mean", "batch"]  # subtracted; also divided by the deviation
 class Dense(NamedTuple):
     """A net of one input and one output with rectifiers, `layers` of them `width` wide.
 
-    Plain: x <- norm(W relu(x)). With `beta`, residual: x <- x + beta W relu(norm(x)) (Balduzzi et al. 2017, equation 2).
+    Plain: x <- norm(W relu(x)). With `beta`, residual: x <- x + beta W relu(norm(x)) (Balduzzi et al. 2017).
     """
 
     layers: int

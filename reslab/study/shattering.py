@@ -3,9 +3,8 @@
 Method: the gradient with respect to the input along a line of inputs, and its autocorrelation, at the start, without
 training. As published: fully connected nets from one number to one number, 200 rectifiers a layer, at 256 points from -2
 to 2, averaged over 20 nets; plain with centred or batch-normalised layers, residual with batch norm and branches times
-beta = 1 or 0.1 (Balduzzi et al. 2017, 1702.08591, section 2 and equation 2). And for convolutional nets: from one
-training image to another, the gradient of a logit, batch norm with the statistics of real images. White and brown noise
-are the references.
+beta = 1 or 0.1 (Balduzzi et al. 2017, 1702.08591). And for convolutional nets: from one training image to another, the
+gradient of a logit, batch norm with the statistics of real images. White and brown noise are the references.
 
 A result shows whether a small step changes the gradient altogether, which makes a gradient a poor guide. It says nothing
 of its size (study `gradients`), and nothing of nets that have begun to train.
@@ -13,8 +12,8 @@ of its size (study `gradients`), and nothing of nets that have begun to train.
     reslab study shattering --budget 2m        seconds; trains nothing
 
 Expected: the gradients of a shallow net resemble brown noise, those of a plain net of 24 or 50 layers white noise, those
-of a residual net of 50 layers lie between (the paper's figures 1 to 3). Plain correlations halve with each layer, residual
-ones fall as one over the square root of the depth (its theorems). The convolutional case is ours.
+of a residual net of 50 layers lie between: the correlation falls exponentially with depth in plain nets, sublinearly in
+residual ones (the paper's abstract). The convolutional case is ours.
 """
 
 from collections.abc import Iterator
@@ -110,7 +109,7 @@ def whiteness(records: list[Record], net: str, depth: int) -> Estimate:
 
 
 def claims(records: list[Record]) -> list[Claim]:
-    """What Balduzzi et al. see in their figures 1 to 3, each decided by scores over nets."""
+    """What Balduzzi et al. see, each decided by scores over nets."""
     shallow, middle, deep = DEPTHS
     shallow_plain = whiteness(records, "plain, centred", shallow)
     deep_plain = [whiteness(records, name, deep) for name in ("plain, centred", "plain, batch norm")]
@@ -203,7 +202,7 @@ def _plain(e: Estimate) -> str:
 STUDY = Study(
     question="Do the gradients of deep plain nets look like white noise, and those of residual nets not?",
     method="The autocorrelation of the gradient along a line of inputs, at the start: fully connected as published, and convolutional between images.",
-    source="Balduzzi et al. 2017 (1702.08591), section 2, figures 1 to 3",
+    source="Balduzzi et al. 2017 (1702.08591)",
     shows="whether a small step changes the gradient altogether",
     limits="the size of gradients, or anything of nets that have begun to train; the convolutional case is ours, not the paper's",
     expected="2 layers like brown noise, plain 24 and 50 layers like white noise, residual 50 layers between (curves only, no table)",

@@ -1,4 +1,4 @@
-"""Size against depth, and maps of what a unit in the middle uses: Luo et al. 2016, figures 1 to 4."""
+"""Size against depth, and maps of what a unit in the middle uses: Luo et al. 2016."""
 
 from statistics import fmean
 from typing import Any

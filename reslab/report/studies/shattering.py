@@ -1,4 +1,4 @@
-"""Gradients along a line and their autocorrelation: Balduzzi et al. 2017, figures 1 and 3."""
+"""Gradients along a line and their autocorrelation: Balduzzi et al. 2017."""
 
 from statistics import fmean
 
