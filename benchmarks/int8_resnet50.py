@@ -9,7 +9,7 @@ import sys
 
 import numpy as np
 import torch
-from measure import keep
+from measure import keep, torchvision_net
 
 import reslab
 from reslab.data.preprocess import Preprocess
@@ -18,22 +18,11 @@ from reslab.use.artefact import TorchModel
 from reslab.use.classifier import Classifier
 from reslab.use.formats import to_onnx
 from reslab.use.onnx import INPUT, OUTPUTS, session
+from reslab.use.race import race
 
 SMOKE = "--smoke" in sys.argv
 NET, SIZE = ("resnet18", 64) if SMOKE else ("resnet50", 224)
 CALIBRATION = 4 if SMOKE else 64
-
-
-def torchvision_net() -> torch.nn.Module:
-    """Its compiled operators do not load beside a CPU build of torch; the models do not need them, only their schemas."""
-    library = torch.library.Library("torchvision", "FRAGMENT")
-    for name in ("nms", "qnms"):
-        library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-    import torchvision.models
-
-    net: torch.nn.Module = getattr(torchvision.models, NET)(weights=None).eval()
-    net.library = library  # kept alive with the net
-    return net
 
 
 def classifier_like(theirs: torch.nn.Module) -> Classifier:
@@ -45,7 +34,7 @@ def classifier_like(theirs: torch.nn.Module) -> Classifier:
 
 if __name__ == "__main__":
     torch.manual_seed(0)
-    theirs = torchvision_net()
+    theirs = torchvision_net(NET)
     ours = classifier_like(theirs)
     rng = np.random.default_rng(0)
     fp32 = to_onnx(ours)
@@ -61,7 +50,7 @@ if __name__ == "__main__":
                 return theirs(x)
 
         runs = {name: lambda run=one.run, pixels=pixels: run([OUTPUTS[0]], {INPUT: pixels}) for name, one in opened.items()}
-        took = quantize.race({"torchvision eager fp32": eager, **runs}, seconds=1 if SMOKE else 60)
+        took = race({"torchvision eager fp32": eager, **runs}, seconds=1 if SMOKE else 60)
         base = took["torchvision eager fp32"]
         lines += [f"batch {batch}: {name} {batch / t:.1f} img/s, {base / t:.2f}x" for name, t in took.items()]
     keep("int8_resnet50", lines)

@@ -1,5 +1,6 @@
 """What the benchmarks share: running a command as a whole process, and keeping what was printed."""
 
+import contextlib
 import json
 import os
 import subprocess
@@ -38,10 +39,103 @@ def train(*arguments: str | Path) -> Measured:
     return Measured(seconds, usage.ru_maxrss / 2**20, records)
 
 
+class Enough(Exception):
+    """The steps that were to be timed are done."""
+
+
+class Steps:
+    """A Show that notes the loss and the time at the end of every step, and stops the training after `count`."""
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+        self.times: list[float] = []
+        self.losses: list[float] = []
+        self.said: list[str] = []
+        self.sums = 0.0  # of the losses of this epoch; what is shown is their mean
+
+    def step(self, epoch: int, epochs: int, step: int, steps: int, facts: dict[str, float]) -> None:
+        self.times.append(time.perf_counter())
+        before = self.sums if step > 1 else 0.0
+        self.sums = facts["loss"] * step
+        self.losses.append(self.sums - before)
+        if len(self.times) >= self.count:
+            raise Enough
+
+    def epoch(self, epoch: int, epochs: int, facts: dict[str, float]) -> None: ...
+
+    def say(self, text: str) -> None:
+        self.said.append(text)
+
+    def reading(self, what: str, done: int, total: int) -> None: ...
+
+
+def our_steps(count: int, data: str | Path, **given: Any) -> Steps:
+    """The first `count` steps of `reslab.train`, as a person would start it: reading, plan and loop are the product's."""
+    import reslab
+
+    steps = Steps(count)
+    with tempfile.TemporaryDirectory() as folder, contextlib.suppress(Enough):
+        reslab.train(data, out=Path(folder) / "run", show=steps, **given)
+    return steps
+
+
+def some_of_cifar(root: Path, count: int) -> Path:
+    """The first images of CIFAR-10 as files, so that a whole run of a deep net takes minutes."""
+    from PIL import Image
+
+    from reslab.data.source import open_images
+
+    images = open_images("cifar10")
+    assert images.array is not None
+    for i in range(count):
+        folder = root / images.classes[images.labels[i]]
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(images.array[i]).save(folder / f"{i}.png")
+    return root
+
+
+def in_turns(rounds: int, jobs: dict[str, list[str]]) -> dict[str, list[dict[str, Any]]]:
+    """Every round runs each command once, as a process of its own; what it prints last is a JSON object, and these come back."""
+    found: dict[str, list[dict[str, Any]]] = {name: [] for name in jobs}
+    for _ in range(rounds):
+        for name, command in jobs.items():
+            done = subprocess.run([sys.executable, *command], stdout=subprocess.PIPE, text=True, check=True)
+            found[name].append(json.loads(done.stdout.splitlines()[-1]))
+    return found
+
+
+def oracle(module: str) -> Any:
+    """torchvision, or a part of it. Its compiled operators do not load beside a CPU build of torch; their schemas are enough."""
+    import importlib
+
+    import torch
+
+    library = torch.library.Library("torchvision", "FRAGMENT")
+    for name in ("nms", "qnms"):
+        library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    found = importlib.import_module(module)
+    found.kept = library  # the schemas go when it does
+    return found
+
+
 def train_here(data: str, out: Path, *arguments: str) -> Path:
     """The folder of a run that is kept; for what is measured of a trained net."""
     subprocess.run([sys.executable, "-m", "reslab", "train", data, *arguments, "--out", str(out)], check=True)
     return out
+
+
+def torchvision_net(name: str) -> Any:
+    """In eval mode. Its compiled operators do not load beside a CPU build of torch; the models do not need them, only their schemas."""
+    import torch
+
+    library = torch.library.Library("torchvision", "FRAGMENT")
+    for operator in ("nms", "qnms"):
+        library.define(f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    import torchvision.models
+
+    net = getattr(torchvision.models, name)(weights=None).eval()
+    net.library = library  # kept alive with the net
+    return net
 
 
 def hardware() -> str:

@@ -1,4 +1,4 @@
-"""How long reslab takes to begin: importing it, its quick commands, and building nets of shapes alone.
+"""How long reslab takes to begin: importing it, its quick commands, a prediction of one image, and building nets of shapes alone.
 
     python benchmarks/startup.py            about 2 minutes, on a quiet machine
     python benchmarks/startup.py --smoke    seconds; figures that mean nothing
@@ -13,10 +13,17 @@ import subprocess
 import sys
 import tempfile
 import time
+from pathlib import Path
 
+import numpy as np
 from measure import keep
+from PIL import Image
 
+import reslab
+from reslab.data.preprocess import Preprocess
 from reslab.family import FAMILY
+from reslab.use.artefact import TorchModel, save
+from reslab.use.classifier import Classifier
 
 SMOKE = "--smoke" in sys.argv
 TIMES = 3 if SMOKE else 9
@@ -36,6 +43,8 @@ COMMANDS = (
     ["-m", "reslab", "models"],
     ["-m", "reslab", "show", "resnet50", "--svg", "resnet50.svg"],
     ["-m", "reslab", "show", "resnet1202"],
+    ["-c", "import torch"],
+    ["-m", "reslab", "predict", "model", "photo.jpg"],
 )
 
 
@@ -43,11 +52,21 @@ def whole(command: list[str]) -> list[float]:
     """Wall seconds of that many runs."""
     seconds = []
     with tempfile.TemporaryDirectory() as folder:
+        if "predict" in command:
+            artefact(Path(folder))
         for _ in range(TIMES + 1):
             start = time.perf_counter()
             subprocess.run([sys.executable, *command], check=True, stdout=subprocess.DEVNULL, cwd=folder)
             seconds.append(time.perf_counter() - start)
     return seconds[1:]
+
+
+def artefact(folder: Path) -> None:
+    """A ResNet-20 that nobody trained, and a photo of 500 x 375 px."""
+    net = reslab.build("resnet20", num_classes=10).eval()
+    ends = np.full(3, 0.5, np.float32), np.full(3, 0.25, np.float32)
+    save(Classifier(TorchModel(net, Preprocess(32, 32, 3, *ends)), tuple("abcdefghij")), folder / "model")
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (375, 500, 3), dtype=np.uint8)).save(folder / "photo.jpg")
 
 
 def build(*names: str) -> list[float]:

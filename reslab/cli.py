@@ -2,10 +2,12 @@
 
 import contextlib
 import glob
+import itertools
 import json
 import os
 import sys
 import traceback
+from collections.abc import Iterator
 from dataclasses import field as dataclass_field
 from dataclasses import fields, make_dataclass
 from pathlib import Path
@@ -51,13 +53,14 @@ JsonFlag = Annotated[bool, Parameter(name="--json", negative="", help="print JSO
 
 @app.command
 def train(
-    data: Annotated[str | None, Parameter(help="digits, cifar10, cifar100, mnist, fashion-mnist, a folder, or a CSV of path,label")] = None,
+    data: Annotated[str | None, Parameter(help="digits, cifar10, cifar100, mnist, fashion-mnist, a folder, a CSV of path,label, or shards")] = None,
     /,
     *,
     net: Annotated[str | None, Parameter(help="a name that `reslab models` lists; by default resnet20 up to 64 px, resnet18 above")] = None,
     out: Annotated[Path | None, Parameter(help="the run folder to make; by default below runs/")] = None,
     resume: Annotated[Path | None, Parameter(help="continue the run in this folder")] = None,
     budget: Annotated[str | None, Parameter(help="time for everything, such as 20m: as many epochs as fit")] = None,
+    memory: Annotated[str | None, Parameter(help="what a process may hold, such as 4G: blocks are computed twice to keep to it; on a GPU, its tensors")] = None,
     recipe: Annotated[str, Parameter(help=f"{', '.join(RECIPES)}, or a .toml file of recipe fields")] = "quick",
     tensorboard: Annotated[bool, Parameter(negative="", help="also write the curves for TensorBoard (extra `tensorboard`)")] = False,
     flags: Annotated[Flags, Parameter(name="*", group="Recipe")] = Flags(),  # type: ignore[valid-type]  # noqa: B008
@@ -67,7 +70,7 @@ def train(
 
     given = {name: value for name, value in vars(flags).items() if value is not None}
     with watch() as show:
-        run = run_training(data, net, out, resume=resume, recipe=recipe, budget=budget, tensorboard=tensorboard, show=show, **given)
+        run = run_training(data, net, out, resume=resume, recipe=recipe, budget=budget, memory=memory, tensorboard=tensorboard, show=show, **given)
     if int(os.environ.get("RANK", "0")) == 0:
         print_result(run)
     return 0
@@ -95,38 +98,55 @@ def check(
 
 
 @app.command
+def shard(
+    data: Annotated[Path, Parameter(help="a folder of images, or a CSV of path,label")],
+    out: Annotated[Path, Parameter(help="a new or empty folder")],
+    /,
+    *,
+    seed: Annotated[int, Parameter(help="of the order, and of the split where the images declare none")] = 0,
+    shard_size: Annotated[float, Parameter(help="MiB from which a shard is full")] = 128.0,
+) -> int:
+    """Write images as WebDataset tar shards, which `reslab train OUT` and `reslab train https://.../shards.json` read."""
+    from reslab.data.shards import write_shards
+    from reslab.data.source import open_images
+
+    with watch() as show:
+        made = write_shards(open_images(data, show.reading), out, seed, shard_size, show.reading)
+    print(f"{shown(out)}: {sum(row['images'] for row in made['shards']):,} images in {len(made['shards']):,} shards")
+    return 0
+
+
+@app.command
 def predict(
     run: Annotated[Path, Parameter(help="a run folder, its model/, or an exported .onnx file")],
     /,
     *images: Annotated[str, Parameter(help="files, folders or patterns such as 'photos/*.jpg'")],
+    out: Annotated[Path | None, Parameter(help="write a .csv or .jsonl instead, for very many images")] = None,
+    cluster: Annotated[str | None, Parameter(help="let a Ray cluster do it: its address, `auto` or `local` (extra `cluster`)")] = None,
     as_json: JsonFlag = False,
 ) -> int:
     """The likeliest classes of images. Exit status 1 when one could not be read; the others are done."""
-    from rich.table import Table
-    from rich.text import Text
+    from reslab.host import keep_freed_memory
+    from reslab.use.classifier import load
+    from reslab.use.predictions import check_out, print_json, print_tables, write_file
 
-    from reslab.use.classifier import Prediction, load
-
+    if out is not None:
+        check_out(out)
     paths = _expand(images, "predict")
-    classifier = load(run)
-    failed = False
-    table = Table("image", "class", "probability", "next")
-    for column in table.columns:
-        column.overflow = "fold"
-    rows: list[dict[str, Any]] = []
-    for path, found in classifier.predict_each(paths):
-        if isinstance(found, Prediction):
-            rows.append({"image": str(path), **found._asdict()})
-            then = "  ".join(f"{shown(label)} {p:.1%}" for label, p in found.top[1:3])
-            table.add_row(Text(shown(path)), Text(shown(found.label)), f"{found.probability:.1%}", Text(then))
-        else:
-            failed = True
-            rows.append({"image": str(path), "error": found})
-            table.add_row(Text(shown(path)), Text(found, style="red"), "", "")
-    if as_json:
-        print(json.dumps(rows, indent=1))
+    keep_freed_memory()
+    if cluster is None:
+        answers = load(run).predict_each(paths)
     else:
-        console().print(table)
+        from reslab.use.cluster import predict_each
+
+        answers = predict_each(run, paths, cluster)
+    if out is None:
+        return 1 if (print_json(answers) if as_json else print_tables(answers, console())) else 0
+    n, failed = write_file(answers, out)
+    if as_json:
+        print(json.dumps({"out": str(out), "images": n, "errors": failed}))
+    else:
+        print(f"{shown(out)}: {n:,} images, {failed:,} of them could not be read")
     return 1 if failed else 0
 
 
@@ -146,7 +166,7 @@ def explain(
     from reslab.use.explained import explain_files
     from reslab.use.sheet import print_table
 
-    paths = _expand(images, "explain")
+    paths = list(_expand(images, "explain"))
     with watch() as show:
         found = explain_files(run, paths, method, at, label, neighbours, out, show.reading)
     if as_json:
@@ -167,7 +187,7 @@ def features(
     """What the net's head is given for images, as vectors. Exit status 1 when an image could not be read; the others are done."""
     from reslab.use.features import write_features
 
-    n, length, failed = write_features(run, _expand(images, "features"), out)
+    n, length, failed = write_features(run, list(_expand(images, "features")), out)
     if as_json:
         errors = [{"image": str(path), "error": reason} for path, reason in failed.items()]
         print(json.dumps({"out": str(out) if n else None, "images": n, "features": length, "errors": errors}, indent=1))
@@ -393,22 +413,26 @@ def _complain(line: str, status: int) -> int:
     return status
 
 
-def _expand(images: tuple[str, ...], verb: str) -> list[Path]:
-    """Files as given, the image files of folders, and what patterns match."""
+def _expand(images: tuple[str, ...], verb: str) -> Iterator[Path]:
+    """Files as given, the image files of folders, and what patterns match; folders are read as the answer is."""
+    found = _named(images)
+    first = next(found, None)
+    if first is None:
+        raise CallError(f"{verb} needs image files; received {' '.join(map(shown, images)) or 'none'}, which names no image: give files, folders or patterns")
+    return itertools.chain([first], found)
+
+
+def _named(images: tuple[str, ...]) -> Iterator[Path]:
     from reslab.data.folder import image_paths
 
-    found: list[Path] = []
     for given in images:
         path = Path(given).expanduser()
         if path.is_dir():
-            found += image_paths(path)
+            yield from image_paths(path)
         elif not path.exists() and glob.has_magic(given):
-            found += sorted(Path(match) for match in glob.glob(str(path), recursive=True)) or [path]  # noqa: PTH207  # patterns may be absolute
+            yield from map(Path, sorted(glob.glob(str(path), recursive=True)) or [given])  # noqa: PTH207  # patterns may be absolute
         else:
-            found.append(path)
-    if not found:
-        raise CallError(f"{verb} needs image files; received {' '.join(map(shown, images)) or 'none'}, which names no image: give files, folders or patterns")
-    return found
+            yield path
 
 
 if __name__ == "__main__":

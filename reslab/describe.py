@@ -10,6 +10,7 @@ from reslab.data.batches import Batches
 from reslab.data.images import Images
 from reslab.data.preprocess import Preprocess
 from reslab.errors import shown
+from reslab.limits import Limits
 from reslab.spec import Spec
 from reslab.train.hardware import Machine
 from reslab.train.plan import Plan, low_size
@@ -31,20 +32,21 @@ class Job:
     machine: Machine
 
 
-def run_config(job: Job, net: str, data: str, plan: Plan, budget: float | None) -> dict[str, Any]:
+def run_config(job: Job, net: str, data: str, plan: Plan, limits: Limits) -> dict[str, Any]:
     """What run.toml holds. `data` is what was typed; `net` a name, or "custom"."""
     recipe, images = job.recipe, job.images
-    length = f"--budget {budget:g}s " if budget else ""
-    command = f"reslab train {shlex.quote(data)} --net {net} {length}{recipe.as_call}".strip()
+    given = f"--budget {limits.seconds:g}s " if limits.seconds else ""
+    given += f"--memory {limits.memory} " if limits.memory else ""
+    command = f"reslab train {shlex.quote(data)} --net {net} {given}{recipe.as_call}".strip()
     return {
         "command": shown(command),
         "net": net,
-        "budget": budget,
+        "budget": limits.seconds,
         "spec": asdict(job.spec),
         "recipe": asdict(recipe),
         "plan": asdict(plan),
         "data": {
-            "source": str(Path(images.source).resolve()) if images.paths is not None else images.source,
+            "source": str(Path(images.source).resolve()) if images.paths is not None and "://" not in images.source else images.source,
             "name": images.name,
             "fingerprint": images.fingerprint(),
             "images": len(images),
@@ -73,6 +75,8 @@ def _decisions(job: Job) -> list[str]:
     ]
     if recipe.low_resolution:
         lines.append(f"the first {recipe.low_resolution:.0%} of the steps see {low_size(size or 0)} px, which costs less")
+    if recipe.micro_batch != recipe.batch_size:
+        lines.append(f"a batch of {recipe.batch_size} goes through the net in pieces of {recipe.micro_batch}, each with its own batch norm")
     return lines + [f"weights from {shown(recipe.weights)}"] * bool(recipe.weights)
 
 
@@ -81,12 +85,15 @@ def sentence(job: Job, net: str, plan: Plan) -> str:
     cost, images, recipe = job.spec.cost(job.recipe.image_size), job.images, job.recipe
     sizes = " / ".join(f"{len(images.split[name]):,} {name}" for name in ("train", "val", "test"))
     total = plan.seconds(plan.steps, recipe.low_resolution or 0.0)
-    return (
+    told = (
         f"{net}: {cost.params:,} parameters, {cost.macs / 1e6:,.1f} M multiply-adds at {recipe.image_size} px\n"
         f"{shown(images.name)}: {sizes}, {len(images.classes)} classes; {'; '.join(_decisions(job)[1:4])}\n"
         f"{plan.steps:,} steps, {plan.steps_per_epoch} an epoch, {1000 * plan.step_seconds:.0f} ms each in {plan.precision} "
         f"({plan.reason}): about {duration(total)}"
     )
+    if plan.segments:
+        told += f"\nto stay within the memory, the first {sum(plan.segments)} of {sum(job.spec.depths)} blocks are computed twice a step"
+    return told
 
 
 def duration(total: float) -> str:

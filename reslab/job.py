@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import time
 from collections.abc import Callable
 from dataclasses import asdict, replace
@@ -10,7 +11,6 @@ from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import torch
-from torch import nn
 
 from reslab.data.augment import require_kornia
 from reslab.data.batches import Batches, choose_storage, mean_and_std, mean_image
@@ -22,12 +22,14 @@ from reslab.data.split import split, split_record
 from reslab.describe import Job, run_config, sentence
 from reslab.errors import CallError, WorkError, shown
 from reslab.family import spec as find_spec
+from reslab.limits import Limits, bytes_of, seconds
 from reslab.nets.torch import ResNet
 from reslab.nets.weights import load_weights, stem_of
 from reslab.report.page import write_report
 from reslab.run import Run, write_whole
 from reslab.spec import STEMS, Spec
 from reslab.train.board import Board, require_tensorboard
+from reslab.train.checkpoint import choose_segments
 from reslab.train.fit import Show, Training
 from reslab.train.hardware import Machine, machine
 from reslab.train.plan import Plan, fit_budget, make_plan
@@ -40,8 +42,10 @@ from reslab.use.second_look import label_suspects, mistakes
 
 T = TypeVar("T")
 REPORT_SECONDS = 10.0  # kept back from a budget for the report and what surrounds it
+FEW = 16  # images in a batch that inference is measured with
 SMALL = 64  # pixels a side up to which a CIFAR net is the default
 KERNELS = {(3,): "conv3", (7,): "conv7-pool", (3, 3, 3): "deep-pool"}  # of a stem in a weights file: its row in STEMS
+NOT_BEGUN = {"run.toml", "split.json", "log.jsonl", "state"}  # all that a run folder holds before its first step
 EVAL_MARGIN = 256 / 224  # photos are tested on the middle 224 of 256 pixels
 
 
@@ -65,14 +69,16 @@ class Silent:
 
 def train(
     data: str | Path | None = None, net: str | Spec | None = None, out: str | Path | None = None, *, resume: str | Path | None = None,
-    recipe: str | Recipe = "quick", budget: str | float | None = None, tensorboard: bool = False, show: JobShow | None = None,
-    **fields: Any,
+    recipe: str | Recipe = "quick", budget: str | float | None = None, memory: str | int | None = None, tensorboard: bool = False,
+    show: JobShow | None = None, **fields: Any,
 ) -> Run:  # fmt: skip
     """Trains a classifier on a folder, a CSV or a named data set, tests it once, and writes a run folder with a report.
 
     `net` is a name in FAMILY or a Spec; by default resnet20 for images up to 64 px and resnet18 above. `budget` is a time
-    such as "20m", or seconds. Any Recipe field can be given by name. `resume` continues the run in that folder;
-    `tensorboard` also writes the curves to RUN/tensorboard.
+    such as "20m", or seconds. `memory` is what the process may hold (on a GPU, tensors there), such as "4G", or bytes: as
+    many blocks as that takes are computed twice, which changes no result. Any Recipe field can be given by name. `resume`
+    continues the run in that folder; `tensorboard` also writes the curves to RUN/tensorboard. Processes that torchrun
+    starts again after one was lost continue their run from its last state.
     Raises CallError for a wrong call, WorkError when the work fails, Interrupted after Ctrl-C or SIGTERM.
     """
     show = show or Silent()
@@ -82,17 +88,21 @@ def train(
     with machine() as here:
         if not here.is_writer:
             show = Silent()
-        if resume is None:
-            training, job = _start(data or "digits", net, out, find_recipe(recipe, **fields), seconds(budget), here, show, started)
+        limits = Limits(seconds(budget), bytes_of(memory))
+        run = Run.open(resume) if resume else _left_behind(out, here) if here.restarts else None
+        if resume and run:
+            _check_same(run, data, net, out, recipe, fields)
+        if run is None:
+            training, job = _start(data or "digits", net, out, find_recipe(recipe, **fields), limits, here, show, started)
         else:
-            training, job = _resume(Run.open(resume), data, net, out, recipe, fields, budget, here, show, started)
+            training, job = _resume(run, limits, here, show, started)
         if tensorboard and here.is_writer:
             training.board = Board(training.run.path / "tensorboard")
         return _finish(job, training, show)
 
 
 def _start(
-    data: str | Path, net: str | Spec | None, out: str | Path | None, recipe: Recipe, budget: float | None, here: Machine, show: JobShow, started: float
+    data: str | Path, net: str | Spec | None, out: str | Path | None, recipe: Recipe, limits: Limits, here: Machine, show: JobShow, started: float
 ) -> tuple[Training, Job]:  # fmt: skip
     if isinstance(net, str):
         find_spec(net)  # a wrong name is said before any data is read
@@ -128,16 +138,16 @@ def _start(
     built = here.place(ResNet(spec))
     if recipe.weights:
         show.say(f"weights: {load_weights(built, recipe.weights)}")
-    plan, deadline = _plan(job, built, budget, started)
-    recipe = replace(recipe, precision=plan.precision, epochs=None if budget else recipe.epochs)  # type: ignore[arg-type]
+    plan, deadline = _plan(job, built, limits, started)
+    recipe = replace(recipe, precision=plan.precision, epochs=None if limits.seconds else recipe.epochs)  # type: ignore[arg-type]
     job.recipe = recipe
     run = Run(target, started)
     if here.is_writer:
         run.create()
         name = net if isinstance(net, str) else "custom"
-        run.config = run_config(job, name, str(data), plan, budget)
+        run.config = run_config(job, name, str(data), plan, limits)
         write_whole(run.path / "split.json", _json(split_record(images, recipe.seed)))
-        run.record("plan", **asdict(plan), budget=budget)
+        run.record("plan", **asdict(plan), budget=limits.seconds)
         for line in finding:
             run.record("warning", text=line)
     show.say(sentence(job, net if isinstance(net, str) else "a custom net", plan))
@@ -146,16 +156,13 @@ def _start(
     return training, job
 
 
-def _resume(
-    run: Run, data: Any, net: Any, out: Any, recipe: str | Recipe, fields: dict[str, Any], budget: Any, here: Machine, show: JobShow, started: float
-) -> tuple[Training, Job]:  # fmt: skip
+def _resume(run: Run, limits: Limits, here: Machine, show: JobShow, started: float) -> tuple[Training, Job]:
     config = run.config
-    _check_same(run, config, data, net, out, recipe, fields)
     if (run.path / "model" / "spec.json").is_file():
         raise CallError(f"a finished run cannot be resumed; {shown(run.path)} has its model: train into a new --out")
     try:
         spec, kept = Spec.from_dict(config["spec"]), recipe_from_dict(config["recipe"])
-        plan = Plan(**config["plan"])
+        plan = Plan(**{**config["plan"], "segments": tuple(config["plan"]["segments"])})
         source, fingerprint = config["data"]["source"], config["data"]["fingerprint"]
     except (KeyError, TypeError, CallError) as error:
         raise WorkError(f"{shown(run.path / 'run.toml')} is damaged: {shown(str(error))}") from error
@@ -169,7 +176,9 @@ def _resume(
         raise WorkError(f"a run resumes on the data it began with; {shown(source)} has changed since: restore it, or train into a new --out")
     job = _prepare(images, spec, kept, here, show)
     built = here.place(ResNet(spec))
-    total = seconds(budget) or config.get("budget")
+    if limits.memory:
+        plan = replace(plan, memory=limits.memory, segments=choose_segments(spec, kept, plan.precision, limits.memory, here))
+    total = limits.seconds or config.get("budget")
     training = Training(built, job.parts["train"], job.parts["val"], job.preprocess, kept, plan, run, here, show)
     training.resume()
     run.mend_log()
@@ -229,16 +238,16 @@ def _check_readable(parts: dict[str, Batches], recipe: Recipe) -> None:
             raise WorkError(f"the {name} images must be readable; none of {len(part.dropped)} is: `reslab check` lists them")
 
 
-def _plan(job: Job, net: nn.Module, budget: float | None, started: float) -> tuple[Plan, float | None]:
+def _plan(job: Job, net: ResNet, limits: Limits, started: float) -> tuple[Plan, float | None]:
     recipe = job.recipe
     assert recipe.batch_size is not None
     batch = next(job.parts["train"].epoch(recipe.batch_size // job.machine.world or 1))
     x = job.preprocess(batch.pixels, job.machine.device).contiguous(memory_format=torch.channels_last)
     macs = job.spec.cost(recipe.image_size).macs
-    plan = make_plan(net, x, recipe, len(job.parts["train"].items), len(job.parts["val"].items), macs, job.machine)
+    plan = make_plan(net, x, recipe, len(job.parts["train"].items), len(job.parts["val"].items), macs, job.machine, limits.memory)
     deadline = None
-    if budget:
-        deadline = started + budget - _reserve(job, plan)
+    if limits.seconds:
+        deadline = started + limits.seconds - _reserve(job, plan)
         plan = fit_budget(plan, recipe, deadline - time.monotonic())
     return job.machine.agree(plan), deadline
 
@@ -257,7 +266,8 @@ def _finish(job: Job, training: Training, show: JobShow) -> Run:
     net = training.net
     assert isinstance(net, ResNet)
     show.say("testing")
-    found = Classifier(TorchModel(net.eval(), job.preprocess), job.images.classes)
+    model = TorchModel(net.eval(), job.preprocess)
+    found = Classifier(model, job.images.classes)
     val = outputs(found, job.parts["val"].epoch(BATCH))
     temperature = fit_temperature(val)
     found = replace(found, temperature=temperature, sure=sure_above(val, temperature))
@@ -276,14 +286,17 @@ def _finish(job: Job, training: Training, show: JobShow) -> Run:
     for batches in job.parts.values():
         for name, reason in batches.dropped.items():
             run.record("warning", text=f"left out {shown(name)}: {reason}")
+    model = model.weighed((batch.pixels.numpy() for batch in job.parts["val"].epoch(FEW)), val.logits.argmax(1).tolist())
+    found = replace(found, model=model)
     save(found, run.model, {"n": len(val.labels), "split": "val", "top1": scores["top1"]})
     run.record("end")
     write_report(run)
     return run
 
 
-def _check_same(run: Run, config: dict[str, Any], data: Any, net: Any, out: Any, recipe: str | Recipe, fields: dict[str, Any]) -> None:
+def _check_same(run: Run, data: Any, net: Any, out: Any, recipe: str | Recipe, fields: dict[str, Any]) -> None:
     """A resumed run keeps its data, net and recipe; saying otherwise is a mistake worth a word."""
+    config = run.config
     source = config.get("data", {}).get("source")
     given = str(Path(data).expanduser().resolve()) if data is not None and Path(data).expanduser().exists() else data
     if data is not None and source not in (str(data), str(given)):
@@ -302,18 +315,16 @@ def _check_same(run: Run, config: dict[str, Any], data: Any, net: Any, out: Any,
             raise CallError(f"a resumed run keeps its recipe; received {name} {value}: leave it out, or train into a new --out")
 
 
-def seconds(budget: str | float | None) -> float | None:
-    """A time such as 90, "90s", "20m", "1.5h" or "1h30m" in seconds. Raises CallError."""
-    if budget is None:
-        return None
-    parts = re.fullmatch(r"(?:([\d.]+)h)?(?:([\d.]+)m)?(?:([\d.]+)s?)?", str(budget).strip().lower())
-    try:
-        total = sum(float(part) * unit for part, unit in zip(parts.groups(), (3600, 60, 1), strict=True) if part) if parts else 0.0
-    except ValueError:
-        total = 0.0
-    if not 0 < total < 1e8:
-        raise CallError(f"--budget must be a time such as 90s, 20m or 1h30m; received {shown(str(budget))!r}")
-    return total
+def _left_behind(out: str | Path | None, here: Machine) -> Run | None:
+    """The run that these processes were at when torchrun started them again; None when they had not begun its first step."""
+    if out is None:
+        raise CallError("processes that are started again find their run by its folder; received no --out: give one, or --resume the run")
+    run = Run(out)
+    begun = here.agree((run.path / "state" / "last.safetensors").is_file())
+    if not begun and here.is_writer and run.path.is_dir() and {entry.name for entry in run.path.iterdir()} <= NOT_BEGUN:
+        shutil.rmtree(run.path)
+    here.agree(0)
+    return run if begun else None
 
 
 def _free_folder(data: str | Path, here: Machine) -> Path:

@@ -18,7 +18,7 @@ from reslab.data.source import open_images
 from reslab.data.split import split
 from reslab.errors import CallError, WorkError, shown
 from reslab.family import spec as find_spec
-from reslab.job import seconds
+from reslab.limits import seconds
 from reslab.report.study import write_study
 from reslab.run import Run, shipped
 from reslab.study import STUDIES
@@ -126,7 +126,7 @@ def _with_defaults(call: Call, found: Study) -> Call:
 
 def _answered(name: str, found: Study, call: Call, place: Place, show: Show) -> tuple[Path, list[Claim]]:
     if call.runs:
-        given = [(str(path), load(path)) for path in call.runs]
+        given = [(path, load(path)) for path in call.runs]
         images, size, preprocess = _of_runs(call.runs, [c for _, c in given], show)
     else:
         assert call.data
@@ -135,7 +135,7 @@ def _answered(name: str, found: Study, call: Call, place: Place, show: Show) -> 
     data, folder = prepare(images, size, place.store, preprocess)
     base = call.net or ("resnet20" if size <= MOST_PIXELS else "resnet18")
     shape = {"in_channels": data.facts.channels, "num_classes": data.facts.classes}
-    nets = tuple(Given(Path(path).name, c.spec, keep(c.net, place.store)) for path, c in given)
+    nets = tuple(Given(_named(path, call.runs), c.spec, keep(c.net, place.store)) for path, c in given)
     setting = Setting(call.seconds, call.workers, call.seeds, find_spec(base, **shape), nets)
     page, began = _page(name, found, call, data.facts, setting), time.monotonic()
 
@@ -163,8 +163,17 @@ def _page(name: str, found: Study, call: Call, facts: Facts, setting: Setting) -
     }
 
 
+def _named(path: Path, among: tuple[Path, ...]) -> str:
+    """A run's name: its folder's, unless another run's folder is called the same."""
+    names = [other.resolve().name for other in among]
+    return path.resolve().name if names.count(path.resolve().name) == 1 else str(path)
+
+
 def _of_runs(paths: tuple[Path, ...], classifiers: list[Classifier], show: Show) -> tuple[Images, int, Preprocess]:
     """The images that the runs were trained on. Raises CallError unless all saw the same ones in the same way, WorkError when they are gone."""
+    for path, classifier in zip(paths, classifiers, strict=True):
+        if not classifier.has_net:
+            raise CallError(f"a study looks at the blocks of a net, and an exported file has only its graph; received {shown(path)}: give the run folder")
     first = classifiers[0].model
     assert isinstance(first, TorchModel)
     prints = {hashlib.sha256(repr(c.preprocess.to_dict() if isinstance(c.preprocess, Preprocess) else None).encode()).hexdigest() for c in classifiers}

@@ -10,11 +10,12 @@ import pytest
 import reslab
 
 PACKAGE = Path(reslab.__file__).parent
-LEAVES = {"download", "errors", "interval", "keras_backend", "run", "seeds", "tensors"}
-NETWORK = {"spec", "layout", "family"}
+LEAVES = {"download", "errors", "host", "interval", "keras_backend", "run", "seeds", "tensors"}
+NETWORK = {"spec", "layout", "family", "receptive"}
 MAY_IMPORT = {
     "download": {"errors"},
     "errors": set(),
+    "host": set(),
     "interval": set(),
     "keras_backend": {"errors"},
     "run": {"errors"},
@@ -23,21 +24,24 @@ MAY_IMPORT = {
     "spec": {"errors", "layout"},  # only when layers are asked for
     "layout": {"spec"},
     "family": {"errors", "spec"},
+    "receptive": {"layout", "spec"},
     "catalogue": {"errors"} | NETWORK,
     "nets": LEAVES | NETWORK,
-    "data": {"download", "errors", "keras_backend"},
-    "use": LEAVES | NETWORK | {"nets", "data"},
+    "data": {"download", "errors", "keras_backend", "run"},  # run: for writing whole
+    "limits": {"errors"},
+    "cluster": {"errors"},
+    "use": LEAVES | NETWORK | {"nets", "data", "cluster"},
     "serve": LEAVES | NETWORK | {"data", "use", "__init__"},
-    "train": LEAVES | NETWORK | {"nets", "data"},
-    "report": LEAVES,
+    "train": LEAVES | NETWORK | {"catalogue", "nets", "data"},  # of the catalogue, the arithmetic of memory
+    "report": LEAVES | {"study"},  # what a study works out of its records
     "study": LEAVES | NETWORK | {"__init__", "nets", "data", "train"},
-    "studies": LEAVES | NETWORK | {"__init__", "data", "study", "report", "job", "use"},
-    "describe": LEAVES | NETWORK | {"data", "train"},
-    "job": LEAVES | NETWORK | {"nets", "data", "train", "use", "report", "describe"},
+    "studies": LEAVES | NETWORK | {"__init__", "data", "limits", "study", "report", "use"},
+    "describe": LEAVES | NETWORK | {"data", "limits", "train"},
+    "job": LEAVES | NETWORK | {"limits", "nets", "data", "train", "use", "report", "describe"},
     "terminal": {"data", "errors", "run"},
     "cli": LEAVES | NETWORK | {"catalogue", "nets", "data", "train", "use", "serve", "report", "job", "study", "studies", "terminal", "__init__"},
 }
-STANDARD_ONLY = [PACKAGE / f"{name}.py" for name in ("spec", "layout", "family", "errors")] + sorted((PACKAGE / "catalogue").glob("*.py"))
+STANDARD_ONLY = [PACKAGE / f"{name}.py" for name in ("spec", "layout", "family", "receptive", "errors")] + sorted((PACKAGE / "catalogue").glob("*.py"))
 
 
 def _typed(*tokens: str) -> str:

@@ -16,7 +16,7 @@ way back, buffers, and what the allocator keeps for later. Standard library only
 import math
 from typing import NamedTuple
 
-from reslab.layout import Layer, Shape, norm_groups
+from reslab.layout import Layer, Shape, norm_groups, parts
 from reslab.spec import Spec
 
 FP32, INDEX = 4, 8  # bytes of a number, and of the place of a maximum
@@ -38,20 +38,45 @@ class Memory(NamedTuple):
         return self.parameters + self.gradients + self.momentum + self.kept
 
 
+class Stretch(NamedTuple):
+    """Bytes, for a batch, of the stem, a block or the head: of what it makes."""
+
+    kept: int  # for the backward pass
+    output: int  # its last layer's
+    largest: int  # of its layers' outputs
+
+
 def memory(spec: Spec, image_size: int, batch: int) -> Memory:
     """What a training step and a forward pass hold for a batch of that many images."""
     layers = list(spec.layers(image_size))
-    shapes = {"input": (spec.in_channels, image_size, image_size)} | {layer.name: layer.shape for layer in layers}
     parameters = FP32 * sum(layer.params for layer in layers)
-    statistics = FP32 * sum(2 * layer.shape[0] for layer in layers if layer.kind == "batchnorm")  # of the whole batch
-    kept = batch * _kept(layers, shapes) + statistics
-    return Memory(parameters, parameters, parameters, kept, parameters + batch * _alive(layers, shapes))
+    kept = sum(stretch.kept for stretch in stretches(spec, image_size, batch))
+    return Memory(parameters, parameters, parameters, kept, parameters + batch * _alive(layers, _shapes(spec, image_size, layers)))
 
 
-def _kept(layers: list[Layer], shapes: dict[str, Shape]) -> int:
-    """Bytes an image."""
+def stretches(spec: Spec, image_size: int, batch: int) -> list[Stretch]:
+    """The stem with the images that it reads, every block, and the head. A tensor belongs to the stretch that makes it."""
+    split = [part.layers for part in parts(spec, image_size, fold=False)]
+    layers = [layer for part in split for layer in part]
+    kept, shapes = _kept(layers), _shapes(spec, image_size, layers)
+    found = []
+    for part in split:
+        numbers = sum(math.prod(layer.shape) for layer in part if layer.name in kept)
+        statistics = FP32 * sum(2 * layer.shape[0] for layer in part if layer.kind == "batchnorm")  # of the whole batch
+        here = batch * (FP32 * numbers + sum(_extra(layer, shapes) for layer in part)) + statistics
+        largest = max(math.prod(layer.shape) for layer in part)
+        found.append(Stretch(here, batch * FP32 * math.prod(part[-1].shape), batch * FP32 * largest))
+    images = batch * FP32 * math.prod(shapes["input"]) * ("input" in kept)
+    return [found[0]._replace(kept=found[0].kept + images), *found[1:]]
+
+
+def _shapes(spec: Spec, image_size: int, layers: list[Layer]) -> dict[str, Shape]:
+    return {"input": (spec.in_channels, image_size, image_size)} | {layer.name: layer.shape for layer in layers}
+
+
+def _kept(layers: list[Layer]) -> set[str]:
+    """Names of the layers whose output is kept; "input" is the image."""
     kept: set[str] = set()
-    extra = 0
     for layer in layers:
         if layer.kind in WRITTEN:
             kept.add(layer.name)
@@ -59,8 +84,7 @@ def _kept(layers: list[Layer], shapes: dict[str, Shape]) -> int:
             kept.add(layer.inputs[1])
         elif layer.kind in READ and not _reads_padded(layer):
             kept.update(layer.inputs)
-        extra += _extra(layer, shapes)
-    return FP32 * sum(math.prod(shapes[name]) for name in kept) + extra
+    return kept
 
 
 def _reads_padded(layer: Layer) -> bool:

@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from reslab.catalogue.memory import Memory, memory
-from reslab.catalogue.receptive import receptive_field
 from reslab.catalogue.table import table
 from reslab.errors import CallError, WorkError, shown, unknown
 from reslab.family import FAMILY
 from reslab.layout import Layer, Part, parts
+from reslab.receptive import receptive_field
 from reslab.spec import Spec
 
 BAR = 16  # characters

@@ -115,6 +115,8 @@ def _alive(loader: DataLoader[Any]) -> Iterator[Any]:
     """The loader's batches; that a worker was killed is an error in our words."""
     try:
         yield from loader
+    except WorkError as error:  # of a worker: the last line of its traceback is the message
+        raise WorkError(str(error).strip().splitlines()[-1].partition("WorkError: ")[2] or str(error)) from error
     except RuntimeError as error:
         if "DataLoader worker" not in str(error):
             raise
@@ -129,8 +131,12 @@ def _quiet_worker(_: int) -> None:
 
 
 def mean_and_std(batches: Batches, most: int = 5000) -> tuple[list[float], list[float]]:
-    """Per-channel mean and standard deviation of pixel values in [0, 1], over at most `most` evenly spaced images."""
-    order = np.unique(np.linspace(0, len(batches.items) - 1, min(most, len(batches.items))).astype(np.int64))
+    """Per-channel mean and standard deviation of pixel values in [0, 1], over at most `most` images.
+
+    They are evenly spaced; of shards, which are shuffled when they are made, the first are taken.
+    """
+    n = min(most, len(batches.items))
+    order = np.arange(n) if batches.images.shards is not None else np.unique(np.linspace(0, len(batches.items) - 1, n).astype(np.int64))
     count, total, squares = 0, torch.zeros(batches.images.channels).double(), torch.zeros(batches.images.channels).double()
     for batch in batches.epoch(256, order):
         x = batch.pixels.double().flatten(0, 2) / 255

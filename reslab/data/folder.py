@@ -7,6 +7,8 @@ import csv
 import os
 import re
 from collections.abc import Callable, Iterator
+from contextlib import suppress
+from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -27,6 +29,7 @@ SPLIT_FOLDERS = {
     "testing": "test",
 }
 
+RUN = 10_000  # entries of a folder that are sorted together
 FOLDER_LINK = "a link to a folder; only links to files inside the tree are followed"
 
 
@@ -101,9 +104,22 @@ def from_csv(file: Path, progress: Callable[[int, int], None]) -> Images:
     return _read(file.stem, str(file), items, [], [], progress)
 
 
-def image_paths(folder: Path) -> list[Path]:
-    """The image files below a folder, in natural order; links that leave it are passed over."""
-    return list(_image_files(folder, folder, []))
+def image_paths(folder: Path) -> Iterator[Path]:
+    """The image files below a folder, as they are found: memory does not grow with their number.
+
+    A folder's own files come before its sub-folders, both in natural order; a folder of more than 10,000 entries is sorted
+    in runs of so many, as the file system lists them. Links that leave `folder` and hidden files are passed over.
+    """
+    pending = [folder]
+    while pending:
+        below: list[str] = []
+        here = pending.pop()
+        with suppress(OSError), os.scandir(here) as entries:
+            while run := list(islice(entries, RUN)):
+                below += [entry.name for entry in run if entry.is_dir(follow_symlinks=False) and not entry.name.startswith(".")]
+                files = [entry.name for entry in run if not entry.is_dir(follow_symlinks=False)]
+                yield from _images_of(here, sorted(files, key=_natural), folder, [])
+        pending += [here / name for name in sorted(below, key=_natural, reverse=True)]
 
 
 def _read(name: str, source: str, items: list[Item], problems: list[Problem], notes: list[str], progress: Callable[[int, int], None]) -> Images:
@@ -175,14 +191,19 @@ def _image_files(folder: Path, root: Path, problems: list[Problem]) -> Iterator[
             if (path := Path(current, name)).is_symlink():
                 problems.append(Problem(_name(path, root), FOLDER_LINK))
         folders[:] = sorted((name for name in folders if not name.startswith(".")), key=_natural)
-        for name in sorted(files, key=_natural):
-            path = Path(current, name)
-            if name.startswith(".") or not _looks_like_image(path):
-                continue
-            if path.is_symlink() and not _inside(path, root):
-                problems.append(Problem(_name(path, root), "a link that leaves the folder, loops or leads nowhere"))
-                continue
-            yield path
+        yield from _images_of(Path(current), sorted(files, key=_natural), root, problems)
+
+
+def _images_of(folder: Path, names: list[str], root: Path, problems: list[Problem]) -> Iterator[Path]:
+    """Those that are named like images and do not lead out of `root`."""
+    for name in names:
+        path = folder / name
+        if name.startswith(".") or not _looks_like_image(path):
+            continue
+        if path.is_symlink() and not _inside(path, root):
+            problems.append(Problem(_name(path, root), "a link that leaves the folder, loops or leads nowhere"))
+            continue
+        yield path
 
 
 def _looks_like_image(path: Path) -> bool:

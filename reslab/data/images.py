@@ -5,8 +5,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
-from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,6 +28,21 @@ class Problem(NamedTuple):
     reason: str
 
 
+class File(Protocol):
+    """A path, or what else holds the bytes of an image file."""
+
+    def read_bytes(self) -> bytes:
+        """All of it. Raises OSError."""
+
+
+class Files(Protocol):
+    """A list of paths, or what else has a File for each image."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> File: ...
+
+
 @dataclass(frozen=True)
 class Images:
     """n labelled images. Item i is `names[i]`, of class `classes[labels[i]]`, with the content hash `digests[i]`.
@@ -45,7 +59,8 @@ class Images:
     channels: int  # 1 when no image has colour, otherwise 3
     declared: Sequence[str]  # the split that the source itself gives each item, or ""
     array: Pixels | None = None
-    paths: Sequence[Path] | None = None
+    paths: Files | None = None
+    shards: NDArray[np.int32] | None = None  # which shard each item lies in, where they are to be read in few at a time
     problems: tuple[Problem, ...] = ()
     notes: tuple[str, ...] = ()
     source: str = ""  # what to give `reslab train` to get these images again

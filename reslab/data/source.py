@@ -1,12 +1,14 @@
-"""`DATA` -> Images: a known name, a folder, or a CSV."""
+"""`DATA` -> Images: a known name, a folder, a CSV, or shards."""
 
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from reslab.data.folder import from_csv, from_folder
 from reslab.data.images import Images
 from reslab.data.named import NAMED, from_name
+from reslab.data.shards import INDEX, from_shards
 from reslab.errors import CallError, shown, unknown
 
 Progress = Callable[[str, int, int], None]
@@ -24,6 +26,10 @@ def open_images(data: str | Path, progress: Progress = silent) -> Images:
     path = Path(data).expanduser()
     if str(data) in NAMED:
         return from_name(str(data), progress)
+    if urlsplit(str(data)).scheme in ("http", "https"):
+        return from_shards(str(data), progress)
+    if (path / INDEX).is_file():
+        return from_shards(str(path), progress)
     if path.is_dir():
         return replace(from_folder(path, lambda done, total: progress("reading", done, total)), source=str(path))
     if path.is_file() and path.suffix.lower() == ".csv":

@@ -73,16 +73,28 @@ class ResNet(nn.Module):
         """The stages in order, each a Sequential of blocks."""
         return [self.get_submodule(f"layer{i + 1}") for i in range(len(self.spec.depths))]  # type: ignore[misc]
 
+    @property
+    def blocks(self) -> dict[str, nn.Module]:
+        """Every block by name, in order."""
+        return {f"layer{number}.{index}": block for number, stage in enumerate(self.stages, start=1) for index, block in enumerate(stage)}
+
     def forward(self, x: Tensor, outputs: dict[str, Tensor] | None = None) -> Tensor:
         """Logits (N, num_classes). A dict given as `outputs` receives the stem's and every block's output by name."""
-        x = through(self.maxpool, through(self.relu, through(self.bn1, self.conv1(x))))
+        x = self.stem(x)
         if outputs is not None:
             outputs["stem"] = x
-        for number, stage in enumerate(self.stages, start=1):
-            for index, block in enumerate(stage):
-                x = block(x)
-                if outputs is not None:
-                    outputs[f"layer{number}.{index}"] = x
+        for name, block in self.blocks.items():
+            x = block(x)
+            if outputs is not None:
+                outputs[name] = x
+        return self.head(x)
+
+    def stem(self, x: Tensor) -> Tensor:
+        """What the first block sees of the images."""
+        return through(self.maxpool, through(self.relu, through(self.bn1, self.conv1(x))))
+
+    def head(self, x: Tensor) -> Tensor:
+        """The last block's output, or another of its shape -> logits."""
         x = through(self.relu_last, through(self.bn_last, x))
         x = self.relu_fc1(self.fc1(self.flatten(x))) if self.spec.flatten else self.avgpool(x).flatten(1)
         logits: Tensor = self.fc(through(self.pre_fc, x))

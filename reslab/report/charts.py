@@ -3,6 +3,7 @@
 import base64
 import csv
 import io
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -10,8 +11,9 @@ from typing import Any, NamedTuple
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator
 
-from reslab.report.svg import SERIES, STYLE, as_svg
+from reslab.report.svg import HEAT, SERIES, STYLE, as_svg
 
 Row = dict[str, Any]
 
@@ -43,7 +45,7 @@ class Canvas:
 
     def __init__(self, panels: int, height: float, share: bool, **options: Any) -> None:
         self.figure = Figure(figsize=(9.6, height), layout="constrained")
-        self.axes: list[Axes] = list(self.figure.subplots(1, panels, squeeze=False, sharex=share, sharey=share, **options)[0])
+        self.axes: list[Axes] = list(self.figure.subplots(1, panels, squeeze=False, **{"sharex": share, "sharey": share, **options})[0])
 
     def drawn(self, title: str, rows: list[Row]) -> Drawn:
         return Drawn(title, as_svg(self.figure, title), rows)
@@ -77,11 +79,46 @@ def with_seeds(axes: Axes, x: Sequence[float], values: Sequence[Sequence[float]]
     at_end(axes, x[-1], means[-1], label, colour)
 
 
-def at_end(axes: Axes, x: float, y: float, label: str, colour: str) -> None:
-    """A name right of a line's last point, in the line's colour."""
-    axes.annotate(label, (x, y), xytext=(6, 0), textcoords="offset points", color=colour, fontsize=9, va="center", annotation_clip=False)
+def at_end(axes: Axes, x: float, y: float, label: str, colour: str, shift: float = 0) -> None:
+    """A name right of a line's last point, in the line's colour; shifted upwards by some points where two would overlap. None where the line has no end."""
+    if math.isfinite(y):
+        axes.annotate(label, (x, y), xytext=(6, shift), textcoords="offset points", color=colour, fontsize=9, va="center", annotation_clip=False)
 
 
 def colours(names: Sequence[str]) -> dict[str, str]:
     """A colour for each name, in order; at most as many as can be told apart."""
     return dict(zip(names, SERIES, strict=False))
+
+
+def at_ends(axes: Axes, x: float, labels: Sequence[tuple[float, str, str]], least: float = 0.075) -> None:
+    """Names (y, text, colour) right of the last points of lines, moved apart where they would overlap.
+
+    Call it when the y axis has its limits; `least` is the distance of two names as a part of the axis.
+    """
+    low, high = axes.get_ylim()
+    placed: list[float] = []
+    ordered = sorted(labels)
+    for y, _, _ in ordered:
+        placed.append(max((y - low) / (high - low), placed[-1] + least if placed else 0.0))
+    over = max(0.0, (placed[-1] if placed else 0.0) - 1)
+    for i in reversed(range(len(placed))):  # what stuck out above pushes the rest down
+        placed[i] = min(placed[i], 1 - least * (len(placed) - 1 - i)) if over else placed[i]
+    for at, (_, text, colour) in zip(placed, ordered, strict=True):
+        axes.annotate(
+            text, (x, low + at * (high - low)), xytext=(6, 0), textcoords="offset points", color=colour, fontsize=9, va="center", annotation_clip=False
+        )
+
+
+def heat(axes: Axes, values: Sequence[Sequence[float]], low: float, high: float) -> Any:
+    """A map of rows, the first at the bottom, on a common colour scale; what is missing (NaN) stays empty."""
+    return axes.imshow(values, cmap=HEAT, vmin=low, vmax=high, aspect="auto", origin="lower", interpolation="nearest")
+
+
+def logarithmic(axes: Axes) -> None:
+    """A logarithmic y axis, its ticks in plain numbers where they are short. Call it when the lines are drawn."""
+    axes.set_yscale("log")
+    low, high = axes.get_ylim()
+    narrow = high < 300 * low
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if narrow else (1,), numticks=6 if narrow else 7))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}" if 1e-3 <= value < 1e4 else f"1e{round(math.log10(value))}"))
+    axes.minorticks_off()

@@ -36,8 +36,8 @@ from reslab.seeds import seed_of
 from reslab.spec import Spec
 from reslab.study.data import Data
 from reslab.study.kinds import Cell, Claim, Pace, Ready, Schedule, Setting, Study, Subject, Verdict
+from reslab.study.line import along_gradient
 from reslab.study.noise import noisy
-from reslab.study.probe import along_gradient
 from reslab.study.stats import Estimate, paired
 from reslab.study.training import BLOW_UP, LAYERS, Watch, augmented, image_order, lr_at, outcome, train
 from reslab.study.twins import deeper, layers, plain, schedule

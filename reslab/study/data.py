@@ -63,6 +63,11 @@ class Data:
         return self.normalised(self.test[items], device), torch.from_numpy(self.test_labels[items]).to(device)
 
 
+def spread(of: int, count: int) -> NDArray[np.int64]:
+    """Evenly spaced positions: of images that are sorted by class, all classes are represented."""
+    return np.linspace(0, of - 1, count).astype(np.int64)
+
+
 def prepare(images: Images, size: int, store: Path, preprocess: Preprocess | None = None) -> tuple[Data, Path]:
     """The split images, decoded below `store` unless they are there already, and the folder they are in.
 

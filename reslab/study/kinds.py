@@ -39,6 +39,7 @@ class Schedule:
     warmup: float = 0.3  # share of the steps
     milestones: tuple[float, float] = (0.5, 0.75)
     augment: bool = True
+    scalars: float = 1.0  # learning rate of parameters that are a single number, as a share of the others' (Fixup asks for a tenth)
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,7 @@ import torch
 from torch import nn
 
 from reslab.errors import CallError, WorkError, shown, unknown
+from reslab.host import keep_freed_memory
 from reslab.nets.torch import ResNet
 from reslab.run import Record, write_whole
 from reslab.spec import Spec
@@ -32,7 +33,6 @@ from reslab.study.data import Data, load
 from reslab.study.kinds import Cell, Ready, Schedule, Setting, Study, Subject
 from reslab.study.training import train
 from reslab.tensors import read_tensors, write_tensors
-from reslab.train.hardware import keep_freed_memory
 
 TIMED_STEPS = 3
 REDRAWN = 0.04  # of the time, at most, goes into drawing what is there so far

@@ -5,8 +5,10 @@ from collections.abc import Mapping, Sequence
 from statistics import fmean, stdev
 from typing import NamedTuple
 
+from scipy.stats import spearmanr
 from scipy.stats import t as student
 
+from reslab.interval import Z
 from reslab.study.kinds import Verdict
 
 
@@ -47,8 +49,32 @@ def paired(after: Mapping[int, float], before: Mapping[int, float]) -> Estimate:
     return estimate([after[seed] - before[seed] for seed in sorted(after.keys() & before.keys())])
 
 
+def rank_correlation(x: Sequence[float], y: Sequence[float]) -> Estimate:
+    """Spearman's, with the interval of Bonett & Wright (2000): Fisher's z, its variance (1 + r^2 / 2) / (n - 3)."""
+    if len(x) < 4 or len(set(x)) < 2 or len(set(y)) < 2:
+        return Estimate(math.nan, -1.0, 1.0, len(x))
+    r = float(spearmanr(x, y).statistic)
+    if abs(r) >= 1:
+        return Estimate(r, r, r, len(x))
+    z, half = math.atanh(r), Z * math.sqrt((1 + r * r / 2) / (len(x) - 3))
+    return Estimate(r, math.tanh(z - half), math.tanh(z + half), len(x))
+
+
 def points(e: Estimate) -> str:
     """A difference of shares in percentage points, with its interval."""
-    return (
-        f"{100 * e.mean:+.1f} points (95 % interval {100 * e.low:+.1f} to {100 * e.high:+.1f}, n = {e.n})" if e.n > 1 else f"{100 * e.mean:+.1f} points (n = 1)"
-    )
+    if e.n < 2:
+        return f"{100 * e.mean:+.1f} points (n = 1)" if e.n else "not measured"
+    return f"{100 * e.mean:+.1f} points (95 % interval {100 * e.low:+.1f} to {100 * e.high:+.1f}, n = {e.n})"
+
+
+def within(e: Estimate, low: float, high: float) -> Verdict:
+    """On the claim that the value lies between two published bounds: the whole interval must, or must not."""
+    if e.n > 1 and low <= e.low and e.high <= high:
+        return "agrees"
+    return "disagrees" if e.low > high or e.high < low else "not decided at this budget"
+
+
+def factor(e: Estimate) -> str:
+    """A mean of logarithms as the factor that it is, with its interval."""
+    mean = f"{math.exp(e.mean):.4g}" if abs(e.mean) < 700 else "nothing"
+    return f"{mean} (95 % interval {math.exp(e.low):.3g} to {math.exp(e.high):.3g}, n = {e.n})" if e.n > 1 else f"{mean} (n = {e.n})"

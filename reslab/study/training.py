@@ -36,14 +36,14 @@ def train(net: nn.Module, data: Data, schedule: Schedule, seed: int, watch: Watc
     resume point is kept; a training that finds one goes on from there, bit for bit.
     """
     device = next(net.parameters()).device
-    optimizer = torch.optim.SGD(net.parameters(), schedule.lr, schedule.momentum, weight_decay=schedule.weight_decay)
+    optimizer = torch.optim.SGD(_groups(net, schedule), schedule.lr, schedule.momentum, weight_decay=schedule.weight_decay)
     losses = _resume(state, net, optimizer) if state else []
     saved = time.monotonic()
     net.train()
     order = image_order(len(data.train), schedule, seed)
     for step in range(len(losses), len(order)):
         for group in optimizer.param_groups:
-            group["lr"] = lr_at(schedule, step)
+            group["lr"] = lr_at(schedule, step) * group["share"]
         x, y = augmented(data, order[step], schedule, seed, step, device)
         torch.manual_seed(seed_of(seed, LAYERS, step))
         loss = cross_entropy(net(x), y)
@@ -59,6 +59,11 @@ def train(net: nn.Module, data: Data, schedule: Schedule, seed: int, watch: Watc
             _save(state, net, optimizer, losses)
             saved = time.monotonic()
     return losses
+
+
+def _groups(net: nn.Module, schedule: Schedule) -> list[dict[str, Any]]:
+    scalars = [p for p in net.parameters() if p.numel() == 1]
+    return [{"params": [p for p in net.parameters() if p.numel() > 1], "share": 1.0}, {"params": scalars, "share": schedule.scalars}]
 
 
 def lr_at(schedule: Schedule, step: int) -> float:

@@ -8,7 +8,7 @@ import math
 import signal
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from types import FrameType
 from typing import Protocol
@@ -22,16 +22,19 @@ from reslab.data import augment
 from reslab.data.batches import Batch, Batches
 from reslab.data.images import Indices
 from reslab.data.preprocess import Preprocess
+from reslab.data.shards import shuffled
 from reslab.errors import WorkError
 from reslab.interval import share
 from reslab.run import Run
 from reslab.seeds import seed_of, seeded
 from reslab.tensors import below, read_tensors, write_tensors
 from reslab.train.board import Board
+from reslab.train.checkpoint import Checkpointed
 from reslab.train.hardware import Machine
-from reslab.train.optim import Average, lr_at, optimizer, set_lr
+from reslab.train.optim import Average, keep_gradients, lr_at, optimizer, set_lr
+from reslab.train.pieces import RunningStatistics, pieces
 from reslab.train.plan import Plan, low_size
-from reslab.train.recipe import Recipe
+from reslab.train.recipe import Recipe, check_shares
 from reslab.train.state import Progress, load_state, save_state
 
 LOG_SECONDS = 1.0  # between two `step` records
@@ -71,15 +74,19 @@ class Training:
         self.board: Board | None = None
         self.logged = 0.0  # when the last `step` record was written
         self.optimizer = optimizer(net, recipe)
-        self.shared = machine.share(net)  # after the optimiser has frozen what is to be frozen
+        keep_gradients(net)
+        self.shared = machine.share(Checkpointed(net, plan.segments, plan.memory))  # after the optimiser has frozen what is to be frozen
+        self.statistics = RunningStatistics(net)
         self.average = Average(net, recipe.ema) if recipe.ema else None
         self.progress = Progress(steps=plan.steps, gentle=recipe.warmup_lr > 0)
         self.class_weights = self._class_weights() if recipe.balance == "weights" else None
         self.coins = torch.randint(0, 2, (len(train.images),), generator=seeded(recipe.seed, COIN))
         self.state_file = run.path / "state" / "last.safetensors"
         self.best_file = run.path / "state" / "best.safetensors"
-        assert recipe.batch_size is not None and recipe.image_size is not None
-        self.batch_size, self.image_size = recipe.batch_size, recipe.image_size
+        assert recipe.batch_size is not None and recipe.micro_batch is not None and recipe.image_size is not None
+        self.batch_size, self.micro_batch, self.image_size = recipe.batch_size, recipe.micro_batch, recipe.image_size
+        check_shares(self.batch_size, self.micro_batch, machine.world)
+        self.share = self.batch_size // machine.world  # of a batch, this process's
 
     def resume(self) -> None:
         """Continues where the state file stopped."""
@@ -98,12 +105,11 @@ class Training:
         with interrupts() as caught:
             while (p.step < p.steps and not self._is_stale()) or p.seen:  # `seen` is 0 only after an epoch's end
                 epoch = (p.step - bool(p.seen)) // self.plan.steps_per_epoch
-                began, stop = time.monotonic() - p.step_seconds, 0
+                began = time.monotonic() - p.step_seconds
                 for batch in self._batches(epoch, p.step - epoch * self.plan.steps_per_epoch):
-                    self._step(batch)
+                    stop = self._step(batch, caught)
                     now = time.monotonic()
                     p.seconds, p.step_seconds = now - start, now - began
-                    stop = self._agree(caught)
                     if stop or now - saved >= recipe.save_every:
                         self._save()
                         saved = time.monotonic()
@@ -125,33 +131,61 @@ class Training:
     def _is_stale(self) -> bool:
         return 0 < self.recipe.patience <= self.progress.stale_epochs
 
-    def _step(self, batch: Batch) -> None:
+    def _step(self, batch: Batch, caught: list[int]) -> int:
+        """One update of the weights. Returns the signal that the writer caught, so that all stop after the same step; or 0."""
         p, recipe = self.progress, self.recipe
         lr = self._lr()
-        x, targets = self._augmented(batch)
         self.shared.train()
         if recipe.freeze == "trunk":
             self.net.eval()  # a frozen trunk keeps its statistics too
         set_lr(self.optimizer, lr)
-        torch.manual_seed(seed_of(recipe.seed, LAYERS, p.step, self.machine.rank))  # dropout and stochastic depth draw from it
-        with self.machine.autocast(self.plan.precision):
-            logits = self.shared(x)
-        loss = cross_entropy(logits.float(), targets, weight=self.class_weights, label_smoothing=recipe.label_smoothing)
-        value = loss.item()
-        if not math.isfinite(self.machine.total(value)[0]):
-            raise self._diverged(f"the loss must be finite; it was {value}", lr)
-        self.optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
+        self.optimizer.zero_grad(set_to_none=False)
+        signum = caught[0] if caught and self.machine.is_writer else 0
+        told = torch.cat([self._gradients(batch), torch.tensor([signum], dtype=torch.float64, device=self.machine.device)])
+        loss_sum, correct, seen, stop = self.machine.total(told).tolist()
+        if not math.isfinite(loss_sum):
+            raise self._diverged(f"the loss must be finite; it was {loss_sum / seen}", lr)
         if recipe.clip:
             nn.utils.clip_grad_norm_(self.net.parameters(), recipe.clip)
         self.optimizer.step()
         p.step += 1
         if self.average:
             self.average.update(self.net, p.step)
-        p.loss_sum += value * len(x)
-        p.correct += (logits.argmax(1) == targets.argmax(1)).sum().item()
-        p.seen += len(x)
+        p.loss_sum, p.correct, p.seen = p.loss_sum + loss_sum, p.correct + correct, p.seen + int(seen)
         self._tell(lr)
+        return int(stop)
+
+    def _gradients(self, share: Batch) -> Tensor:
+        """Leaves the mean gradient of the whole batch in the parameters. Sums over this share, float64 (3): loss, right answers, images."""
+        told = torch.zeros(3, dtype=torch.float64, device=self.machine.device)
+        parts = list(pieces(share, self.micro_batch))
+        first = self.machine.rank * (self.share // self.micro_batch)
+        alone = len(parts) == self.machine.world == 1
+        before = torch.zeros(0) if alone else self.statistics.read()
+        after = torch.zeros_like(before)
+        for index, part in enumerate(parts):
+            if index:
+                self.statistics.rewind(before)
+            with nullcontext() if part is parts[-1] else self.machine.gather_later(self.shared):
+                loss, right = self._loss(part, first + index)
+                (loss / len(parts)).backward()  # type: ignore[no-untyped-call]
+            n = len(part.items)
+            told += torch.stack([loss.detach().double() * n, right.double(), torch.tensor(n, dtype=torch.float64, device=told.device)])
+            if not alone:
+                after += self.statistics.read()
+        if not alone:
+            self.statistics.write_mean(after, len(parts), self.machine)
+        return told
+
+    def _loss(self, part: Batch, number: int) -> tuple[Tensor, Tensor]:
+        """The mean loss of a micro-batch, which has that number in the whole batch, and how many answers are right."""
+        recipe = self.recipe
+        x, targets = self._augmented(part, number)
+        torch.manual_seed(seed_of(recipe.seed, LAYERS, self.progress.step, number))  # dropout and stochastic depth draw from it
+        with self.machine.autocast(self.plan.precision):
+            logits = self.shared(x)
+        loss = cross_entropy(logits.float(), targets, weight=self.class_weights, label_smoothing=recipe.label_smoothing)
+        return loss, (logits.argmax(1) == targets.argmax(1)).sum()
 
     def _diverged(self, what: str, lr: float) -> WorkError:
         if self.machine.is_writer:
@@ -163,24 +197,24 @@ class Training:
 
     def _batches(self, epoch: int, done: int) -> Iterator[Batch]:
         """What is left of an epoch, this process's share of each batch."""
-        rank, world = self.machine.rank, self.machine.world
         last = min(self.plan.steps_per_epoch, self.progress.steps - epoch * self.plan.steps_per_epoch)
-        order = self._order(epoch)[done * self.batch_size : last * self.batch_size]
-        yield from self.train.epoch(self.batch_size // world, order[rank::world])
+        order = self._order(epoch)[done * self.batch_size : last * self.batch_size].reshape(-1, self.machine.world, self.share)
+        yield from self.train.epoch(self.share, order[:, self.machine.rank].reshape(-1))
 
     def _order(self, epoch: int) -> Indices:
         rng = np.random.default_rng([self.recipe.seed, ORDER, epoch])
         n = len(self.train.items)
         if self.recipe.balance != "sampling":
-            return rng.permutation(n)
+            shards = self.train.images.shards
+            return rng.permutation(n) if shards is None else shuffled(shards[self.train.items], rng)
         labels = self.train.images.labels[self.train.items]
         share = 1 / np.bincount(labels, minlength=1)[labels]
         return rng.choice(n, n, p=share / share.sum())
 
-    def _augmented(self, batch: Batch) -> tuple[Tensor, Tensor]:
+    def _augmented(self, batch: Batch, number: int) -> tuple[Tensor, Tensor]:
         """Images (N, C, H, W), normalised and augmented, and targets (N, classes) as probabilities."""
         recipe, size, device = self.recipe, self._size(self.progress.step), self.machine.device
-        generator = seeded(recipe.seed, AUGMENT, self.progress.step, self.machine.rank)
+        generator = seeded(recipe.seed, AUGMENT, self.progress.step, number)
         x = self.preprocess.unit(batch.pixels, device)
         x = augment.colour(x, recipe.jitter, recipe.randaugment, generator)
         x = self.preprocess.normalise(x if recipe.crop in ("resized", "scale") else self.preprocess.crop(x))
@@ -219,15 +253,13 @@ class Training:
     def _lr(self) -> float:
         p = self.progress
         if p.gentle:
-            _, correct, seen = self.machine.total(0, p.correct, p.seen)
             enough = min(100, self.plan.steps_per_epoch - 1) * self.batch_size
-            p.gentle = seen < enough or 1 - correct / max(1, seen) >= GENTLE_ERROR
+            p.gentle = p.seen < enough or 1 - p.correct / max(1, p.seen) >= GENTLE_ERROR
         return self.recipe.warmup_lr if p.gentle else lr_at(self.recipe, p.step / p.steps, p.lr_drops)
 
     def _end_epoch(self, epoch: int) -> None:
         p = self.progress
-        loss_sum, correct, seen = self.machine.total(p.loss_sum, p.correct, p.seen)
-        train = {"loss": loss_sum / seen, "top1": correct / seen}
+        train = {"loss": p.loss_sum / p.seen, "top1": p.correct / p.seen}
         started = time.monotonic()
         val = self.evaluate()
         self.plan = replace(self.plan, val_seconds=time.monotonic() - started)
@@ -236,7 +268,7 @@ class Training:
         if better:
             p.best_top1, p.best_epoch = val["top1"], epoch + 1
         if self.machine.is_writer:
-            if better and self.recipe.keep == "best" and math.isfinite(loss_sum):
+            if better and self.recipe.keep == "best" and math.isfinite(p.loss_sum):
                 write_tensors(self.best_file, {f"net.{name}": t for name, t in self._weights().items()})
             self.run.record("epoch", epoch=epoch + 1, step=p.step, seconds=round(p.seconds, 3), image_size=self._size(p.step - 1), **train)
             self.run.record("val", epoch=epoch + 1, step=p.step, **val)
@@ -263,7 +295,6 @@ class Training:
 
     def evaluate(self) -> dict[str, float]:
         """Loss, top-1 and top-5 on val, of the averaged weights where there are any. Every image is counted once."""
-        self.machine.share_buffers(self.net)
         own = {name: t.clone() for name, t in self.net.state_dict().items()} if self.average else {}
         if self.average:
             self.net.load_state_dict(self.average.tensors)
@@ -271,14 +302,14 @@ class Training:
         sums = torch.zeros(4, dtype=torch.float64)
         positions = np.arange(len(self.val.items))[self.machine.rank :: self.machine.world]
         with torch.no_grad(), self.machine.autocast(self.plan.precision):
-            for batch in self.val.epoch(2 * self.batch_size, positions):
+            for batch in self.val.epoch(2 * self.micro_batch, positions):
                 logits = self.net(self.preprocess(batch.pixels, self.machine.device)).float().cpu()
                 found = logits.topk(min(5, logits.shape[1]), dim=1).indices == batch.labels[:, None]
                 loss = cross_entropy(logits, batch.labels, reduction="sum")
                 sums += torch.stack([loss, found[:, 0].sum(), found.sum(), torch.tensor(len(logits))])
         if self.average:
             self.net.load_state_dict(own)
-        total, right, top5, n = self.machine.total(*sums.tolist())
+        total, right, top5, n = self.machine.total(sums.to(self.machine.device)).tolist()
         facts = {"loss": min(total / n, 1e9) if math.isfinite(total) else 1e9, "n": int(n), **share("top1", int(right), int(n))}
         return facts | (share("top5", int(top5), int(n)) if logits.shape[1] > 5 else {})
 

@@ -3,21 +3,23 @@
 One training path serves a CPU, a GPU and several; all that differs is decided here.
 """
 
-import ctypes
 import os
 import platform
+import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from reslab.errors import WorkError
+from reslab.host import cpu_name, keep_freed_memory, release_freed_memory, resident
+
 T = TypeVar("T")
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
+N = TypeVar("N", bound=nn.Module)
 
 
 @dataclass(frozen=True)
@@ -27,35 +29,35 @@ class Machine:
     device: torch.device
     rank: int = 0
     world: int = 1
+    restarts: int = 0  # how often torchrun has started the processes again
 
     @property
     def is_writer(self) -> bool:
         """One process writes files and talks."""
         return self.rank == 0
 
-    def place(self, net: nn.Module) -> nn.Module:
+    def place(self, net: N) -> N:
         """The net on this device, channels-last."""
         return net.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]
 
     def share(self, net: nn.Module) -> nn.Module:
-        """The net as the training step calls it: gradients averaged over processes, batch norm per process."""
+        """The net as the training step calls it: gradients averaged over processes, batch norm's statistics by each on its own."""
         if self.world == 1:
             return net
-        return nn.parallel.DistributedDataParallel(net, device_ids=[self.device.index] if self.device.type == "cuda" else None)
+        devices = [self.device.index] if self.device.type == "cuda" else None
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # torch 2.13 renames the option to one that older versions lack
+            return nn.parallel.DistributedDataParallel(net, devices, broadcast_buffers=False)
 
-    def share_buffers(self, net: nn.Module) -> None:
-        """Gives every process the writer's running statistics, so that all score the same net."""
+    def gather_later(self, shared: nn.Module) -> AbstractContextManager[None]:
+        """A context whose backward passes add to this process's gradients only; the next one outside it averages over processes."""
+        return shared.no_sync() if isinstance(shared, nn.parallel.DistributedDataParallel) else nullcontext()
+
+    def total(self, values: Tensor) -> Tensor:
+        """`values`, changed in place to their sums over all processes."""
         if self.world > 1:
-            for buffer in net.buffers():
-                dist.broadcast(buffer, 0)
-
-    def total(self, *values: float) -> list[float]:
-        """Sums over all processes."""
-        if self.world == 1:
-            return list(values)
-        tensor = torch.tensor(values, dtype=torch.float64, device=self.device)
-        dist.all_reduce(tensor)
-        return list(tensor.tolist())
+            dist.all_reduce(values)
+        return values
 
     def agree(self, value: T) -> T:
         """The writer's value, in every process."""
@@ -69,6 +71,13 @@ class Machine:
         """The context in which the net runs forward."""
         return torch.autocast(self.device.type, torch.bfloat16, enabled=precision == "bf16")
 
+    def held(self) -> int:
+        """Bytes that this process holds: resident memory, on a GPU what tensors take there."""
+        if self.device.type == "cuda":
+            return int(torch.cuda.memory_allocated(self.device))
+        release_freed_memory()
+        return resident()
+
     def has_bf16(self) -> bool:
         """Whether the hardware computes in bf16; elsewhere it is emulated, and slow."""
         if self.device.type == "cuda":
@@ -77,7 +86,7 @@ class Machine:
 
     def describe(self) -> dict[str, Any]:
         """What a run records of the machine and its software."""
-        name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else _cpu_name()
+        name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else cpu_name()
         return {
             "device": str(self.device),
             "name": name,
@@ -94,27 +103,25 @@ class Machine:
 def machine() -> Iterator[Machine]:
     """The machine this process is to use. Under torchrun it joins the group, and leaves it at the end."""
     keep_freed_memory()
-    rank, world, local = (int(os.environ.get(name, default)) for name, default in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0")))
+    names = ("RANK", "LOCAL_RANK", "TORCHELASTIC_RESTART_COUNT")
+    rank, local, restarts = (int(os.environ.get(name, "0")) for name in names)
+    world = int(os.environ.get("WORLD_SIZE", "1"))
     device = torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if world > 1:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     try:
-        yield Machine(device, rank, world)
+        yield Machine(device, rank, world, restarts)
+    except RuntimeError as error:
+        if world > 1 and _is_loss_of_contact(error):
+            raise WorkError(
+                "another process of this training ended; torchrun --max-restarts N starts them again, and they go on from the last state"
+            ) from error
+        raise
     finally:
         if world > 1:
             dist.destroy_process_group()
-
-
-def keep_freed_memory() -> None:
-    """Tells glibc to keep freed buffers instead of returning them to the system at every step. Elsewhere a no-op."""
-    try:
-        libc = ctypes.CDLL("libc.so.6")
-        libc.mallopt(M_MMAP_THRESHOLD, 1 << 30)
-        libc.mallopt(M_TRIM_THRESHOLD, (1 << 31) - 1)
-    except (OSError, AttributeError):
-        pass
 
 
 def synchronise(x: Tensor) -> None:
@@ -123,10 +130,6 @@ def synchronise(x: Tensor) -> None:
         torch.cuda.synchronize(x.device)
 
 
-def _cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text("utf-8").splitlines()
-        names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-        return f"{names[0]}, {len(os.sched_getaffinity(0))} cores"
-    except (OSError, IndexError):
-        return platform.processor() or platform.machine()
+def _is_loss_of_contact(error: RuntimeError) -> bool:
+    """Whether a process can no longer reach the others: an error class of NCCL's, a message of gloo's."""
+    return isinstance(error, dist.DistError) or (type(error) is RuntimeError and "gloo" in str(error))

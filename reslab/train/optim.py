@@ -37,6 +37,13 @@ def optimizer(net: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
     return torch.optim.AdamW(rows, recipe.lr)
 
 
+def keep_gradients(net: nn.Module) -> None:
+    """Allocates the gradients once, side by side. Allocated at every step, they end up between activations and keep these apart."""
+    for parameter in net.parameters():
+        if parameter.requires_grad:
+            parameter.grad = torch.zeros_like(parameter)
+
+
 class Muon(torch.optim.Optimizer):
     """Momentum whose matrix is made orthogonal before it is applied (Jordan et al. 2024), to convolutions as (out, in x k x k).
 

@@ -12,8 +12,11 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, interpolate
 
 from reslab.errors import CallError
+from reslab.host import release_freed_memory
+from reslab.nets.torch import ResNet
+from reslab.train.checkpoint import Checkpointed, Segments, choose_segments
 from reslab.train.hardware import Machine, synchronise
-from reslab.train.optim import optimizer
+from reslab.train.optim import keep_gradients, optimizer
 from reslab.train.recipe import Recipe
 
 BF16_GAIN = 1.3  # bf16 must multiply matrices this much faster to be worth its rounding
@@ -33,6 +36,8 @@ class Plan:
     step_seconds: float = 0.0  # at full size
     low_step_seconds: float = 0.0  # at the reduced size that the training begins with
     val_seconds: float = 0.0  # one pass over val
+    memory: int | None = None  # bytes that a process may hold
+    segments: Segments = ()  # the first blocks, grouped, that are computed again in the backward pass
 
     @property
     def epochs(self) -> int:
@@ -61,19 +66,25 @@ def low_size(size: int) -> int:
     return max(1, size * 3 // 4 // 4 * 4 if size >= 16 else size * 3 // 4)
 
 
-def make_plan(net: nn.Module, x: Tensor, recipe: Recipe, train: int, val: int, macs: int, machine: Machine) -> Plan:
-    """Chooses the precision and times steps on `x`, a normalised batch (N, C, H, W) of this process's share."""
-    assert recipe.epochs is not None and recipe.batch_size is not None
+def make_plan(net: ResNet, x: Tensor, recipe: Recipe, train: int, val: int, macs: int, machine: Machine, memory: int | None = None) -> Plan:
+    """Chooses precision and segments and times steps on `x`, a normalised batch (N, C, H, W) of this process's share.
+
+    `memory` is what the process may hold, in bytes; CallError says how much it needs at least.
+    """
+    assert recipe.epochs is not None and recipe.batch_size is not None and recipe.micro_batch is not None
     precision, reason = (recipe.precision, "as asked") if recipe.precision != "auto" else _choose_precision(macs, machine)
     per_epoch = train // recipe.batch_size
-    plan = Plan(recipe.steps or recipe.epochs * per_epoch, per_epoch, precision, reason)
-    full = low = _time_step(net, x, recipe, precision, machine)
+    segments = choose_segments(net.spec, recipe, precision, memory, machine)
+    plan = Plan(recipe.steps or recipe.epochs * per_epoch, per_epoch, precision, reason, memory=memory, segments=segments)
+    pieces, x = len(x) // recipe.micro_batch, x[: recipe.micro_batch]
+    full = low = pieces * _time_step(net, x, recipe, plan, machine)
     if recipe.low_resolution:
         small = interpolate(x, size=low_size(x.shape[2]), mode="bilinear").contiguous(memory_format=torch.channels_last)
-        low = _time_step(net, small, recipe, precision, machine)
+        low = pieces * _time_step(net, small, recipe, plan, machine)
     twin = copy.deepcopy(net).eval()
     with torch.no_grad(), machine.autocast(precision):
         forward = _time(lambda: twin(x), x)
+    release_freed_memory()
     return replace(plan, step_seconds=full, low_step_seconds=low, val_seconds=forward / len(x) * val / machine.world)
 
 
@@ -103,15 +114,16 @@ def _choose_precision(macs: int, machine: Machine) -> tuple[str, str]:
     return ("bf16" if gain > BF16_GAIN else "fp32"), f"bf16 multiplies matrices at {gain:.2g} times the speed of fp32 here"
 
 
-def _time_step(net: nn.Module, x: Tensor, recipe: Recipe, precision: str, machine: Machine) -> float:
-    twin = copy.deepcopy(net).train()
-    optim = optimizer(twin, recipe)
+def _time_step(net: nn.Module, x: Tensor, recipe: Recipe, plan: Plan, machine: Machine) -> float:
+    twin = Checkpointed(copy.deepcopy(net).train(), plan.segments, plan.memory)
+    optim = optimizer(twin.net, recipe)
+    keep_gradients(twin.net)
     y = torch.arange(len(x), device=x.device) % 2
 
     def step() -> None:
-        with machine.autocast(precision):
+        with machine.autocast(plan.precision):
             logits = twin(x)
-        optim.zero_grad()
+        optim.zero_grad(set_to_none=False)
         cross_entropy(logits.float(), y).backward()  # type: ignore[no-untyped-call]
         optim.step()
 

@@ -39,6 +39,9 @@ class Recipe:
     epochs: Annotated[int | None, Help("passes over the training images; by default about 1.4 million images, 15 to 60 passes", 1, 10**6)] = None
     steps: Annotated[int | None, Help("steps in all, instead of whole epochs", 1, 10**9)] = None
     batch_size: Annotated[int | None, Help("images a step; by default 128, less for a small data set", 1, 10**6)] = None
+    micro_batch: Annotated[
+        int | None, Help("of these, so many go through the net at once, and batch norm sees no more; by default a process's share", 1, 10**6)
+    ] = None
     optimizer: Annotated[Optimizer, Help("SGD with momentum, AdamW, or Muon for the convolutions and SGD for the rest")] = "muon"
     lr: Annotated[float, Help("the highest learning rate", 0, 1e3)] = 0.05
     momentum: Annotated[float, Help("of SGD", 0, 1)] = 0.9
@@ -193,10 +196,10 @@ def resolve(recipe: Recipe, train_images: int, image_size: int, upright: bool, p
     """The recipe with every field that follows the data filled in. Raises CallError for a batch that the data cannot fill."""
     size = recipe.image_size or image_size
     batch = recipe.batch_size or max(2, min(128, train_images // 16)) // processes * processes or processes
-    if batch % processes:
-        raise CallError(f"batch_size is shared out evenly; {batch} by {processes} processes does not go: change --batch-size")
     if batch > train_images:
         raise CallError(f"a batch must not be larger than the training data: batch_size {batch}, {train_images} images; lower --batch-size")
+    micro = recipe.micro_batch or batch // processes
+    check_shares(batch, micro, processes)
     by_steps = math.ceil(recipe.steps / (train_images // batch)) if recipe.steps else None
     epochs = recipe.epochs or by_steps or max(15, min(60, round(1_400_000 / train_images)))
     crop = recipe.crop or ("pad" if size <= 64 else "resized")
@@ -204,6 +207,7 @@ def resolve(recipe: Recipe, train_images: int, image_size: int, upright: bool, p
         recipe,
         image_size=size,
         batch_size=batch,
+        micro_batch=micro,
         epochs=epochs,
         steps=None if recipe.epochs else recipe.steps,
         crop=crop,
@@ -211,3 +215,11 @@ def resolve(recipe: Recipe, train_images: int, image_size: int, upright: bool, p
         pad=recipe.pad if recipe.pad is not None else (size // 8 if crop == "pad" else 0),
         flip=recipe.flip or ("none" if upright else "alternate"),
     )
+
+
+def check_shares(batch: int, micro: int, processes: int) -> None:
+    """Raises CallError when a batch cannot be shared out evenly, in whole micro-batches."""
+    if batch % processes:
+        raise CallError(f"batch_size is shared out evenly; {batch} by {processes} processes does not go: change --batch-size")
+    if batch // processes % micro:
+        raise CallError(f"a process's share of the batch is whole micro-batches; {batch // processes} by {micro} does not go: change --micro-batch")

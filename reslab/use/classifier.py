@@ -4,10 +4,11 @@ It comes from a run folder or from an exported .onnx file. What computes the log
 exported file all the way down, everything is numpy, and torch need not be installed.
 """
 
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar
 
@@ -27,6 +28,10 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 BATCH = 64
+BATCH_PIXELS = 1 << 20  # of image files: more only costs memory
+AHEAD = 2  # batches that are decoded while one is in the net
+SLICE = 16  # images that a thread decodes at a time
+SMALL_FILE = 1 << 15  # bytes up to which one thread decodes faster than several, which wait for the interpreter
 TOP = 5
 
 Logits = NDArray[np.float32]
@@ -46,6 +51,9 @@ class Model(Protocol):
 
     def logits(self, pixels: Pixels) -> Logits:
         """uint8 (N, canvas, canvas, C) -> (N, classes), computed in fp32 unless the file says otherwise."""
+
+    def quick(self, pixels: Pixels) -> Logits:
+        """`logits` as fast as this machine gives them: they may differ by rounding, the classes do not."""
 
 
 class Prediction(NamedTuple):
@@ -106,11 +114,16 @@ class Classifier:
         return self.each(images, self.predict_pixels)
 
     def each(self, images: Iterable[str | Path], work: Callable[[list[Pixels]], Iterable[T]]) -> Iterator[tuple[Path, T | str]]:
-        """(path, what `work` gives for it), or (path, why it cannot be read). `work` gets up to 64 decoded images at a time."""
+        """(path, what `work` gives for it), or (path, why it cannot be read), in order; `work` gets up to 64 decoded images.
+
+        The next ones are decoded meanwhile, and no more are held than those. `images` is read as far as that needs.
+        """
         paths = iter(Path(image) for image in images)
-        with ThreadPoolExecutor(THREADS) as pool:
-            while chunk := list(islice(paths, BATCH)):
-                decoded = list(pool.map(self._read, chunk))
+        size = max(1, min(BATCH, BATCH_PIXELS // self.preprocess.canvas**2))
+        first = list(islice(paths, size))
+        chunks = chain([first], iter(lambda: list(islice(paths, size)), []))
+        with ThreadPoolExecutor(_threads(first)) as pool:
+            for chunk, decoded in _ahead(chunks, self._read, pool):
                 good = [d for d in decoded if not isinstance(d, str)]
                 results = iter(work(good) if good else [])
                 for path, d in zip(chunk, decoded, strict=True):
@@ -130,10 +143,35 @@ class Classifier:
 
     def predict_pixels(self, decoded: Sequence[Pixels]) -> list[Prediction]:
         """The classes of images that `decode` gave, in order; at least one, and all go through the net at once."""
-        probabilities = softmax(self.logits(np.stack(decoded)) / np.float32(self.temperature))
+        probabilities = softmax(self.model.quick(np.stack(decoded)) / np.float32(self.temperature))
         likeliest = np.argsort(-probabilities, axis=1, kind="stable")[:, :TOP]
         tops = [[(self.classes[i], float(row[i])) for i in order] for row, order in zip(probabilities, likeliest, strict=True)]
         return [Prediction(*top[0], top) for top in tops]
+
+
+def _threads(paths: list[Path]) -> int:
+    """How many threads decode files like these."""
+    sizes = [path.stat().st_size for path in paths if path.is_file()]
+    return THREADS if sum(sizes) > SMALL_FILE * len(sizes) else 1
+
+
+def _ahead(chunks: Iterable[list[Path]], read: Callable[[Path], T], pool: ThreadPoolExecutor) -> Iterator[tuple[list[Path], list[T]]]:
+    """Each chunk with what `read` gives for its paths; the next two are being read while one is in use."""
+    waiting: deque[tuple[list[Path], list[Future[list[T]]]]] = deque()
+
+    def part(paths: list[Path]) -> list[T]:
+        return [read(path) for path in paths]
+
+    def oldest() -> tuple[list[Path], list[T]]:
+        chunk, parts = waiting.popleft()
+        return chunk, [one for done in parts for one in done.result()]
+
+    for chunk in chunks:
+        waiting.append((chunk, [pool.submit(part, chunk[i : i + SLICE]) for i in range(0, len(chunk), SLICE)]))
+        if len(waiting) > AHEAD:
+            yield oldest()
+    while waiting:
+        yield oldest()
 
 
 def softmax(logits: NDArray[Float]) -> NDArray[Float]:

@@ -5,9 +5,7 @@ ranges of activations come from training images, by three methods; the one whose
 other training images is kept. val is looked at for the verdict only.
 """
 
-import statistics
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,13 +19,13 @@ from reslab.interval import share
 from reslab.use.classifier import BATCH, Classifier, Logits, softmax
 from reslab.use.formats import finish, metadata, quietly
 from reslab.use.onnx import INPUT, OUTPUTS, runtime, session
+from reslab.use.race import race
 
 MAX_DROP = 0.5  # points of val top-1
 METHODS = ("MinMax", "Entropy", "Percentile")  # of onnxruntime, for the ranges of activations
 CALIBRATION = (128, 512)  # images, fewer where they are large
 CALIBRATION_PIXELS = 1 << 22
 BATCH_SIZES = (1, 16)  # at which latency counts
-RACE_SECONDS, RACE_ROUNDS = 2.0, 15
 
 Verdict = dict[str, Any]
 
@@ -171,24 +169,6 @@ def judge(before: bytes, graph: bytes, images: Images, classifier: Classifier) -
 def race_sessions(sessions: dict[str, Any], batch: Pixels) -> dict[str, float]:
     """The median seconds of each session on a batch, by name."""
     return race({name: lambda run=opened.run: run([OUTPUTS[0]], {INPUT: batch}) for name, opened in sessions.items()})  # type: ignore[misc]
-
-
-def race(runs: dict[str, Callable[[], Any]], seconds: float = RACE_SECONDS) -> dict[str, float]:
-    """The median time of each call, measured in turns, so that what else the machine does meets all of them alike.
-
-    Each is called once unmeasured before: the others' threads still spin, its own are asleep.
-    """
-    took: dict[str, list[float]] = {name: [] for name in runs}
-    end, rounds = time.perf_counter() + seconds, 0
-    while rounds < RACE_ROUNDS or time.perf_counter() < end:
-        for name, call in runs.items():
-            time.sleep(0.002)
-            call()
-            start = time.perf_counter()
-            call()
-            took[name].append(time.perf_counter() - start)
-        rounds += 1
-    return {name: statistics.median(times) for name, times in took.items()}
 
 
 def objections(found: Verdict, max_drop: float) -> list[str]:

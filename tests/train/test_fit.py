@@ -163,22 +163,51 @@ def test_budget_picks_the_epochs_and_ends_in_time(tmp_path: Path) -> None:
     assert not (tmp_path / "short").exists()
 
 
-def test_two_processes_share_the_batch_and_write_once(tmp_path: Path) -> None:
-    out = tmp_path / "run"
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "reslab", "train", "digits", "--out", str(out)]
-    done = subprocess.run(
-        [*command, "--epochs", "8", "--batch-size", "64"],
-        capture_output=True,
-        text=True,
-        timeout=200,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
+def same(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> bool:
+    return ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def torchrun(*arguments: str | Path) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", *map(str, arguments)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+
+
+def test_two_processes_do_the_steps_of_one_bit_for_bit(tmp_path: Path, cli: Callable) -> None:
+    """57 steps of fp32. Batch norm sees micro-batches of 32: each process one of a batch, or one process both."""
+    given = ("digits", "--epochs", "3", "--batch-size", "64", "--micro-batch", "32", "--seed", "7", "--precision", "fp32")
+    two = torchrun("-m", "reslab", "train", *given, "--out", tmp_path / "two")
+    alone = cli("train", *given, "--out", tmp_path / "one", OMP_NUM_THREADS="1")
+    _, errors = two.communicate(timeout=200)
+    assert two.returncode == 0, errors[-2000:]
+    assert alone.returncode == 0, alone.stderr
+    ours, theirs = Run(tmp_path / "two"), Run(tmp_path / "one")
+    assert same(weights(ours.path), weights(theirs.path))
+    for mine, other in zip(ours.records("epoch", "val"), theirs.records("epoch", "val"), strict=True):
+        assert mine["loss"] == pytest.approx(other["loss"], abs=1e-9)
+        assert mine["top1"] == other["top1"]
+    assert ours.last("val")["n"] == 179, "an odd number by two processes, and every image once"
+    assert ours.config["hardware"]["processes"] == 2
+    assert len(list(ours.records("plan"))) == len(list(ours.records("test"))) == 1, "one writer"
+
+
+def test_a_killed_worker_is_started_again_and_nothing_is_lost(tmp_path: Path) -> None:
+    out, given = tmp_path / "run", ("digits", "--epochs", "3", "--batch-size", "64", "--micro-batch", "32", "--seed", "7", "--precision", "fp32")
+    agent = torchrun("--max-restarts", "1", "-m", "reslab", "train", *given, "--save-every", "0", "--out", out)
+    wait_for_step(out, 20, agent)
+    workers = Path(f"/proc/{agent.pid}/task/{agent.pid}/children").read_text().split()
+    os.kill(int(workers[-1]), signal.SIGKILL)
+    _, errors = agent.communicate(timeout=300)
+    assert agent.returncode == 0, errors[-2000:]
     run = Run(out)
-    assert len(list(run.records("epoch"))) == 8
-    assert run.last("val")["n"] == 179, "every image once"
-    assert run.config["hardware"]["processes"] == 2
-    assert run.last("test")["top1"] > 0.9
+    assert [r["epoch"] for r in run.records("epoch")] == [1, 2, 3]
+    assert run.last("epoch")["step"] == 57
+    whole = reslab.train("digits", out=tmp_path / "whole", epochs=3, batch_size=64, micro_batch=32, seed=7, precision="fp32")
+    assert same(weights(out), weights(whole.path))
+
+
+def test_a_share_must_be_whole_micro_batches(tmp_path: Path) -> None:
+    with pytest.raises(reslab.CallError, match="whole micro-batches; 64 by 24 does not go: change --micro-batch"):
+        reslab.train("digits", out=tmp_path / "run", batch_size=64, micro_batch=24)
 
 
 def test_curves_for_tensorboard(tmp_path: Path) -> None:

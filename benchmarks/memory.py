@@ -1,0 +1,65 @@
+"""Activation checkpointing by a budget: what a process holds, and what a step costs more.
+
+    python benchmarks/memory.py            about an hour; asked: ResNet-1202 <= 3 GiB resident, <= 1.3x the step time
+    python benchmarks/memory.py --smoke    two minutes; figures that mean nothing
+
+Resident memory is the peak of a whole `reslab train --memory`, from reading the images to the report. Times are of steps in
+processes that take turns, one without a budget and one with such a budget that about the same part of the blocks is computed
+twice as in ResNet-1202. Batch 128, 32 px, fp32.
+"""
+
+import json
+import re
+import statistics
+import sys
+import tempfile
+from itertools import pairwise
+from pathlib import Path
+
+from measure import in_turns, keep, our_steps, some_of_cifar, train
+
+import reslab
+
+SMOKE = "--smoke" in sys.argv
+DEEP, BUDGET, EPOCHS = ("resnet20", "800M", "1") if SMOKE else ("resnet1202", "3G", "2")
+FITTING = {3: "750M"} if SMOKE else {18: "1000M", 36: "1150M"}  # blocks a stage: ResNet-110 and -218
+ROUNDS, STEPS = (1, 3) if SMOKE else (5, 6)
+OPTIONS = {"batch_size": 128, "recipe": "paper-cifar", "precision": "fp32"}
+
+
+def one(data: str, blocks: str, memory: str) -> None:
+    """A process of a round: its median step, and how many blocks it computes twice."""
+    spec = reslab.spec("resnet20", depths=(int(blocks),) * 3)
+    steps = our_steps(STEPS + 1, data, net=spec, memory=None if memory == "none" else memory, **OPTIONS)
+    twice = re.search(r"the first (\d+) of", " ".join(steps.said))
+    seconds = statistics.median(b - a for a, b in pairwise(steps.times))
+    print(json.dumps({"seconds": seconds, "twice": int(twice[1]) if twice else 0}))
+
+
+def main() -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        data = str(some_of_cifar(Path(folder) / "cifar", 1000))
+        deep = train(data, "--net", DEEP, "--memory", BUDGET, "--recipe", "paper-cifar", "--precision", "fp32", "--batch-size", "128", "--epochs", EPOCHS)
+        plan = deep.last("plan")
+        of = sum(reslab.spec(DEEP).depths)
+        lines = [
+            f"{DEEP}, --memory {BUDGET}: peak resident {deep.peak_gib:.2f} GiB in a run of {deep.seconds:.0f} s, {deep.last('epoch')['step']} steps; "
+            f"{sum(plan['segments'])} of {of} blocks computed twice in {len(plan['segments'])} segments; step {plan['step_seconds']:.1f} s"
+        ]
+        for blocks, memory in FITTING.items():
+            jobs = {name: [__file__, "--one", data, str(blocks), limit, *["--smoke"] * SMOKE] for name, limit in (("without", "none"), ("with", memory))}
+            rounds = in_turns(ROUNDS, jobs)
+            without, with_ = (statistics.median(one["seconds"] for one in rounds[name]) for name in jobs)
+            ratios = [b["seconds"] / a["seconds"] for a, b in zip(rounds["without"], rounds["with"], strict=True)]
+            lines.append(
+                f"ResNet-{6 * blocks + 2}, --memory {memory}: {rounds['with'][0]['twice']} of {3 * blocks} blocks computed twice, step {with_:.3f} s against "
+                f"{without:.3f} s without; median ratio {statistics.median(ratios):.2f}x, {min(ratios):.2f} to {max(ratios):.2f}, n = {ROUNDS}"
+            )
+    keep("memory", lines)
+
+
+if __name__ == "__main__":
+    if "--one" in sys.argv:
+        one(*sys.argv[2:5])
+    else:
+        main()

@@ -1,0 +1,237 @@
+"""How strong are branch and shortcut at the start, and the layers' responses after training?
+
+Method: at the start, the mean square of the residual branch and of the shortcut where each block adds them, in train mode
+on real images, with norm and without: in the pre-activation net of a single stage that the theory is about, and in the
+net itself. (Over random weights these activations have mean zero: their mean square is their variance.) After training,
+the standard deviation of the response of every convolution, behind its norm and before ReLU and addition, by depth; batch
+norm has the statistics of the images measured.
+
+A result shows how much a block changes what passes it: at the start by its initialisation, later by what it learned. It
+does not show that small branches are what makes deep nets trainable; study `init` removes the norm and keeps them small.
+
+    reslab study signal --budget 2m            digits
+    reslab study signal RUN RUN                responses in nets that are trained already
+
+Expected: with batch norm the branch is about 1 / sqrt(depth) of the shortcut at depth-th block, since each adds one unit
+of variance; without norm both are alike, and the variance doubles in each block (De & Smith 2020, 2002.10444, section 3).
+After training, the responses of residual nets are smaller than those of plain ones, and those of deeper residual nets
+smaller than those of shallower ones (He et al. 2015, 1512.03385, figure 7).
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import replace
+from statistics import fmean
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from reslab.nets.torch import ResNet
+from reslab.run import Record
+from reslab.seeds import seed_of
+from reslab.spec import Spec
+from reslab.study.data import Data
+from reslab.study.kinds import Cell, Claim, Pace, Ready, Setting, Study, Subject, Verdict
+from reslab.study.probe import additions, outputs, responses, settle, untouched
+from reslab.study.stats import Estimate, estimate, factor, paired, within
+from reslab.study.twins import deeper, layers, numbered, plain, schedule
+
+DEPTHS, PAPER_DEPTHS = (1, 3), (1, 3, 6)  # times the net's: figure 7 has 20, 56 and 110 layers
+DEEP, SHARE = 3, 0.6
+WIDTH = 64  # of the single stage, at most: the narrower, the more it is chance
+PIXELS, MOST, LEAST = 256 * 16**2, 256, 16  # of all images together; images
+SLOPE, TOLERANCE = -0.5, 0.15  # of the branch's share against depth, both logarithms
+FIRST = 2  # block from which the share is fitted
+DRAW = 41  # stream of random numbers: dropped paths at the start
+
+
+def cells(setting: Setting, data: Data, pace: Pace) -> list[Cell]:
+    """For each seed four nets at the start, and twins of every depth after the same training; given nets instead of these."""
+    base = next((net.spec for net in setting.given if net.spec.shortcut != "none"), setting.net)
+    made, trained = [], _trained(setting, data, pace)
+    for seed in range(setting.seeds):
+        for order, net in (("single stage", single_stage(base)), ("the net", deeper(base, 1 if setting.given else DEEP))):
+            for norm in (net.norm if net.norm != "none" else "batch", "none"):
+                facts = {"look": "start", "order": order, "norm": norm != "none"}
+                made.append(Cell(f"{order}, norm {norm}, seed {seed}", Subject(replace(net, norm=norm, init="he", zero_init=False), seed), facts=facts))
+        made += [cell for cell in trained if cell.subject.seed == seed]
+    return made
+
+
+def single_stage(net: Spec) -> Spec:
+    """The deep pre-activation net of equal blocks, without any halving, that the theory is about."""
+    return replace(net, order="preact", stem="conv3", depths=(DEEP * sum(net.depths),), widths=(min(WIDTH, net.widths[-1]),), shortcut="A", carry="identity")
+
+
+def _trained(setting: Setting, data: Data, pace: Pace) -> list[Cell]:
+    if setting.given:
+        return [
+            Cell(f"{net.name}, trained", Subject(net.spec, weights=net.weights), facts=_facts(twin, net.spec, pair))
+            for twin, pair, net in numbered(setting.given)
+        ]
+    nets = [deeper(setting.net, factor) for factor in (PAPER_DEPTHS if setting.is_paper else DEPTHS)]
+    twins = [(twin, spec) for net in nets for twin, spec in (("plain", plain(net)), ("residual", net))]
+    plan = schedule([spec for _, spec in twins], setting, data, pace, SHARE)
+    return [
+        Cell(f"{twin} {layers(spec)} layers, trained, seed {seed}", Subject(spec, seed, plan), facts=_facts(twin, spec, seed))
+        for seed in range(setting.seeds)
+        for twin, spec in twins
+    ]
+
+
+def _facts(twin: str, spec: Spec, pair: int) -> Record:
+    return {"look": "trained", "twin": twin, "layers": layers(spec), "pair": pair}
+
+
+def measure(cell: Cell, ready: Ready, data: Data) -> Iterator[Record]:
+    """Mean squares at the additions of a net at its start, or the standard deviations of a trained net's responses."""
+    if cell.facts["look"] == "start":
+        yield {"kind": "addition", **at_additions(ready.net, _images(data, data.train), cell.subject.seed)}
+    else:
+        yield {"kind": "response", "deviations": deviations(ready.net, _images(data, data.test)), "steps": len(ready.losses)}
+
+
+def _images(data: Data, pixels: NDArray[np.uint8]) -> Tensor:
+    count = min(MOST, max(LEAST, PIXELS // data.facts.size**2))
+    return data.normalised(pixels[:: max(1, -(-len(pixels) // count))])
+
+
+@torch.no_grad()
+def at_additions(net: ResNet, x: Tensor, seed: int = 0) -> dict[str, list[float]]:
+    """Mean squares of branch and shortcut at each addition, in train mode."""
+    with untouched(net), additions(net) as held:
+        torch.manual_seed(seed_of(seed, DRAW))
+        net.train()(x)
+    return {path: [_mean_square(pair[i]) for pair in held.values()] for i, path in enumerate(("branch", "shortcut"))}
+
+
+@torch.no_grad()
+def deviations(net: ResNet, x: Tensor) -> list[float]:
+    """Standard deviation of the response of each convolution on the longest path, in eval mode.
+
+    Batch norm has the statistics of these images: after a short training its running ones lag behind the weights, and in a
+    deep plain net that multiplies from layer to layer.
+    """
+    modules = responses(net)
+    with untouched(net):
+        settle(net, x)
+        with outputs(modules) as held:
+            net(x)
+    return [float(held[name].std()) for name in modules]
+
+
+def _mean_square(x: Tensor) -> float:
+    return float(x.double().square().mean())
+
+
+def share_slope(record: Record) -> float:
+    """Slope of log(branch / shortcut) against log(block), blocks counted from 1, of their root mean squares."""
+    share = [0.5 * math.log(b / s) for b, s in zip(record["branch"], record["shortcut"], strict=True)][FIRST - 1 :]
+    return float(np.polyfit(np.log(np.arange(FIRST, FIRST + len(share))), share, 1)[0])
+
+
+def last_share(record: Record) -> float:
+    """Branch over shortcut at the last block, as root mean squares."""
+    return math.sqrt(record["branch"][-1] / record["shortcut"][-1])
+
+
+def growth(record: Record) -> float:
+    """Logarithm of the factor by which the shortcut's variance grows from one block to the next, on average."""
+    return math.log(record["shortcut"][-1] / record["shortcut"][0]) / max(1, len(record["shortcut"]) - 1)
+
+
+def claims(records: list[Record]) -> list[Claim]:
+    """What De & Smith derive for the start, and what He's figure 7 shows after training."""
+    normed, bare = _start(records, True), _start(records, False)
+    slope = estimate([share_slope(r) for r in normed])
+    blocks = len(normed[0]["branch"]) if normed else 0
+    shares = [estimate([math.log(last_share(r)) for r in rows]) for rows in (normed, bare)]
+    doubling = estimate([growth(r) for r in bare])
+    apart = paired({r["seed"]: math.log(last_share(r)) for r in bare}, {r["seed"]: math.log(last_share(r)) for r in normed})
+    return [
+        Claim(
+            "De & Smith 2020: with batch norm the branch is scaled down, relative to the shortcut, by about the square root of the depth",
+            f"the branch's share falls as depth to the power {_plain(slope)}; agreement means within {TOLERANCE:g} of {SLOPE:g}. At block {blocks}: "
+            f"branch over shortcut {factor(shares[0])}, 1 / sqrt({blocks}) is {blocks**-0.5 if blocks else math.nan:.3g}",
+            within(slope, SLOPE - TOLERANCE, SLOPE + TOLERANCE),
+            slope.n,
+        ),
+        Claim(
+            "Without norm it is not, and the variance grows exponentially",
+            f"branch over shortcut at block {blocks}: {factor(shares[1])}, times {factor(apart)} that with norm. The variance grows by {factor(doubling)} a "
+            "block; doubling is expected, less what the zeros around the maps take away",
+            apart.verdict() if doubling.is_above_zero or not apart.is_above_zero else "not decided at this budget",
+            apart.n,
+        ),
+        *_figure_7(records),
+    ]
+
+
+def _figure_7(records: list[Record]) -> list[Claim]:
+    depths = sorted({r["layers"] for r in records if r["kind"] == "response"})
+    apart, unit = _between(records, ("residual", depths[-1]), ("plain", depths[-1])) if depths else (estimate([]), "pairs of nets")
+    deep, _ = _between(records, ("residual", depths[-1]), ("residual", depths[0])) if len(depths) > 1 else (estimate([]), "pairs of nets")
+    return [
+        Claim(
+            "He 2015: after training, residual nets have smaller responses than plain ones",
+            f"standard deviation, residual over plain: {factor(apart)}, over {unit}",
+            _smaller(apart),
+            apart.n,
+        ),
+        Claim(
+            "He 2015: the deeper the residual net, the smaller its responses",
+            f"standard deviation, {depths[-1] if depths else 0} over {depths[0] if depths else 0} layers: {factor(deep)}, over pairs of nets",
+            _smaller(deep),
+            deep.n,
+        ),
+    ]
+
+
+def answer(records: list[Record]) -> str:
+    """The shares at the last block with and without norm, and the responses after training."""
+    normed, bare = (_start(records, norm) for norm in (True, False))
+    shares = [f"{fmean(map(last_share, rows)):.2g}" if rows else "unknown" for rows in (normed, bare)]
+    said = f"At the start the branch of the last block is {shares[0]} of the shortcut with norm, {shares[1]} without."
+    deep = max((r["layers"] for r in records if r["kind"] == "response"), default=0)
+    apart, _ = _between(records, ("residual", deep), ("plain", deep))
+    return said + (f" After training the responses of the deep residual net are {math.exp(apart.mean):.2g} times those of its plain twin." if apart.n else "")
+
+
+def _start(records: list[Record], norm: bool) -> list[Record]:
+    return [r for r in records if r["kind"] == "addition" and (r["order"], r["norm"]) == ("single stage", norm)]
+
+
+def _between(records: list[Record], one: tuple[str, int], other: tuple[str, int]) -> tuple[Estimate, str]:
+    """Logarithm of the ratio of two nets' responses: over pairs; over layers for a single pair of given nets whose layers match."""
+    found = [[r for r in records if r["kind"] == "response" and (r["twin"], r["layers"]) == net] for net in (one, other)]
+    if len(found[0]) == len(found[1]) == 1:
+        (a,), (b,) = found
+        if not a["steps"] and len(a["deviations"]) == len(b["deviations"]):
+            return estimate([math.log(x / y) for x, y in zip(a["deviations"], b["deviations"], strict=True) if x and y]), "the layers of one pair"
+    means = [{r["pair"]: fmean(map(math.log, r["deviations"])) for r in nets if all(r["deviations"])} for nets in found]
+    return paired(means[0], means[1]), "pairs of nets"
+
+
+def _smaller(e: Estimate) -> Verdict:
+    return "agrees" if e.is_below_zero else "disagrees" if e.is_above_zero else "not decided at this budget"
+
+
+def _plain(e: Estimate) -> str:
+    return f"{e.mean:+.2f} (95 % interval {e.low:+.2f} to {e.high:+.2f}, n = {e.n})" if e.n > 1 else f"{e.mean:+.2f} (n = {e.n})"
+
+
+STUDY = Study(
+    question="How strong are branch and shortcut at the start, and the layers' responses after training?",
+    method="Mean squares of branch and shortcut where they are added, with norm and without; after training, standard deviations of the layers' responses.",
+    source="De & Smith 2020 (2002.10444), section 3; He et al. 2015 (1512.03385), figure 7",
+    shows="how much a block changes what passes it: at the start by its initialisation, later by what it learned",
+    limits="that small branches are what makes deep nets trainable; and short trainings hardly move the scales of batch norm, which set the responses",
+    expected="with batch norm, branch over shortcut about 1 / sqrt(depth); without norm about 1, the variance doubling in each block",
+    cells=cells,
+    measure=measure,
+    claims=claims,
+    answer=answer,
+    shipped=("resnet56-cifar10", "plain56-cifar10"),
+)

@@ -1,0 +1,81 @@
+"""A table of a paper, repeated: variants of one deep net, all trained alike, the published errors beside ours."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+from scipy.stats import spearmanr
+
+from reslab.run import Record
+from reslab.study.data import Data
+from reslab.study.grid import Arm, Ladder, beyond, by_seed, claim, depths, grid, results
+from reslab.study.kinds import Cell, Claim, Pace, Setting
+from reslab.study.stats import Estimate, estimate, points
+
+LADDERS = (Ladder((1,), 1), Ladder((3,), 60), Ladder((6,), 400))  # 20, 56 or 110 layers, where --net is resnet20
+PAPER = (6,)
+
+
+class Row(NamedTuple):
+    """A published test error, a share, and what makes the variant. `least`: the paper only says that it is higher."""
+
+    published: float
+    fields: Mapping[str, Any]
+    least: bool = False
+
+    @property
+    def percent(self) -> str:
+        return f"{'over ' if self.least else ''}{100 * self.published:.{0 if self.least else 2}f} %"
+
+
+Table = dict[str, Row]
+
+
+def cells(table: Table, setting: Setting, data: Data, pace: Pace) -> list[Cell]:
+    """Every row for every seed, at the greatest depth that the budget allows enough steps."""
+    return grid(
+        lambda net: [
+            Arm(replace(net, **row.fields), {"variant": name, "published": row.published, "published_is_least": row.least}) for name, row in table.items()
+        ],
+        LADDERS,
+        PAPER,
+        setting,
+        data,
+        pace,
+    )
+
+
+def higher(table: Table, records: list[Record], worse: str, better: str, said: str) -> Claim:
+    """The claim that one row's test error is above another's."""
+    gap, training = (beyond(records, {"variant": worse}, {"variant": better}, error) for error in ("test_error", "train_error"))
+    return claim(
+        f"{said}: {table[worse].percent} beside {table[better].percent}",
+        f"test error, {worse} beyond {better}",
+        gap,
+        f"; training error {points(training)}" if training.n else "",
+    )
+
+
+def order(table: Table, records: list[Record]) -> Claim:
+    """The claim that the rows come in the table's order: Spearman's rank correlation of the test errors, seed by seed."""
+    e = correlation(table, records)
+    found = f"{e.mean:+.2f} (n = 1)" if e.n else "not measured"
+    if e.n > 1:
+        found = f"{e.mean:+.2f} (95 % interval {max(-1, e.low):+.2f} to {min(1, e.high):+.2f}, n = {e.n})"
+    return Claim("The rows come in this order", f"rank correlation of the test errors with the table's: {found}", e.verdict(), e.n)
+
+
+def correlation(table: Table, records: list[Record]) -> Estimate:
+    """Over the seeds of which every row was measured; a seed whose errors are all equal has no order."""
+    errors = [by_seed(records, "test_error", variant=name) for name in table]
+    whole = [[row[seed] for row in errors] for seed in sorted(set.intersection(*map(set, errors)))]
+    published = [row.published for row in table.values()]
+    return estimate([float(spearmanr(found, published).statistic) for found in whole if len(set(found)) > 1])
+
+
+def answer(table: Table, records: list[Record]) -> str:
+    """All rows by their mean test error."""
+    means = {name: estimate([r["test_error"] for r in results(records, variant=name)]).mean for name in table if results(records, variant=name)}
+    ranked = sorted(means, key=lambda name: means[name])
+    listed = ", ".join(f"{name} {100 * means[name]:.1f} %" for name in ranked)
+    return f"Mean test errors at {depths(records)[-1]} layers, best first: {listed}."

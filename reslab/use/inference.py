@@ -1,0 +1,210 @@
+"""A net as it predicts: batch norms folded into the convolutions before them, additions and ReLUs computed inside these.
+
+The trained net stays as it is, for explaining, exporting and scoring; what predicts is a second graph that shares nothing
+with it. In which precision is measured, not assumed: in bf16 only where that is faster, and only when its classes of the
+run's val images were those of fp32.
+"""
+
+import copy
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from reslab.host import cpu_name
+from reslab.interval import share
+from reslab.nets.parts import Add
+from reslab.nets.torch import ResNet
+from reslab.use.race import race
+
+AGREEMENT = 0.995  # of bf16's classes with those of fp32, at least
+GAIN = 1.1  # bf16 must be this much faster to be worth its rounding
+WEIGHED = 256  # val images that the agreement is measured on
+ROUNDS = 3
+
+Forward = Callable[[Tensor], Tensor]
+Record = dict[str, Any]
+
+
+class Quick:
+    """The logits of a net as fast as this machine gives them, made when first asked for, and anew when weights change.
+
+    `record` is what `weigh` found after the training; without one the precision is fp32.
+    """
+
+    def __init__(self, net: ResNet, record: Record | None = None) -> None:
+        self.net, self.record = net, record or {}
+        self.precision = "fp32"
+        self.made: tuple[Any, Forward] | None = None
+
+    @torch.no_grad()
+    def __call__(self, x: Tensor) -> Tensor:
+        """Normalised float32 (N, C, H, W) -> float32 logits (N, classes)."""
+        state = self._state()
+        if self.made is None or self.made[0] != state:
+            self.made = state, self._choose(x)
+        return self.made[1](x)
+
+    def _state(self) -> Any:
+        tensors = (*self.net.parameters(), *self.net.buffers())
+        return tensors[0].device, tuple(tensor._version for tensor in tensors)
+
+    def _choose(self, x: Tensor) -> Forward:
+        """The record's own choice on the processor it was made on; elsewhere the faster, if bf16 keeps the classes."""
+        forward, self.precision = lowered(self.net, torch.float32), "fp32"
+        if not self.record.get("agreement", 0) >= AGREEMENT or not has_bf16(x.device):
+            return forward
+        if self.record.get("processor") == processor(x.device) and self.record.get("precision") == "fp32":
+            return forward
+        half = lowered(self.net, torch.bfloat16)
+        if self.record.get("processor") == processor(x.device) or _gain(forward, half, x) > GAIN:
+            forward, self.precision = half, "bf16"
+        return forward
+
+
+@torch.no_grad()
+def weigh(net: ResNet, batches: Iterable[Tensor], want: Sequence[int]) -> Record:
+    """Whether bf16 keeps the classes `want` that fp32 gave for these normalised batches, and is faster; {} without the hardware.
+
+    The record says on which processor, on how many images, the agreement with its 95 % interval, the gain in speed, and
+    the precision that follows.
+    """
+    if not has_bf16(next(net.parameters()).device):
+        return {}
+    single, half = lowered(net, torch.float32), lowered(net, torch.bfloat16)
+    n = agree = 0
+    gain = 0.0
+    for x in batches:
+        gain = gain or _gain(single, half, x)
+        agree += int((half(x).argmax(1).cpu() == torch.as_tensor(want[n : n + len(x)])).sum())
+        n += len(x)
+        if n >= WEIGHED:
+            break
+    precision = "bf16" if gain > GAIN and agree >= AGREEMENT * n else "fp32"
+    return {"precision": precision, "n": n, **share("agreement", agree, n), "gain": round(gain, 3), "processor": processor(x.device)}
+
+
+def has_bf16(device: torch.device) -> bool:
+    """Whether it is worth to measure bf16; a CPU without it emulates it, and slowly."""
+    return device.type == "cuda" or bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+
+
+def processor(device: torch.device) -> str:
+    """What a measured speed holds for."""
+    return cpu_name() if device.type == "cpu" else device.type
+
+
+def lowered(net: ResNet, dtype: torch.dtype) -> Forward:
+    """The folded net in that precision, channels last: normalised float32 (N, C, H, W) -> float32 logits."""
+    device = next(net.parameters()).device
+    graph = folded(net).to(device, dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    if device.type == "cpu" and torch._C._has_mkldnn and dtype in (torch.float32, torch.bfloat16):
+        _fuse(graph)
+
+    def forward(x: Tensor) -> Tensor:
+        out: Tensor = graph(x.to(dtype, memory_format=torch.channels_last))
+        return out.float()
+
+    return forward
+
+
+def folded(net: ResNet) -> fx.GraphModule:
+    """A copy in eval mode, in which no batch norm directly follows a convolution; parameters keep their dtype.
+
+    gamma (conv(x) - mean) / sqrt(var + eps) + beta is a convolution too, its weights scaled and its bias shifted; the
+    arithmetic is in float64. What is the identity in eval mode is gone; batch norms that follow an addition stay.
+    """
+    net = copy.deepcopy(net).eval()
+    graph = fx.GraphModule(net, _Tracer().trace(net, {"outputs": None}))
+    modules = dict(graph.named_modules())
+    for node in list(graph.graph.nodes):
+        module = modules.get(str(node.target)) if node.op == "call_module" else None
+        before = modules.get(str(node.args[0].target)) if module is not None and isinstance(node.args[0], fx.Node) else None
+        if isinstance(module, nn.BatchNorm2d) and isinstance(before, nn.Conv2d) and len(node.args[0].users) == 1:
+            _fold(before, module)
+        elif not isinstance(module, (nn.Dropout, nn.Identity)):
+            continue
+        node.replace_all_uses_with(node.args[0])
+        graph.graph.erase_node(node)
+    graph.delete_all_unused_submodules()
+    graph.recompile()
+    return graph
+
+
+class _Tracer(fx.Tracer):
+    """Sees convolutions and skip additions as one node each, ours included."""
+
+    def is_leaf_module(self, module: nn.Module, name: str) -> bool:
+        return isinstance(module, (nn.Conv2d, Add)) or super().is_leaf_module(module, name)
+
+
+@torch.no_grad()
+def _fold(conv: nn.Conv2d, bn: nn.BatchNorm2d) -> None:
+    mean, var = bn.running_mean, bn.running_var
+    assert mean is not None and var is not None
+    scale = bn.weight.double() / (var.double() + bn.eps).sqrt()
+    bias = torch.zeros_like(mean) if conv.bias is None else conv.bias
+    conv.bias = nn.Parameter(((bias.double() - mean.double()) * scale + bn.bias.double()).to(conv.weight.dtype))
+    conv.weight.copy_(conv.weight.double() * scale[:, None, None, None])
+
+
+class FusedConv(nn.Module):
+    """A convolution, then an addition and a ReLU where it has them, in one call of oneDNN; float32 or bfloat16.
+
+    Weights are laid out for the size of x they last met. torch's own convolution lays them out anew at every call.
+    """
+
+    def __init__(self, conv: nn.Conv2d, relu: bool) -> None:
+        super().__init__()
+        self.settings = list(conv.padding), list(conv.stride), list(conv.dilation), conv.groups
+        self.bias = None if conv.bias is None else conv.bias.detach()
+        self.after = "relu" if relu else "none"
+        self.packed: tuple[Any, Tensor] = None, conv.weight.detach()  # one assignment: other threads see both or neither
+
+    def forward(self, x: Tensor, other: Tensor | None = None) -> Tensor:
+        shape, weight = self.packed
+        if shape != x.shape:
+            dense = weight.to_dense() if weight.is_mkldnn else weight
+            weight = torch.ops.mkldnn._reorder_convolution_weight(dense, *self.settings, list(x.shape))
+            self.packed = x.shape, weight
+        call: Any = torch.ops.mkldnn._convolution_pointwise
+        if other is None:
+            out: Tensor = call(x, weight, self.bias, *self.settings, self.after, [], "")
+        else:
+            out = call.binary(x, other, weight, self.bias, *self.settings, "add", 1.0, "relu" if self.after == "relu" else None, [], None)
+        return out
+
+
+def _fuse(graph: fx.GraphModule) -> None:
+    """Every convolution becomes a FusedConv with the addition and the ReLU that directly follow it and read nothing else."""
+    modules = dict(graph.named_modules())
+
+    def only_user(node: fx.Node, kind: type[nn.Module]) -> fx.Node | None:
+        user = next(iter(node.users)) if len(node.users) == 1 else None
+        return user if user is not None and isinstance(modules.get(str(user.target)), kind) else None
+
+    for node in list(graph.graph.nodes):
+        conv = modules.get(str(node.target)) if node.op == "call_module" else None
+        if not isinstance(conv, nn.Conv2d):
+            continue
+        chain, inputs = [node], [node.args[0]]
+        if (add := only_user(node, Add)) is not None and len(add.all_input_nodes) == 2:
+            chain.append(add)
+            inputs += [other for other in add.args if other is not node]
+        if (relu := only_user(chain[-1], nn.ReLU)) is not None:
+            chain.append(relu)
+        graph.set_submodule(str(node.target), FusedConv(conv, relu is not None))
+        with graph.graph.inserting_after(chain[-1]):
+            made = graph.graph.call_module(str(node.target), tuple(inputs))
+        chain[-1].replace_all_uses_with(made)
+        for old in reversed(chain):
+            graph.graph.erase_node(old)
+    graph.delete_all_unused_submodules()
+    graph.recompile()
+
+
+def _gain(single: Forward, half: Forward, x: Tensor) -> float:
+    """How many times faster the second is."""
+    took = race({"fp32": lambda: single(x).cpu(), "bf16": lambda: half(x).cpu()}, seconds=0.0, rounds=ROUNDS)
+    return took["fp32"] / took["bf16"]

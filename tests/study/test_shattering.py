@@ -1,0 +1,84 @@
+"""Noises whose correlation is known, and what the study makes of records."""
+
+import math
+from collections.abc import Iterator
+from statistics import fmean
+
+import numpy as np
+import pytest
+import torch
+
+from reslab.report.studies.shattering import figures
+from reslab.seeds import seeded
+from reslab.study import shattering
+from reslab.study.autocorrelation import autocorrelation, brown_noise, white_noise
+from reslab.study.kinds import Ready, Setting
+from reslab.study.shattering import answer, between_images, cells, claims, measure
+from tests.study.probing import digits, made, same, state, tiny
+
+
+def test_white_noise_has_no_autocorrelation_and_brown_noise_much() -> None:
+    white = autocorrelation(white_noise(5_000, seeded(0)), 10)
+    assert white[0] == 1
+    assert max(map(abs, white[1:])) < 4 / math.sqrt(5_000)
+    assert autocorrelation(brown_noise(5_000, seeded(0)), 10)[10] > 0.9
+
+
+def test_a_moving_average_has_the_correlation_of_its_overlap() -> None:
+    noise = white_noise(100_000, seeded(1))
+    sums = noise[2:] + noise[1:-1] + noise[:-2]
+    assert autocorrelation(sums, 4) == pytest.approx([1, 2 / 3, 1 / 3, 0, 0], abs=0.02)
+
+
+def test_vectors_are_correlated_as_all_their_features_together() -> None:
+    sequence = torch.randn(50, 7, generator=seeded(2), dtype=torch.float64)
+    centred = (sequence - sequence.mean(0)).numpy()
+    want = sum(np.correlate(column, column, "full") for column in centred.T)[49:]
+    assert autocorrelation(sequence, 5) == pytest.approx((want / want[0])[:6].tolist())
+
+
+def test_the_gradient_between_images_is_autograds_and_the_net_is_left_alone() -> None:
+    net = made(tiny())
+    before = state(net)
+    lines = list(between_images(net, digits(), 0))
+    assert [line.shape for line in lines] == [(256, 64)] * 2
+    assert same(before, state(net))
+    assert not torch.equal(lines[0], lines[1])
+
+
+@pytest.fixture(scope="module")
+def records() -> Iterator[list[dict]]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(shattering, "NETS", 6)
+        yield _measured()
+
+
+def _measured() -> list[dict]:
+    found = []
+    for cell in cells(Setting(60, 1, 2, tiny()), digits(), lambda spec, batch: 0.1):
+        if cell.facts["look"] == "dense" and cell.subject.seed:
+            continue
+        ready = Ready(made(cell.subject.spec, cell.subject.seed), [])
+        found += [{**row, "seed": cell.subject.seed, **cell.facts} for row in measure(cell, ready, digits())]
+    return found
+
+
+def test_what_balduzzi_saw_is_seen(records: list[dict]) -> None:
+    assert [claim.verdict for claim in claims(records)][:4] == ["agrees"] * 4
+    assert all(claim.n >= 6 for claim in claims(records)[:4])
+    assert len(figures(records)) == 3
+    assert "white noise (0)" in answer(records)
+
+
+def test_nets_that_do_not_shatter_disagree(records: list[dict]) -> None:
+    brown = next(r["scores"] for r in records if r["net"] == "brown noise")
+    turned = [r | {"scores": brown} if r["net"].startswith("plain") and r["look"] == "dense" else r for r in records]
+    verdicts = [claim.verdict for claim in claims(turned)]
+    assert verdicts[:2] == ["agrees", "disagrees"]
+    assert verdicts[3] == "disagrees"
+    assert fmean(brown) > 0.5
+
+
+def test_missing_cells_decide_nothing() -> None:
+    assert {claim.verdict for claim in claims([])} == {"not decided at this budget"}
+    assert isinstance(answer([]), str)

@@ -1,0 +1,159 @@
+"""The net that predicts against the net that was trained: the same function, on values."""
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import reslab
+from reslab.nets.torch import ResNet
+from reslab.run import Run
+from reslab.spec import Spec
+from reslab.use import inference
+from reslab.use.artefact import TorchModel
+from reslab.use.inference import Quick, folded, lowered, weigh
+from tests.conftest import relative, scramble
+from tests.use.conftest import TINY, classifier_of, photos_of
+
+ROWS = (
+    "resnet20", "plain20", "preact20", "se_resnet20", "resnet110_bn_after_add", "resnet110_relu_before_add", "resnet110_relu_preact", "resnet110_scaling",
+    "resnet110_exclusive_gate", "resnet110_conv_shortcut", "resnet110_dropout_shortcut", "resnet110_stochastic", "resnet110_fixup", "skipblock8",
+    "resnet18_blur", "resnet50d_blur", "resnext50_32x4d", "resnet50_gn", "keras_resnet50v2", "resnetrs50",
+)  # fmt: skip
+
+
+def shallow(name: str) -> Spec:
+    """The row with a block a stage, where it is deep; its kinds of layers are all there."""
+    spec = replace(reslab.spec(name), num_classes=10)
+    if name == "skipblock8":  # its head would take most of the time
+        return replace(spec, widths=tuple(width // 4 for width in spec.widths))
+    return replace(spec, depths=(1,) * len(spec.depths))
+
+
+def net_of(spec: Spec) -> ResNet:
+    net = scramble(ResNet(spec)).eval()
+    assert isinstance(net, ResNet)
+    return net
+
+
+@pytest.mark.parametrize("name", ROWS)
+@torch.no_grad()
+def test_folding_is_exact_and_fusing_rounds_only(name: str) -> None:
+    net = net_of(shallow(name))
+    side = net.spec.flatten or 64
+    x = torch.randn(3, net.spec.in_channels, side, side, generator=torch.Generator().manual_seed(0))
+    want = net.double()(x.double())
+    graph = folded(net)
+    assert relative(graph(x.double()), want) < 1e-13
+    quick = lowered(net.float(), torch.float32)
+    for size in (3, 1, 2, 3):  # weights are laid out for a size, and anew for the next
+        assert relative(quick(x[:size]), want[:size].float()) < 1e-5
+
+
+def test_no_batch_norm_is_left_behind_a_convolution() -> None:
+    assert not any(isinstance(m, nn.BatchNorm2d) for m in folded(net_of(reslab.spec("resnet20"))).modules())
+    left = sum(isinstance(m, nn.BatchNorm2d) for m in folded(net_of(reslab.spec("preact20"))).modules())
+    assert left == 9, "those that follow an addition: one a block"
+
+
+@torch.no_grad()
+def test_a_wrong_statistic_would_be_noticed() -> None:
+    net = net_of(TINY)
+    x = torch.randn(2, 3, 24, 24)
+    want = net(x)
+    net.bn1.running_var *= 1.01  # type: ignore[union-attr, operator]
+    assert relative(lowered(net, torch.float32)(x), want) > 1e-4
+
+
+@torch.no_grad()
+def test_the_net_stays_as_it_is_and_its_changes_are_seen() -> None:
+    net = net_of(TINY)
+    state = {name: tensor.clone() for name, tensor in net.state_dict().items()}
+    quick, x, outputs = Quick(net), torch.randn(2, 3, 24, 24), dict[str, torch.Tensor]()
+    before = quick(x)
+    assert all(torch.equal(tensor, state[name]) for name, tensor in net.state_dict().items())
+    net(x, outputs)
+    assert list(outputs) == ["stem", "layer1.0", "layer2.0"]
+    net.fc.bias += 1
+    assert relative(quick(x), before + 1) < 1e-5
+
+
+RECORD = {"precision": "bf16", "agreement": 0.998, "processor": "here"}
+
+
+@pytest.mark.parametrize(
+    ("record", "gain", "precision"),
+    [
+        ({}, 9.0, "fp32"),
+        (RECORD, 0.1, "bf16"),  # measured on this processor: not again
+        ({**RECORD, "precision": "fp32"}, 9.0, "fp32"),
+        ({**RECORD, "agreement": 0.99}, 9.0, "fp32"),
+        ({**RECORD, "processor": "another"}, 2.0, "bf16"),
+        ({**RECORD, "processor": "another", "precision": "fp32"}, 2.0, "bf16"),
+        ({**RECORD, "processor": "another"}, 1.0, "fp32"),
+    ],
+)
+def test_bf16_needs_agreement_on_val_and_speed_on_this_processor(record: dict, gain: float, precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in (("has_bf16", True), ("processor", "here"), ("_gain", gain)):
+        monkeypatch.setattr(inference, name, lambda *_, value=value: value)
+    quick = Quick(net_of(TINY), record)
+    out = quick(torch.randn(2, 3, 24, 24))
+    assert (quick.precision, out.dtype) == (precision, torch.float32)
+
+
+def test_agreement_is_counted_against_the_classes_of_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(inference, "has_bf16", lambda device: True)
+    monkeypatch.setattr(inference, "_gain", lambda *_: 2.0)
+    net, batches = net_of(TINY), [torch.randn(8, 3, 24, 24) for _ in range(4)]
+    with torch.no_grad():
+        want = [c for x in batches for c in lowered(net, torch.bfloat16)(x).argmax(1).tolist()]
+    found = weigh(net, iter(batches), want)
+    assert (found["n"], found["agreement"], found["precision"]) == (32, 1.0, "bf16")
+    assert found["agreement_low"] < 1
+    worse = weigh(net, iter(batches), [(want[0] + 1) % TINY.num_classes, *want[1:]])
+    assert (worse["agreement"], worse["precision"]) == (31 / 32, "fp32")
+    monkeypatch.setattr(inference, "has_bf16", lambda device: False)
+    assert weigh(net, iter(batches), want) == {}
+
+
+def test_training_records_what_it_measured_and_predicting_does_not_rewrite_it(trained: Run) -> None:
+    file = trained.model / "inference.json"
+    before, held = file.read_bytes(), json.loads(file.read_bytes())
+    assert not held or (held["n"] > 0 and held["agreement"] <= 1 and held["processor"])
+    classifier = reslab.load(trained.path)
+    assert isinstance(classifier.model, TorchModel)
+    assert classifier.model.inference == held
+    classifier.predict([photos_of(trained) / "red" / "1.png"])
+    assert file.read_bytes() == before
+
+
+def test_older_artefacts_predict_and_damaged_ones_say_so(trained: Run, tmp_path: Path, copy_of: Callable[[Run], Path]) -> None:
+    folder = copy_of(trained)
+    (folder / "inference.json").unlink()
+    photo = photos_of(trained) / "red" / "1.png"
+    assert reslab.load(folder).predict([photo])[0].label == reslab.load(trained.path).predict([photo])[0].label
+    (folder / "inference.json").write_text('{"agreement": "all"}')
+    with pytest.raises(reslab.WorkError, match=r"inference\.json must hold"):
+        reslab.load(folder)
+
+
+@pytest.fixture
+def copy_of(tmp_path: Path) -> Callable[[Run], Path]:
+    def copy(run: Run) -> Path:
+        (tmp_path / "model").mkdir()
+        for file in run.model.iterdir():
+            (tmp_path / "model" / file.name).write_bytes(file.read_bytes())
+        return tmp_path / "model"
+
+    return copy
+
+
+def test_quick_and_exact_logits_agree(tmp_path: Path) -> None:
+    classifier = classifier_of(reslab.spec("resnet20"))
+    pixels = np.random.default_rng(0).integers(0, 256, (5, 32, 32, 3), dtype=np.uint8)
+    assert np.allclose(classifier.model.quick(pixels), classifier.logits(pixels), atol=1e-4)
