@@ -7,6 +7,9 @@ way gone (effective beta-smoothness). Then they are put back: the training goes 
 al. 2018, sections 2.2 and 3.1). How stable a layer's inputs are is how much the mean of each activation over the batch
 moves from one step to the next, in deviations.
 
+Without norm a net first sits on a plateau, where nothing changes and it learns nothing; probes count from where its loss is
+a tenth below guessing.
+
 A result shows which of the two goes with fast training. It does not show that smoothness causes it. The nets without norm
 have biases and no scales, and the same learning rate: one at which all of them train.
 
@@ -46,6 +49,7 @@ PROBES = 30  # in a training
 RATE = 0.02  # at which all six train
 SHARE = 0.4  # of the budget for training steps; probes and noise take the rest
 NORMS = ("batch", "none", "noisy")
+LEARNING = 0.9  # of the loss of guessing: below it a net has left the plateau that it starts on
 A_THIRD = 1 / 3
 PAPER_STEPS = 15_000  # of the training that the paper shows
 
@@ -101,7 +105,8 @@ def _watch(net: ResNet, data: Data, plan: Schedule, seed: int, drift: "Drift", p
 
         with torch.random.fork_rng(), drift.paused():
             probe = along_gradient(net, loss, sizes)
-        probes.append({"kind": "probe", "step": step, "sizes": sizes, "smoothness": probe.smoothness(sizes), **probe._asdict()})
+        is_learning = found < LEARNING * math.log(data.facts.classes)
+        probes.append({"kind": "probe", "step": step, "learning": is_learning, "sizes": sizes, "smoothness": probe.smoothness(sizes), **probe._asdict()})
 
     return watch
 
@@ -176,7 +181,7 @@ def _of_shape(records: list[Record], shape: str) -> list[Claim]:
     made = []
     for said, value in MEASURES.items():
         more = paired(typical(records, "none", value), typical(records, "batch", value))
-        made.append(Claim(f"Without batch norm {said} ({shape})", f"without over with, median of a training: {_factor(more)}", more.verdict(), more.n))
+        made.append(Claim(f"Without batch norm {said} ({shape})", f"without over with, median while a net learns: {_factor(more)}", more.verdict(), more.n))
     moved = paired(of_seeds(records, "noisy", "drift"), of_seeds(records, "none", "drift"))
     stirred = f"change of inputs from step to step, in their deviations, noisy batch norm beyond no norm: {_interval(moved)}"
     made.append(Claim(f"Noise behind batch norm makes inputs less stable than no norm at all ({shape})", stirred, moved.verdict(), moved.n))
@@ -215,10 +220,10 @@ def answer(records: list[Record]) -> str:
 
 
 def typical(records: list[Record], norm: str, value: Callable[[Record], float]) -> dict[int, float]:
-    """By seed, the logarithm of the median over the probes of a training; seeds without a finite one are left out."""
+    """By seed, the logarithm of the median over the probes of a training while it learns; seeds without a finite one are left out."""
     by_seed: dict[int, list[float]] = {}
     for r in records:
-        if (r["kind"], r["norm"]) == ("probe", norm):
+        if (r["kind"], r["norm"]) == ("probe", norm) and r["learning"]:
             by_seed.setdefault(r["seed"], []).append(value(r))
     medians = {seed: median(values) for seed, values in by_seed.items()}
     return {seed: math.log(m) for seed, m in medians.items() if 0 < m < math.inf}
@@ -245,7 +250,7 @@ STUDY = Study(
     question="Does batch norm help because it keeps the layers' inputs stable, or because it smooths the loss?",
     method="Shallow plain and residual nets with batch norm, without norm, and with batch norm followed by noise whose distribution changes at every step; the "
     "same images, steps, seeds and learning rate. Every so many steps the weights are moved along the gradient by half to four times the learning rate, "
-    "and put back.",
+    "and put back; what is seen counts from where the loss is a tenth below guessing, since without norm a net first sits on a plateau.",
     source="Santurkar et al. 2018 (1805.11604), sections 2.2 and 3.1, figures 2 and 4",
     shows="whether a smooth loss or stable inputs go with fast training",
     limits="that smoothness is the cause, nor what happens at learning rates at which a net without norm does not train",

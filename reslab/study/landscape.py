@@ -185,20 +185,23 @@ def falls(line: Record) -> float:
 def claims(records: list[Record]) -> list[Claim]:
     """What the paper says of flatness and of chaos. Lines are paired by direction, Hessians by their images."""
     skips, none = twins(records)
-    where = f"{skips} against {none}" if skips and none else "no net without skips beside one of the same depth with skips"
+    deep = max((r["layers"] for r in records if r["net"] == skips), default=0) > SHALLOW
+    where = "" if deep or not skips else f"; the paper says it of nets deeper than {SHALLOW} layers"
+    undecided: Verdict = "not decided at this budget"
     further = paired(of_lines(records, skips, reach), of_lines(records, none, reach))
     sharper = paired(_log_sharpness(records, none), _log_sharpness(records, skips))
+    pair = f"{skips} beyond {none}" if skips else "no nets of one depth with and without skips"
     return [
         Claim(
-            "Skips promote flat minimisers: with them the weights can be moved further",
-            f"distance, in lengths of the filters, until the net is no better than guessing, {where}: {_interval(further)}",
-            further.verdict(),
+            "In deep nets skips promote flat minimisers: with them the weights can be moved further",
+            f"distance, in lengths of the filters, until the net is no better than guessing, {pair}: {_interval(further)}{where}",
+            further.verdict() if deep else undecided,
             further.n,
         ),
         Claim(
-            "Skips promote flat minimisers: without them the largest eigenvalue of the Hessian is larger",
-            f"{none or 'without'} over {skips or 'with skips'}: {_factor(sharper)}",
-            sharper.verdict(),
+            "In deep nets skips promote flat minimisers: without them the Hessian's largest eigenvalue is larger",
+            f"{f'{none} over {skips}' if skips else pair}: {_factor(sharper)}{where}",
+            sharper.verdict() if deep else undecided,
             sharper.n,
         ),
         _benign(records) if _depth(records) <= SHALLOW else _chaos(records),
@@ -231,15 +234,13 @@ def _chaos(records: list[Record]) -> Claim:
 
 def answer(records: list[Record]) -> str:
     """How far each net can be moved, and its sharpest direction."""
-    said = []
-    for net in names(records):
-        far, sharp = of_lines(records, net, reach), _log_sharpness(records, net)
-        if far and sharp:
-            distance, eigenvalue = fmean(far.values()), math.exp(fmean(sharp.values()))
-            said.append(
-                f"{net} stays better than guessing out to {distance:.2f} of its filters' length, and its sharpest direction has curvature {eigenvalue:.3g}"
-            )
-    return "; ".join(said) + "." if said else "Too few cells were measured to say."
+    found = {net: (of_lines(records, net, reach), _log_sharpness(records, net)) for net in names(records)}
+    known = {net: (fmean(far.values()), math.exp(fmean(sharp.values()))) for net, (far, sharp) in found.items() if far and sharp}
+    if not known:
+        return "Too few cells were measured to say."
+    far = ", ".join(f"{net} {distance:.2f}" for net, (distance, _) in known.items())
+    sharp = ", ".join(f"{net} {curvature:.3g}" for net, (_, curvature) in known.items())
+    return f"How far the weights can be moved at random until the net is no better than guessing, in lengths of its filters: {far}. Largest curvature: {sharp}."
 
 
 def names(records: list[Record]) -> list[str]:

@@ -151,7 +151,18 @@ def records(mean_losses: dict[str, list[float]], smoothness: dict[str, list[floa
             rows.append({"kind": "curve", "every": 1, "loss": [2.0, None if seed else loss], **facts})
             for step in (0, 5):
                 value = smoothness[norm][seed]
-                rows.append({"kind": "probe", "step": step, "loss": 1.0, "losses": [1 + value, 0.9], "changes": [value, 1e-3], "smoothness": value, **facts})
+                rows.append(
+                    {
+                        "kind": "probe",
+                        "step": step,
+                        "learning": True,
+                        "loss": 1.0,
+                        "losses": [1 + value, 0.9],
+                        "changes": [value, 1e-3],
+                        "smoothness": value,
+                        **facts,
+                    }
+                )
     return rows
 
 
@@ -173,6 +184,14 @@ def test_verdicts(losses: dict[str, list[float]], smoothness: dict[str, list[flo
     rows = records(losses, smoothness)
     assert [claim.verdict for claim in claims(rows)] == verdicts
     assert batchnorm.answer(rows)
+
+
+def test_a_plateau_does_not_count() -> None:
+    rows = records(FAST, ROUGH)
+    flat = [{**r, "learning": False, "smoothness": 1e-9, "changes": [1e-9], "losses": [1.0]} for r in rows if r["kind"] == "probe" and r["norm"] == "none"]
+    assert claims(rows + 3 * flat) == claims(rows)
+    only = [r for r in rows if r["kind"] != "probe" or r["norm"] != "none"] + flat
+    assert [claim.verdict for claim in claims(only)][:3] == ["not decided at this budget"] * 3
 
 
 def test_lost_trainings_are_drawn_as_far_as_they_went(tmp_path: Path) -> None:

@@ -299,7 +299,7 @@ BOWL, CHAOS = [90.0, 9.0, 0.1, 9.0, 90.0], [80.0, 99.0, 0.9, 99.0, 9.0]
         ([2.2, 2.1, 2.2], [0.1, 0.1, 0.1], 56, ["disagrees", "agrees", "agrees"]),
         ([0.1], [0.9], 56, ["not decided at this budget"] * 3),
         ([0.1, 0.1, 0.1], [], 56, ["not decided at this budget"] * 3),
-        ([0.1, 0.1, 0.1], [0.9, 0.8, 0.9], 20, ["agrees", "agrees", "disagrees"]),
+        ([0.1, 0.1, 0.1], [0.9, 0.8, 0.9], 20, ["not decided at this budget"] * 2 + ["disagrees"]),
     ],
 )
 def test_verdicts(residual: list[float], plain_: list[float], layers: int, verdicts: list[str]) -> None:

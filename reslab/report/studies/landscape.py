@@ -17,6 +17,8 @@ from reslab.run import Record
 
 Plane = tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]  # first distances, second distances, log10 loss
 LEVELS = 24
+READABLE = 0.6  # of the colour scale, below which white is read on it, and above it black
+TICKS = (-1, -0.5, 0, 0.5, 1)
 TURN, TILT = -60, 35  # degrees: where the perspective is seen from
 SHARP: dict[Any, Any] = {"savefig.dpi": 160}  # of what is drawn in pixels
 
@@ -53,9 +55,12 @@ def _contours(rows: list[Record]) -> Drawn:
         for axes, (net, (x, y, z)) in zip(c.axes, planes.items(), strict=True):
             heights = np.ma.masked_invalid(z)
             axes.contourf(x, y, heights, levels=np.linspace(low, high, LEVELS), cmap=HEAT, vmin=low, vmax=high)
-            lines = axes.contour(x, y, heights, levels=_decades(low, high), colors="white", linewidths=0.7, linestyles="solid")
+            inks = ["white" if v < low + READABLE * (high - low) else "black" for v in _decades(low, high)] or "white"
+            lines = axes.contour(x, y, heights, levels=_decades(low, high), colors=inks, linewidths=0.7, linestyles="solid")
             axes.clabel(lines, fmt=_loss, fontsize=7)
             axes.plot(0, 0, marker="+", color="white", markersize=7)
+            axes.set_xticks(TICKS)
+            axes.set_yticks(TICKS)
             titled(axes, net, "first direction", "second direction" if axes is c.axes[0] else "")
         colours_of = ScalarMappable(Normalize(low, high), HEAT)
         bar = c.figure.colorbar(colours_of, ax=c.axes, shrink=0.8, ticks=_decades(low, high), format=lambda v, _: _loss(v), label="loss")
@@ -77,8 +82,8 @@ def _perspective(rows: list[Record]) -> Drawn:
             surface.set_zticks(_decades(low, high), [_loss(v) for v in _decades(low, high)])
             for axis in (surface.xaxis, surface.yaxis, surface.zaxis):
                 axis.set_pane_color((0, 0, 0, 0))
-            surface.set_xticks([-1, 0, 1])
-            surface.set_yticks([-1, 0, 1])
+            surface.set_xticks(TICKS[::2])
+            surface.set_yticks(TICKS[::2])
             titled(axes, net)
         return c.drawn("The same surface in perspective, height and colour the logarithm of the loss", _table(rows))
 
