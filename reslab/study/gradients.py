@@ -38,10 +38,11 @@ from reslab.spec import Spec
 from reslab.study.data import Data
 from reslab.study.dense import gradient_norms
 from reslab.study.kinds import Cell, Claim, Pace, Ready, Schedule, Setting, Study, Subject
-from reslab.study.probe import flowing, untouched
+from reslab.study.probe import flowing
 from reslab.study.stats import Estimate, estimate, factor, paired, within
 from reslab.study.training import outcome, train
 from reslab.study.twins import batch_size, deeper, layers, plain, schedule
+from reslab.study.untouched import untouched
 
 DENSE = (30, 512, 512)  # layers, width, batch
 ENDS = slice(5, -3)  # of the fully connected layers: the growth settles after a few, and the loss has its own gradient

@@ -1,11 +1,12 @@
 """What the loss of a training step does along its gradient, at several distances; the net comes back bit for bit."""
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+
+from reslab.study.untouched import untouched
 
 
 class Probe(NamedTuple):
@@ -24,7 +25,7 @@ class Probe(NamedTuple):
 def along_gradient(net: nn.Module, loss: Callable[[], Tensor], steps: Sequence[float]) -> Probe:
     """Moves the weights against the gradient by each step size and looks again. `loss` must be the same function each time."""
     weights = list(net.parameters())
-    with as_it_was(net):
+    with untouched(net):
         here, gradient = _look(loss, weights)
         size = _norm(gradient)
         losses, changes = [], []
@@ -37,18 +38,6 @@ def along_gradient(net: nn.Module, loss: Callable[[], Tensor], steps: Sequence[f
             losses.append(there)
             changes.append(_norm([a - b for a, b in zip(other, gradient, strict=True)]))
     return Probe(here, size, losses, changes)
-
-
-@contextmanager
-def as_it_was(net: nn.Module) -> Iterator[None]:
-    """Afterwards parameters and buffers hold the bits they held, also after an exception."""
-    held = {name: tensor.detach().clone() for name, tensor in net.state_dict().items()}
-    try:
-        yield
-    finally:
-        with torch.no_grad():
-            for name, tensor in net.state_dict().items():
-                tensor.copy_(held[name])
 
 
 def _look(loss: Callable[[], Tensor], weights: Sequence[Tensor]) -> tuple[float, Sequence[Tensor]]:

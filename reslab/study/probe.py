@@ -1,6 +1,6 @@
 """What passes through a net: its blocks' outputs, branches and shortcuts, and the gradients that come back.
 
-Hooks are there only inside a `with`; `untouched` gives a net back as it was. Both hold after an exception too.
+Hooks are there only inside a `with`, also after an exception.
 """
 
 import math
@@ -18,26 +18,6 @@ from reslab.nets.torch import ResNet
 
 SAMPLED = 32  # images of a batch, at most, that norms are taken from
 Where = tuple[str, str, str]  # a block; out, branch or shortcut; activation or gradient
-
-
-@contextmanager
-def untouched(net: nn.Module) -> Iterator[None]:
-    """Puts back weights, statistics, modes, requires_grad, gradients and torch's random numbers when the block ends, however it ends."""
-    held = {name: tensor.detach().clone() for name, tensor in net.state_dict().items()}
-    modes = [(module, module.training) for module in net.modules()]
-    parameters = [(p, p.requires_grad, p.grad) for p in net.parameters()]
-    for p in net.parameters():
-        p.grad = None
-    try:
-        with torch.random.fork_rng():
-            yield
-    finally:
-        net.load_state_dict(held)
-        for module, mode in modes:
-            module.training = mode
-        for p, wanted, gradient in parameters:
-            p.requires_grad_(wanted)
-            p.grad = gradient
 
 
 @torch.no_grad()

@@ -36,9 +36,10 @@ from reslab.seeds import seeded
 from reslab.spec import Spec
 from reslab.study.data import Data
 from reslab.study.kinds import Cell, Claim, Pace, Ready, Setting, Study, Subject, Verdict
-from reslab.study.probe import settle, untouched
+from reslab.study.probe import settle
 from reslab.study.stats import Estimate, estimate, factor, paired, within
 from reslab.study.twins import layers, numbered, plain, schedule
+from reslab.study.untouched import untouched
 
 STACKS = (2, 4, 8, 16)  # blocks of two 3x3 convolutions
 WIDTH = 16  # channels of the stacks

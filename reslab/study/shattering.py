@@ -30,9 +30,10 @@ from reslab.study.autocorrelation import autocorrelation, brown_noise, white_noi
 from reslab.study.data import Data
 from reslab.study.dense import Dense, input_gradient
 from reslab.study.kinds import Cell, Claim, Pace, Ready, Setting, Study, Subject, Verdict
-from reslab.study.probe import settle, untouched
+from reslab.study.probe import settle
 from reslab.study.stats import Estimate, estimate, paired
 from reslab.study.twins import batch_size, deeper, layers, plain
+from reslab.study.untouched import untouched
 
 POINTS, ENDS, NETS, LAGS = 256, (-2.0, 2.0), 20, 15
 DEPTHS = (2, 24, 50)

@@ -34,9 +34,10 @@ from reslab.seeds import seed_of
 from reslab.spec import Spec
 from reslab.study.data import Data
 from reslab.study.kinds import Cell, Claim, Pace, Ready, Setting, Study, Subject, Verdict
-from reslab.study.probe import additions, outputs, responses, settle, untouched
+from reslab.study.probe import additions, outputs, responses, settle
 from reslab.study.stats import Estimate, estimate, factor, paired, within
 from reslab.study.twins import deeper, layers, numbered, plain, schedule
+from reslab.study.untouched import untouched
 
 DEPTHS, PAPER_DEPTHS = (1, 3), (1, 3, 6)  # times the net's: figure 7 has 20, 56 and 110 layers
 DEEP, SHARE = 3, 0.45

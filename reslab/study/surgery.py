@@ -14,6 +14,7 @@ from reslab.layout import Unit, stages
 from reslab.nets.parts import PadShortcut
 from reslab.nets.torch import ResNet
 from reslab.study.data import Data
+from reslab.study.untouched import untouched
 
 MEMORY, MOST = 1 << 30, 100  # bytes that all layers put out for a batch, and its images, at most
 
@@ -52,15 +53,10 @@ def keeps_shape(unit: Unit) -> bool:
 
 @contextmanager
 def as_found(net: nn.Module) -> Iterator[None]:
-    """Evaluation mode inside; afterwards every module is in the mode it was in, and the random numbers go on as if nothing had been."""
-    modes = [(module, module.training) for module in net.modules()]
-    with torch.random.fork_rng():
-        try:
-            net.eval()
-            yield
-        finally:
-            for module, mode in modes:
-                module.training = mode
+    """Evaluation mode inside; afterwards the net and the random numbers are as if nothing had been."""
+    with untouched(net):
+        net.eval()
+        yield
 
 
 def remove(block: nn.Module, unit: Unit) -> RemovableHandle:

@@ -19,9 +19,10 @@ from reslab.study import batchnorm
 from reslab.study.batchnorm import Drift, claims
 from reslab.study.data import Data, prepare
 from reslab.study.kinds import Cell, Ready, Schedule, Setting, Subject
+from reslab.study.line import along_gradient
 from reslab.study.noise import SHIFT, SPREAD, STRETCH, noisy
-from reslab.study.probe import along_gradient, as_it_was
 from reslab.study.training import train
+from reslab.study.untouched import untouched
 
 TINY = reslab.spec("resnet20", depths=(1, 1), widths=(4, 8), in_channels=1)
 PLAN = Schedule(12, 32)
@@ -65,7 +66,7 @@ def test_a_probe_gives_back_weights_and_statistics_bit_for_bit_also_after_an_exc
     along_gradient(net, lambda: net(x).square().mean(), [0.1, 10.0])
     assert same(weights(net), before), "running statistics too"
     assert all(p.grad is None for p in net.parameters())
-    with pytest.raises(ZeroDivisionError), as_it_was(net):
+    with pytest.raises(ZeroDivisionError), untouched(net):
         net(x)
         with torch.no_grad():
             net.fc.weight.add_(1)

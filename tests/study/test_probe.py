@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from reslab.study.kinds import Schedule
-from reslab.study.probe import additions, blocks, flowing, outputs, responses, settle, untouched
+from reslab.study.probe import additions, blocks, flowing, outputs, responses, settle
 from reslab.study.training import train
+from reslab.study.untouched import untouched
 from tests.study.probing import digits, made, same, state, tiny
 
 ORDERS = [
