@@ -36,7 +36,7 @@ from reslab.study.surgery import as_found, batches, units
 from reslab.study.twins import affordable, deeper, is_residual, trained, with_and_without_shortcuts
 
 DEEPER = 3  # times the blocks: 56 layers of 20
-TRAINING, MEASURING = 0.55, 0.1  # shares of the budget; given nets leave both to the measuring
+TRAINING, MEASURING = 0.5, 0.1  # shares of the budget; given nets leave both to the measuring
 COST = {"steps": 1.2, "read-outs": 5 / 3, "differences": 1 / 3}  # of a test image, in training steps
 LEAST, FITTED = 100, 4  # test images; training images that a read-out is fitted to, for each of them
 MOST = 2000  # test images

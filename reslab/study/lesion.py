@@ -37,7 +37,7 @@ from reslab.study.surgery import Lesion, batches, interchangeable, keeps_shape, 
 from reslab.study.twins import affordable, deeper, is_residual, trained, with_and_without_shortcuts
 
 DEEPER = 3  # times the blocks: 56 layers of 20
-TRAINING, MEASURING = 0.57, 0.13  # shares of the budget; given nets leave both to the measuring
+TRAINING, MEASURING = 0.5, 0.12  # shares of the budget; given nets leave both to the measuring
 WEIGHTS = {"each block": 1, "paths": 3, "several blocks": 1, "permuted": 1}  # of the time to measure: the norms along single paths vary most
 DRAWS, PERMUTATIONS, BOOTSTRAPS = 10, 48, 1000
 LEAST, MOST_PATH_IMAGES = 64, 1000  # images; the paper samples 1000 paths of each length

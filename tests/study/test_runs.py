@@ -109,7 +109,7 @@ def test_a_run_is_studied_and_stays_as_it_is(trained: Run, tmp_path: Path, capsy
 
     before = prints()
     with pytest.raises(SystemExit) as ended:
-        main(["study", "lesion", str(trained.path), "--budget", "40s", "--jobs", "1", "--out", str(tmp_path / "s")])
+        main(["study", "lesion", str(trained.path), "--budget", "8s", "--jobs", "1", "--out", str(tmp_path / "s")])
     out = capsys.readouterr().out
     assert ended.value.code == 0, out
     assert prints() == before
