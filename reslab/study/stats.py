@@ -78,5 +78,5 @@ def factor(e: Estimate) -> str:
     """A mean of logarithms as the factor that it is, with its interval."""
     if not e.n:
         return "not measured"
-    mean = f"{math.exp(e.mean):.4g}"
-    return f"{mean} (95 % interval {math.exp(e.low):.3g} to {math.exp(e.high):.3g}, n = {e.n})" if e.n > 1 else f"{mean} (n = {e.n})"
+    mean, low, high = (math.exp(min(value, 700.0)) for value in e[:3])
+    return f"{mean:.4g} (95 % interval {low:.4g} to {high:.4g}, n = {e.n})" if e.n > 1 else f"{mean:.4g} (n = {e.n})"
