@@ -2,12 +2,12 @@
 
 Method: the gradient of the unit in the middle of the last feature map with respect to the input, with a random normal
 weight for each of its channels: its root mean square over images and colours is a map around the middle (Luo et al. 2016,
-1701.04128). Its size is the side of a square with as many pixels as exceed 4.55 % of the largest, that is two
-standard deviations of a Gaussian; the theoretical field follows from kernels and strides. First stacks of 3x3
-convolutions of several depths at their start, then plain and residual twins before and after training.
+1701.04128). Its size is the side of a square with as many pixels as exceed 4.55 % of the largest, the paper's threshold; the
+theoretical field follows from kernels and strides. First stacks of 3x3 convolutions of several depths at their start, then
+plain and residual twins before and after training.
 
 Images are continued beyond their borders by mirroring, so that no border cuts the field; batch norm has the statistics of
-training images, before training as after it. Both are ours: the paper uses the images as they are, and weights without batch norm.
+training images, before training as after it. Both are ours.
 
 A result shows from where a unit is moved at all. It does not show that a net needs more: what is useful may lie near, and
 where images are smaller than the field at the start, training has nothing to enlarge it for.
@@ -44,7 +44,7 @@ from reslab.study.untouched import untouched
 STACKS = (2, 4, 8, 16)  # blocks of two 3x3 convolutions
 WIDTH = 16  # channels of the stacks
 SLOPE, TOLERANCE = 0.5, 0.1  # of the size against depth, both logarithms
-EDGE = 0.0455  # of the largest value: two standard deviations of a Gaussian, as in the paper
+EDGE = 0.0455  # of the largest value, as in the paper
 IMAGES, LEAST, PIXELS = 16, 4, 16 * 128**2  # images measured, at most and at least, and pixels of all together
 SETTLING, CHUNK = 128, 4  # images for the statistics of batch norm, and through a net together
 MOST = 513  # pixels a side that a net is shown at most

@@ -42,7 +42,7 @@ from reslab.study.untouched import untouched
 DEPTHS, PAPER_DEPTHS = (1, 3), (1, 3, 6)  # times the net's: figure 7 has 20, 56 and 110 layers
 DEEP, SHARE = 3, 0.45
 WIDTH = 64  # of the single stage, at most: the narrower, the more it is chance
-PIXELS, MOST, LEAST = 256 * 16**2, 256, 16  # of all images together; images
+PIXELS, MOST, LEAST = 128 * 16**2, 256, 16  # of all images together; images
 SLOPE, TOLERANCE = -0.5, 0.15  # of the branch's share against depth, both logarithms
 FIRST = 2  # block from which the share is fitted
 DRAW = 41  # stream of random numbers: dropped paths at the start
@@ -53,11 +53,12 @@ def cells(setting: Setting, data: Data, pace: Pace) -> list[Cell]:
     base = next((net.spec for net in setting.given if net.spec.shortcut != "none"), setting.net)
     made, trained = [], _trained(setting, data, pace)
     for seed in range(setting.seeds):
+        made += [cell for cell in trained if cell.subject.seed == seed]
         for order, net in (("single stage", single_stage(base)), ("the net", deeper(base, 1 if setting.given else DEEP))):
             for norm in (net.norm if net.norm != "none" else "batch", "none"):
                 facts = {"look": "start", "order": order, "norm": norm != "none"}
-                made.append(Cell(f"{order}, norm {norm}, seed {seed}", Subject(replace(net, norm=norm, init="he", zero_init=False), seed), facts=facts))
-        made += [cell for cell in trained if cell.subject.seed == seed]
+                start = replace(net, norm=norm, init="he", zero_init=False)
+                made.append(Cell(f"{order}, norm {norm}, seed {seed}", Subject(start, seed), facts=facts))
     return made
 
 
@@ -183,7 +184,7 @@ def _figure_7(records: list[Record]) -> list[Claim]:
         ),
         Claim(
             "He 2015: the deeper the residual net, the smaller its responses",
-            f"standard deviation, {depths[-1] if depths else 0} over {depths[0] if depths else 0} layers: {factor(deep)}, over pairs of nets",
+            f"standard deviation, {depths[-1]} over {depths[0]} layers: {factor(deep)}, over pairs of nets" if len(depths) > 1 else "not measured: one depth",
             _smaller(deep),
             deep.n,
         ),

@@ -76,5 +76,7 @@ def within(e: Estimate, low: float, high: float) -> Verdict:
 
 def factor(e: Estimate) -> str:
     """A mean of logarithms as the factor that it is, with its interval."""
-    mean = f"{math.exp(e.mean):.4g}" if abs(e.mean) < 700 else "nothing"
-    return f"{mean} (95 % interval {math.exp(e.low):.3g} to {math.exp(e.high):.3g}, n = {e.n})" if e.n > 1 else f"{mean} (n = {e.n})"
+    if not e.n:
+        return "not measured"
+    mean, low, high = (math.exp(min(value, 700.0)) for value in e[:3])
+    return f"{mean:.4g} (95 % interval {low:.4g} to {high:.4g}, n = {e.n})" if e.n > 1 else f"{mean:.4g} (n = {e.n})"

@@ -8,6 +8,7 @@ import torch
 from reslab.report.studies.signal import figures
 from reslab.study.kinds import Given, Ready, Setting
 from reslab.study.signal import answer, at_additions, cells, claims, deviations, growth, last_share, measure, share_slope
+from reslab.study.stats import estimate, factor
 from tests.study.probing import digits, made, same, state, tiny
 
 
@@ -88,3 +89,9 @@ def test_one_pair_of_given_nets_is_compared_layer_by_layer() -> None:
     assert [(cell.facts["twin"], cell.facts["pair"], cell.subject.weights) for cell in found] == [("plain", 0, "plain"), ("residual", 0, "residual")]
     rows = [{**row, **cell.facts, "seed": 0} for cell in found for row in measure(cell, Ready(made(cell.subject.spec), []), digits())]
     assert claims(rows)[2].n == 13
+
+
+def test_a_factor_is_said_whatever_its_size() -> None:
+    assert factor(estimate([])) == "not measured"
+    assert factor(estimate([math.log(2)])) == "2 (n = 1)"
+    assert "1.014e+304" in factor(estimate([-5000.0, 5000.0]))
