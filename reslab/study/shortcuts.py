@@ -63,8 +63,8 @@ STUDY = Study(
     question="What is lost when a shortcut carries anything but its input?",
     method=(
         "One deep residual net with each of the shortcuts of the table; the same images, order, schedule, steps and seeds. Claims are about test errors, as "
-        "the table; training errors stand beside them. The learning rate starts gently, as in the paper, and is the one at which the identity "
-        "trains best; at no other rate tried do the rest train well."
+        "the table; training errors stand beside them. The learning rate starts gently, as in the paper, and is the one at which the identity trains best; at "
+        "no other rate tried do the rest train well."
     ),
     source="He et al. 2016 (1603.05027), table 1 and figure 2",
     shows="which shortcuts obstruct the training of a deep net, at the given depth and in the given steps",
