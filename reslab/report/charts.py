@@ -95,6 +95,7 @@ def at_ends(axes: Axes, x: float, labels: Sequence[tuple[float, str, str]], leas
 
     Call it when the y axis, linear or logarithmic, has its limits; `least` is the distance of two names as a part of the axis.
     """
+    axes.get_ylim()  # transforms alone do not notice what was drawn last
     placed: list[float] = []
     ordered = sorted(labels)
     for y, _, _ in ordered:

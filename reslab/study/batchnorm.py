@@ -198,7 +198,7 @@ def answer(records: list[Record]) -> str:
         if rough.n and slower.n and gap.n:
             said.append(
                 f"without batch norm the {shape} net's gradient changes {math.exp(rough.mean):.2g} times as fast on its way, and its mean training loss is "
-                f"{gap.mean:+.2f} beyond; with noise behind batch norm, {slower.mean:+.2f}"
+                f"{gap.mean:+.2f} against batch norm's; with noise behind batch norm it is {slower.mean:+.2f}"
             )
     return ". ".join(text[0].upper() + text[1:] for text in said) + "." if said else "Too few cells were measured to say."
 
