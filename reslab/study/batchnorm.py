@@ -45,9 +45,9 @@ from reslab.study.twins import deeper, layers, plain, schedule
 SCORES = 41  # stream of random numbers: the noise while errors are measured
 SHALLOW = 1 / 3  # of the blocks: 8 layers of 20, as deep as the paper's VGG
 STEPS = (0.5, 1.0, 2.0, 3.0, 4.0)  # times the learning rate
-PROBES = 30  # in a training
+PROBES = 20  # in a training
 RATE = 0.02  # at which all six train
-SHARE = 0.4  # of the budget for training steps; probes and noise take the rest
+SHARE = 0.36  # of the budget for training steps; probes and noise take the rest
 NORMS = ("batch", "none", "noisy")
 LEARNING = 0.9  # of the loss of guessing: below it a net has left the plateau that it starts on
 A_THIRD = 1 / 3
