@@ -93,20 +93,19 @@ def colours(names: Sequence[str]) -> dict[str, str]:
 def at_ends(axes: Axes, x: float, labels: Sequence[tuple[float, str, str]], least: float = 0.075) -> None:
     """Names (y, text, colour) right of the last points of lines, moved apart where they would overlap.
 
-    Call it when the y axis has its limits; `least` is the distance of two names as a part of the axis.
+    Call it when the y axis, linear or logarithmic, has its limits; `least` is the distance of two names as a part of the axis.
     """
-    low, high = axes.get_ylim()
+    axes.get_ylim()  # transforms alone do not notice what was drawn last
     placed: list[float] = []
     ordered = sorted(labels)
     for y, _, _ in ordered:
-        placed.append(max((y - low) / (high - low), placed[-1] + least if placed else 0.0))
+        height = float((axes.transData + axes.transAxes.inverted()).transform((x, y))[1])
+        placed.append(max(height, placed[-1] + least if placed else 0.0))
     over = max(0.0, (placed[-1] if placed else 0.0) - 1)
     for i in reversed(range(len(placed))):  # what stuck out above pushes the rest down
         placed[i] = min(placed[i], 1 - least * (len(placed) - 1 - i)) if over else placed[i]
     for at, (_, text, colour) in zip(placed, ordered, strict=True):
-        axes.annotate(
-            text, (x, low + at * (high - low)), xytext=(6, 0), textcoords="offset points", color=colour, fontsize=9, va="center", annotation_clip=False
-        )
+        axes.annotate(text, (x, at), (6, 0), axes.get_xaxis_transform(), "offset points", color=colour, fontsize=9, va="center", annotation_clip=False)
 
 
 def heat(axes: Axes, values: Sequence[Sequence[float]], low: float, high: float) -> Any:

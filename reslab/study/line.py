@@ -1,5 +1,6 @@
 """What the loss of a training step does along its gradient, at several distances; the net comes back bit for bit."""
 
+import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -16,6 +17,12 @@ class Probe(NamedTuple):
     gradient: float  # 2-norm
     losses: list[float]
     changes: list[float]
+
+    @property
+    def range(self) -> float:
+        """Highest minus lowest loss, where the net is and where it was moved to."""
+        values = [self.loss, *self.losses]
+        return max(values) - min(values) if all(map(math.isfinite, values)) else math.inf
 
     def smoothness(self, steps: Sequence[float]) -> float:
         """The largest change of the gradient for the way gone: effective beta-smoothness (Santurkar et al. 2018, figure 4c)."""

@@ -1,46 +1,29 @@
 """Training loss, and what the loss does along its gradient, through training: Santurkar et al. 2018, figures 2 and 4."""
 
-import math
-from collections.abc import Callable
 from statistics import median
 
 from matplotlib.axes import Axes
 
-from reslab.report.charts import Drawn, canvas, colours, titled
+from reslab.report.charts import Drawn, at_ends, canvas, colours, logarithmic, titled
 from reslab.report.svg import MUTED
 from reslab.run import Record
 
 NORMS = {"batch": "batch norm", "none": "no norm", "noisy": "noisy batch norm"}
 COLOURS = colours(list(NORMS))
-Value = Callable[[Record], float]
 
 
 def figures(records: list[Record]) -> list[Drawn]:
     """The training loss; the loss's range, the gradient's change and the smoothness at each probe; how much inputs move."""
     probes = [r for r in records if r["kind"] == "probe"]
     drawn = [_losses([r for r in records if r["kind"] == "curve"])]
-    for title, unit, value in PROBED:
-        drawn.append(_probed(probes, title, unit, value))
+    drawn += [_probed(probes, *told) for told in PROBED]
     return [*drawn, _drift([r for r in records if r["kind"] == "speed"])]
 
 
-def _range(r: Record) -> float:
-    values = [r["loss"], *r["losses"]]
-    return math.nan if None in values else max(values) - min(values)
-
-
-def _change(r: Record) -> float:
-    return math.nan if None in r["changes"] else max(r["changes"])
-
-
-def _smoothness(r: Record) -> float:
-    return math.nan if r["smoothness"] is None else float(r["smoothness"])
-
-
-PROBED: tuple[tuple[str, str, Value], ...] = (
-    ("Range of the loss along the gradient of a step", "highest minus lowest loss", _range),
-    ("Change of the gradient along itself, at most", "2-norm of the difference", _change),
-    ("Effective smoothness: change of the gradient for the way gone, at most", "change / distance", _smoothness),
+PROBED = (
+    ("Range of the loss along the gradient of a step", "highest minus lowest loss", "range"),
+    ("Change of the gradient along itself, at most", "2-norm of the difference", "change"),
+    ("Effective smoothness: change of the gradient for the way gone, at most", "change / distance", "smoothness"),
 )
 
 
@@ -57,7 +40,7 @@ def _losses(curves: list[Record]) -> Drawn:
                     axes.plot(*_points(r), color=colour, linewidth=1, alpha=0.8)
             titled(axes, shape, "step", "training loss" if shape == shapes[0] else "")
         for axes, shape in zip(c.axes, shapes, strict=False):
-            ends = {norm: [_points(r) for r in curves if (r["shape"], r["norm"]) == (shape, norm)] for norm in NORMS}
+            ends = {norm: [p for r in curves if (r["shape"], r["norm"]) == (shape, norm) and all(p := _points(r))] for norm in NORMS}
             _name(axes, {norm: (max(x[-1] for x, _ in lines), median(y[-1] for _, y in lines)) for norm, lines in ends.items() if lines})
         rows = [
             {"shape": r["shape"], "norm": r["norm"], "seed": r["seed"], "step": step, "loss": loss}
@@ -73,7 +56,7 @@ def _points(curve: Record) -> tuple[list[float], list[float]]:
     return [x for x, _ in kept], [y for _, y in kept]
 
 
-def _probed(probes: list[Record], title: str, unit: str, value: Value) -> Drawn:
+def _probed(probes: list[Record], title: str, unit: str, key: str) -> Drawn:
     shapes = _shapes(probes)
     with canvas(max(1, len(shapes)), 3.2) as c:
         lines: dict[str, dict[str, tuple[float, float]]] = {shape: {} for shape in shapes}
@@ -81,17 +64,17 @@ def _probed(probes: list[Record], title: str, unit: str, value: Value) -> Drawn:
             for norm, colour in COLOURS.items():
                 mine = [r for r in probes if (r["shape"], r["norm"]) == (shape, norm)]
                 steps = sorted({r["step"] for r in mine})
-                at = [[v for r in mine if r["step"] == step and (v := value(r)) > 0] for step in steps]  # NaN is not above 0
+                at = [[v for r in mine if r["step"] == step and (v := r[key] or 0.0) > 0] for step in steps]
                 steps, at = [s for s, v in zip(steps, at, strict=True) if v], [v for v in at if v]
                 if at:
                     axes.fill_between(steps, [min(v) for v in at], [max(v) for v in at], color=colour, alpha=0.18, linewidth=0)
                     axes.plot(steps, [median(v) for v in at], color=colour, linewidth=1.4)
                     lines[shape][norm] = steps[-1], median(at[-1])
-            axes.set_yscale("log")
+            logarithmic(axes)
             titled(axes, shape, "step", unit if shape == shapes[0] else "")
         for axes, shape in zip(c.axes, shapes, strict=False):
             _name(axes, lines[shape])
-        rows = [{"shape": r["shape"], "norm": r["norm"], "seed": r["seed"], "step": r["step"], "value": value(r)} for r in probes]
+        rows = [{"shape": r["shape"], "norm": r["norm"], "seed": r["seed"], "step": r["step"], key: r[key]} for r in probes]
         return c.drawn(f"{title}: median and range over seeds", rows)
 
 
@@ -112,13 +95,6 @@ def _drift(speeds: list[Record]) -> Drawn:
 
 
 def _name(axes: Axes, ends: dict[str, tuple[float, float]]) -> None:
-    """Names right of the lines' ends (x, y), moved apart where they would overlap; axes must have their limits."""
-    heights = {norm: float((axes.transData + axes.transAxes.inverted()).transform((x, y))[1]) for norm, (x, y) in ends.items()}
-    lowest = 0.0
-    for norm in sorted(heights, key=lambda norm: heights[norm]):
-        lowest = max(heights[norm], lowest)
-        place = (ends[norm][0], lowest)
-        axes.annotate(
-            NORMS[norm], place, (5, 0), axes.get_xaxis_transform(), "offset points", color=COLOURS[norm], fontsize=9, va="center", annotation_clip=False
-        )
-        lowest += 0.09
+    """Names at the lines' ends (x, y)."""
+    if ends:
+        at_ends(axes, max(x for x, _ in ends.values()), [(y, NORMS[norm], COLOURS[norm]) for norm, (_, y) in ends.items()])

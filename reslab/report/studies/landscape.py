@@ -26,7 +26,8 @@ SHARP: dict[Any, Any] = {"savefig.dpi": 160}  # of what is drawn in pixels
 def figures(records: list[Record]) -> list[Drawn]:
     """Whatever can be drawn of the rows, lines and spectra that are there."""
     of = {kind: [r for r in records if r["kind"] == kind] for kind in ("row", "line", "hessian")}
-    drawn = [_contours(of["row"]), _perspective(of["row"])] if _planes(of["row"]) else []
+    test = {r["net"]: f"{r['net']}, test error {100 * r['test_error']:.1f} %" for r in records if r["kind"] == "errors"}
+    drawn = [_contours(of["row"], test), _perspective(of["row"])] if _planes(of["row"]) else []
     return drawn + [draw(of[kind]) for kind, draw in (("line", _lines), ("hessian", _spectra)) if of[kind]]
 
 
@@ -48,7 +49,7 @@ def _scale(planes: dict[str, Plane]) -> tuple[float, float]:
     return low, max(high, low + 1e-6)
 
 
-def _contours(rows: list[Record]) -> Drawn:
+def _contours(rows: list[Record], titles: dict[str, str]) -> Drawn:
     planes = _planes(rows)
     low, high = _scale(planes)
     with canvas(len(planes), 4.3, grid=False, subplot_kw={"aspect": "equal"}) as c:
@@ -61,7 +62,7 @@ def _contours(rows: list[Record]) -> Drawn:
             axes.plot(0, 0, marker="+", color="white", markersize=7)
             axes.set_xticks(TICKS)
             axes.set_yticks(TICKS)
-            titled(axes, net, "first direction", "second direction" if axes is c.axes[0] else "")
+            titled(axes, titles.get(net, net), "first direction", "second direction" if axes is c.axes[0] else "")
         colours_of = ScalarMappable(Normalize(low, high), HEAT)
         bar = c.figure.colorbar(colours_of, ax=c.axes, shrink=0.8, ticks=_decades(low, high), format=lambda v, _: _loss(v), label="loss")
         bar.outline.set_visible(False)
