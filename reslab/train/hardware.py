@@ -110,7 +110,7 @@ def machine() -> Iterator[Machine]:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if world > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        _join("nccl" if device.type == "cuda" else "gloo", restarts)
     try:
         yield Machine(device, rank, world, restarts)
     except RuntimeError as error:
@@ -122,6 +122,18 @@ def machine() -> Iterator[Machine]:
     finally:
         if world > 1:
             dist.destroy_process_group()
+
+
+def _join(backend: str, restarts: int) -> None:
+    """Meets the other processes under names that are this start's own.
+
+    On one machine torchrun 2.13 starts processes again with the store that the last ones left, and gloo then finds the
+    addresses of the dead. Of several machines the counts need not agree; there each start has a new store.
+    """
+    store, rank, world = next(dist.rendezvous("env://"))  # type: ignore[attr-defined]
+    if os.environ.get("GROUP_WORLD_SIZE", "1") == "1":
+        store = dist.PrefixStore(f"start{restarts}", store)  # type: ignore[attr-defined]
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world)
 
 
 def synchronise(x: Tensor) -> None:

@@ -183,7 +183,7 @@ def test_two_processes_do_the_steps_of_one_bit_for_bit(tmp_path: Path, cli: Call
     ours, theirs = Run(tmp_path / "two"), Run(tmp_path / "one")
     assert same(weights(ours.path), weights(theirs.path))
     for mine, other in zip(ours.records("epoch", "val"), theirs.records("epoch", "val"), strict=True):
-        assert mine["loss"] == pytest.approx(other["loss"], abs=1e-9)
+        assert mine["loss"] == pytest.approx(other["loss"], rel=1e-6)  # val is summed in other batches
         assert mine["top1"] == other["top1"]
     assert ours.last("val")["n"] == 179, "an odd number by two processes, and every image once"
     assert ours.config["hardware"]["processes"] == 2
@@ -196,7 +196,10 @@ def test_a_killed_worker_is_started_again_and_nothing_is_lost(tmp_path: Path) ->
     wait_for_step(out, 20, agent)
     workers = Path(f"/proc/{agent.pid}/task/{agent.pid}/children").read_text().split()
     os.kill(int(workers[-1]), signal.SIGKILL)
-    _, errors = agent.communicate(timeout=300)
+    try:
+        _, errors = agent.communicate(timeout=200)
+    finally:
+        agent.terminate()
     assert agent.returncode == 0, errors[-2000:]
     run = Run(out)
     assert [r["epoch"] for r in run.records("epoch")] == [1, 2, 3]
