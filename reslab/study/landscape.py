@@ -44,7 +44,7 @@ from reslab.study.twins import layers, plain, trained
 SAMPLE, DIRECTION, START = 31, 32, 33  # streams of random numbers
 TRAINING, MEASURING = 0.3, 0.4  # shares of the budget; where nets are given, both are for measuring
 LINES = 4  # beside the plane's own directions
-HESSIANS, PRODUCTS, PRODUCT_COST = 3, 20, 20  # disjoint samples; Lanczos steps; forward passes that a product takes
+HESSIANS, PRODUCTS, PRODUCT_COST = 3, 15, 20  # disjoint samples; Lanczos steps; forward passes that a product takes
 EXTREMES = 5  # eigenvalues of either end that are kept
 BATCH = 125
 SHALLOW = 20  # layers, up to which the paper finds both surfaces benign
