@@ -219,7 +219,8 @@ def _benign(records: list[Record]) -> Claim:
     elif n > 1 and all(e.high < BENIGN for e in found.values()):
         verdict = "agrees"
     said = f"steps away from the minimiser in which the loss falls (benign: below {100 * BENIGN:.0f} %): {measured or 'no lines'}"
-    return Claim(f"Up to {SHALLOW} layers the surface is benign, with and without skips", said, verdict, n)
+    both = ", with and without skips" if len({r["skips"] for r in records}) > 1 else ""
+    return Claim(f"Up to {SHALLOW} layers the surface is benign{both}", said, verdict, n)
 
 
 def _chaos(records: list[Record]) -> Claim:
