@@ -32,8 +32,8 @@ from reslab.train.recipe import Recipe
 Segments = tuple[int, ...]  # how many blocks each has, from the first block on
 
 MEMORIES = {"sgd": 1, "muon": 1, "adamw": 2}  # tensors that an optimiser remembers of each parameter
-HEAP = 1.25  # of what activations need, so that the heap may have holes before it must be trimmed
-MARGIN = 128 << 20  # bytes by which the heap may grow between two looks at it
+HEAP = 2.2  # of what activations need, so that the heap may have holes before it must be trimmed
+MARGIN = 64 << 20  # bytes by which the heap may grow between two looks at it
 LOADED_LATER = 128 << 20  # bytes: the part of torch that checkpointing loads, and the report
 IN_FLIGHT = 4  # of the largest output: gradients on their way back, what runs forward, the workspace of a convolution
 GIB = 2**30
