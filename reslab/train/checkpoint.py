@@ -136,9 +136,10 @@ def choose_segments(spec: Spec, recipe: Recipe, precision: str, memory: int | No
 
 
 def segments_within(parts: list[Stretch], budget: int) -> Segments | None:
-    """The segments that keep at most `budget` bytes and compute the fewest blocks again; None when none do.
+    """The segments that keep at most `budget` bytes and compute the fewest blocks again; None when none are found.
 
-    `parts` are the stem, the blocks and the head. Segments reach as far as they can, so that there are few inputs to keep.
+    `parts` are the stem, the blocks and the head. Segments reach as far as they can, so that there are few inputs to keep: the
+    best there is where no block gives more than the one before it, which holds for nets that halve the image as they double channels.
     """
     stem, blocks, head = parts[0], parts[1:-1], parts[-1]
     before = [0, *accumulate(block.kept for block in blocks)]  # kept by all blocks before one
