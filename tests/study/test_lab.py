@@ -252,9 +252,9 @@ def test_study_from_the_command_line_to_the_page(tmp_path: Path, cli) -> None:  
     page = (tmp_path / "s" / "study.html").read_text()
     assert "Does a plain net train worse" in page
     assert page.count("<svg") == page.count('href="data:text/csv;base64,') == 2
-    assert "the training error of the plain net changes by" in page
     assert "://" not in page.replace("http://www.w3.org", ""), "it opens offline"
     told = json.loads((tmp_path / "s" / "study.json").read_text())
+    assert told["answer"] in page
     assert {claim["verdict"] for claim in told["claims"]} == {"not decided at this budget"}, "one seed decides nothing"
     for number in range(1, 1 + len(told["figures"])):
         ElementTree.parse(tmp_path / "s" / "figures" / f"{number}.svg")

@@ -12,7 +12,7 @@ import pytest
 
 import reslab
 from reslab.run import Run
-from reslab.use import quantize
+from reslab.use import quantize, race
 from reslab.use.classifier import Classifier
 from reslab.use.export import export, find_images, in_words
 from reslab.use.formats import to_onnx
@@ -145,7 +145,7 @@ def test_bf16_is_a_valid_graph_and_is_refused_where_onnxruntime_cannot_run_it(tr
 
 def test_a_race_takes_turns_and_tells_the_faster_one() -> None:
     order: list[str] = []
-    found = quantize.race({"slow": lambda: (order.append("slow"), time.sleep(0.002)), "fast": lambda: order.append("fast")}, seconds=0.0)
+    found = race.race({"slow": lambda: (order.append("slow"), time.sleep(0.002)), "fast": lambda: order.append("fast")}, seconds=0.0)
     assert order[:8] == ["slow", "slow", "fast", "fast"] * 2
-    assert len(order) == 4 * quantize.RACE_ROUNDS
+    assert len(order) == 4 * race.ROUNDS
     assert found["slow"] > 0.002 > found["fast"]
