@@ -71,10 +71,10 @@ def as_typed(name: str) -> str:
 
 
 def with_seeds(axes: Axes, x: Sequence[float], values: Sequence[Sequence[float]], colour: str, label: str) -> None:
-    """A line through the means, every seed a dot, and the name at the line's end."""
+    """A line through the means, every seed a dot, and the name at the line's end. Where no seed was measured the line is broken."""
     for at, seeds in zip(x, values, strict=True):
         axes.scatter([at] * len(seeds), seeds, color=colour, s=14, alpha=0.6, linewidths=0)
-    means = [sum(seeds) / len(seeds) for seeds in values]
+    means = [sum(seeds) / len(seeds) if seeds else math.nan for seeds in values]
     axes.plot(x, means, color=colour)
     at_end(axes, x[-1], means[-1], label, colour)
 
