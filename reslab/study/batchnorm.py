@@ -103,7 +103,7 @@ def _watch(net: ResNet, data: Data, plan: Schedule, seed: int, drift: "Drift", p
             torch.manual_seed(seed_of(seed, LAYERS, step))
             return cross_entropy(net(x), y)
 
-        with torch.random.fork_rng(), drift.paused():
+        with drift.paused():
             probe = along_gradient(net, loss, sizes)
         told = {"range": probe.range, "change": max(probe.changes), "smoothness": probe.smoothness(sizes)}
         probes.append({"kind": "probe", "step": step, "learning": found < LEARNING * math.log(data.facts.classes), "sizes": sizes, **told, **probe._asdict()})
