@@ -78,6 +78,8 @@ def answer(records: list[Record]) -> str:
     if shallow == deep:
         return f"Only nets of {deep} layers were trained: the budget was too short to compare depths."
     plain_rise, residual_rise = rise(records, "plain"), rise(records, "residual")
+    if not plain_rise.n or not residual_rise.n:
+        return "The budget was too short to train both twins at both depths: nothing can be compared."
     return (
         f"From {shallow} to {deep} layers the training error of the plain net changes by {100 * plain_rise.mean:+.1f} points, "
         f"that of its residual twin by {100 * residual_rise.mean:+.1f}."
