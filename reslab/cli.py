@@ -1,13 +1,10 @@
 """The command `reslab`: one thin function a verb. Exit status 0 for success, 1 when the work failed, 2 for a wrong call."""
 
 import contextlib
-import glob
-import itertools
 import json
 import os
 import sys
 import traceback
-from collections.abc import Iterator
 from dataclasses import field as dataclass_field
 from dataclasses import fields, make_dataclass
 from pathlib import Path
@@ -126,13 +123,14 @@ def predict(
     as_json: JsonFlag = False,
 ) -> int:
     """The likeliest classes of images. Exit status 1 when one could not be read; the others are done."""
+    from reslab.data.given import image_files
     from reslab.host import keep_freed_memory
     from reslab.use.classifier import load
     from reslab.use.predictions import check_out, print_json, print_tables, write_file
 
     if out is not None:
         check_out(out)
-    paths = _expand(images, "predict")
+    paths = image_files(images, "predict")
     keep_freed_memory()
     if cluster is None:
         answers = load(run).predict_each(paths)
@@ -163,10 +161,11 @@ def explain(
     as_json: JsonFlag = False,
 ) -> int:
     """Heat maps over images, and a page of them. Exit status 1 when an image could not be read; the others are done."""
+    from reslab.data.given import image_files
     from reslab.use.explained import explain_files
     from reslab.use.sheet import print_table
 
-    paths = list(_expand(images, "explain"))
+    paths = list(image_files(images, "explain"))
     with watch() as show:
         found = explain_files(run, paths, method, at, label, neighbours, out, show.reading)
     if as_json:
@@ -185,9 +184,10 @@ def features(
     as_json: JsonFlag = False,
 ) -> int:
     """What the net's head is given for images, as vectors. Exit status 1 when an image could not be read; the others are done."""
+    from reslab.data.given import image_files
     from reslab.use.features import write_features
 
-    n, length, failed = write_features(run, list(_expand(images, "features")), out)
+    n, length, failed = write_features(run, list(image_files(images, "features")), out)
     if as_json:
         errors = [{"image": str(path), "error": reason} for path, reason in failed.items()]
         print(json.dumps({"out": str(out) if n else None, "images": n, "features": length, "errors": errors}, indent=1))
@@ -411,28 +411,6 @@ def _complain(line: str, status: int) -> int:
     with contextlib.suppress(OSError):
         print(f"reslab: {' '.join(line.splitlines())}", file=sys.stderr)
     return status
-
-
-def _expand(images: tuple[str, ...], verb: str) -> Iterator[Path]:
-    """Files as given, the image files of folders, and what patterns match; folders are read as the answer is."""
-    found = _named(images)
-    first = next(found, None)
-    if first is None:
-        raise CallError(f"{verb} needs image files; received {' '.join(map(shown, images)) or 'none'}, which names no image: give files, folders or patterns")
-    return itertools.chain([first], found)
-
-
-def _named(images: tuple[str, ...]) -> Iterator[Path]:
-    from reslab.data.folder import image_paths
-
-    for given in images:
-        path = Path(given).expanduser()
-        if path.is_dir():
-            yield from image_paths(path)
-        elif not path.exists() and glob.has_magic(given):
-            yield from map(Path, sorted(glob.glob(str(path), recursive=True)) or [given])  # noqa: PTH207  # patterns may be absolute
-        else:
-            yield path
 
 
 if __name__ == "__main__":
