@@ -11,12 +11,10 @@ import pytest
 import torch
 
 import reslab
-from reslab.data.source import open_images
-from reslab.data.split import split
 from reslab.nets.torch import ResNet
 from reslab.run import write_whole
 from reslab.study import STUDIES, degradation, lab, training
-from reslab.study.data import Data, load, prepare
+from reslab.study.data import Data, load
 from reslab.study.kinds import Cell, Schedule, Setting, Subject
 from reslab.study.lab import Place
 from reslab.study.training import errors, lr_at, train
@@ -25,18 +23,6 @@ from reslab.study.twins import deeper, layers, plain
 TINY = reslab.spec("resnet20", depths=(1, 1, 1), in_channels=1)
 SETTING = Setting(seconds=60, jobs=2, seeds=2, net=TINY)
 quiet = lambda text: None  # noqa: E731
-
-
-@pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
-    store = tmp_path_factory.mktemp("study")
-    _, folder = prepare(split(open_images("digits"), 0), 8, store)
-    return Place(store / "out", store, folder)
-
-
-@pytest.fixture
-def data(place: Place) -> Data:
-    return load(place.data)
 
 
 @pytest.fixture

@@ -15,14 +15,12 @@ from torch.func import functional_call
 from torch.nn.functional import cross_entropy
 
 import reslab
-from reslab.data.source import open_images
-from reslab.data.split import split
 from reslab.nets.torch import ResNet
 from reslab.report.studies.landscape import figures
 from reslab.run import Record
 from reslab.seeds import seeded
 from reslab.study import lab, landscape
-from reslab.study.data import Data, load, prepare
+from reslab.study.data import Data
 from reslab.study.hessian import hessian_product, lanczos
 from reslab.study.kinds import Cell, Ready, Setting, Subject
 from reslab.study.lab import Outcome, Place
@@ -33,18 +31,6 @@ from tests.conftest import scramble
 
 TINY = reslab.spec("resnet20", depths=(1, 1), widths=(4, 8), in_channels=1)
 SETTING = Setting(seconds=60, jobs=1, seeds=1, net=TINY)
-
-
-@pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
-    store = tmp_path_factory.mktemp("study")
-    _, folder = prepare(split(open_images("digits"), 0), 8, store)
-    return Place(store / "out", store, folder)
-
-
-@pytest.fixture
-def data(place: Place) -> Data:
-    return load(place.data)
 
 
 def tiny(spec: reslab.Spec = TINY, seed: int = 0) -> ResNet:
