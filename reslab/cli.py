@@ -20,6 +20,7 @@ from reslab.terminal import console, print_checkup, print_lines, print_result, p
 from reslab.train.recipe import RECIPES, Recipe, helps
 
 DIGITS = "digits"
+CLUSTER = "let a Ray cluster do it: its address, `auto` or `local` (extra `cluster`)"
 app = App(
     name="reslab",
     help="The workbench for residual networks. Try: reslab train digits",
@@ -119,7 +120,7 @@ def predict(
     /,
     *images: Annotated[str, Parameter(help="files, folders or patterns such as 'photos/*.jpg'")],
     out: Annotated[Path | None, Parameter(help="write a .csv or .jsonl instead, for very many images")] = None,
-    cluster: Annotated[str | None, Parameter(help="let a Ray cluster do it: its address, `auto` or `local` (extra `cluster`)")] = None,
+    cluster: Annotated[str | None, Parameter(help=CLUSTER)] = None,
     as_json: JsonFlag = False,
 ) -> int:
     """The likeliest classes of images. Exit status 1 when one could not be read; the others are done."""
@@ -277,6 +278,7 @@ def study(
     out: Annotated[Path | None, Parameter(help="the study's folder; by default below studies/. An interrupted study goes on there")] = None,
     seeds: Annotated[int, Parameter(help="trainings of each net")] = 3,
     jobs: Annotated[int | None, Parameter(help="processes; by default one a core")] = None,
+    cluster: Annotated[str | None, Parameter(help=CLUSTER)] = None,
 ) -> int:
     """Answer a question about residual networks by measuring. Without a name: the list of questions."""
     from reslab.study import STUDIES
@@ -287,7 +289,7 @@ def study(
     from reslab.studies import Call, study_all
     from reslab.studies import study as run_study
 
-    call = Call(data, runs, net, budget, image_size, out, seeds, jobs)
+    call = Call(data, runs, net, budget, image_size, out, seeds, jobs, cluster)
     with watch() as show:
         answered = study_all(call, show) if name == "all" else [(name, *run_study(name, call, show))]
     for each, page, claims in answered:

@@ -1,14 +1,14 @@
-"""Work spread over the machines of a Ray cluster: items in, results out, in order. Needs the extra `cluster`.
+"""Work spread over the machines of a Ray cluster. Needs the extra `cluster`.
 
-What was under way on a machine that dies is done again on another, and every item has one result. Only so many items are
-under way at a time, so a million of them need no more memory here than a hundred. Ray carries the calls; the machines
-must have reslab installed and see the same files.
+What was under way on a machine that dies is done again on another, and every item has one result. Ray carries the calls;
+the machines must have reslab installed and see the same files.
 """
 
 import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from concurrent.futures import Executor, Future
+from contextlib import ExitStack, contextmanager
 from typing import Any, TypeVar
 
 from reslab.errors import CallError, WorkError, needs_extra, shown
@@ -20,22 +20,64 @@ RETRIES = 4  # after which an item is what kills its machine
 AHEAD = 3  # items handed out for every core of the cluster
 
 
-def spread(work: Callable[[T], R], items: Iterable[T], address: str) -> Iterator[tuple[T, R]]:
-    """(item, work(item)) for each item, in order. `work` and what it takes and gives must be picklable; each call has a core.
+class Pool(Executor):
+    """The cores of a cluster, used like the processes of `concurrent.futures.ProcessPoolExecutor`: each call has a core.
 
     `address` is a cluster's, such as 10.0.0.1:6379 or ray://10.0.0.1:10001; "auto" finds the one that this machine is part
-    of, "local" makes one of this machine alone. Raises what `work` raises, and WorkError when there is no cluster, or when
-    an item has lost its machine five times.
+    of, "local" makes one of this machine alone. `begin` is called before each call, where it is done. A future raises what
+    its call raises, and WorkError when it has lost its machine five times. Raises WorkError when there is no cluster.
     """
-    with connected(address) as ray:
-        call = ray.remote(_call).options(num_cpus=1, max_retries=RETRIES)
-        waiting: deque[tuple[T, Any]] = deque()
+
+    def __init__(self, address: str, begin: Callable[[], None] | None = None) -> None:
+        self._held = ExitStack()
+        self._ray, self._begin = self._held.enter_context(connected(address)), begin
+        self._call = self._ray.remote(_call).options(num_cpus=1, max_retries=RETRIES)
+
+    @property
+    def cores(self) -> int:
+        """Of all machines together, now."""
+        return max(1, int(self._ray.cluster_resources().get("CPU", 1)))
+
+    def submit(self, function: Callable[..., R], /, *arguments: Any) -> Future[R]:  # type: ignore[override]
+        """The call's result to be. `function` and what it takes and gives must be picklable."""
+        future: Future[R] = Future()
+
+        def hand_on(found: Future[R]) -> None:
+            error = found.exception()
+            if error:
+                future.set_exception(self._ours(error))
+            else:
+                future.set_result(found.result())
+
+        self._call.remote(self._begin, function, arguments).future().add_done_callback(hand_on)
+        return future
+
+    def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
+        """Ends the connection, and with it the calls that are not done."""
+        self._held.close()
+
+    def _ours(self, error: BaseException) -> BaseException:
+        if isinstance(error, self._ray.exceptions.RayTaskError):
+            cause = error.cause
+            return cause if isinstance(cause, CallError | WorkError) else WorkError(f"a part of the work failed: {_line(cause)}")
+        return WorkError(f"a part of the work lost its machine {1 + RETRIES} times: {_line(error)}")
+
+
+def spread(work: Callable[[T], R], items: Iterable[T], address: str) -> Iterator[tuple[T, R]]:
+    """(item, work(item)) for each item, in order, by the cores of a `Pool`.
+
+    Only so many items are under way at a time, so a million of them need no more memory here than a hundred.
+    """
+    with Pool(address) as pool:
+        waiting: deque[tuple[T, Future[R]]] = deque()
         for item in items:
-            waiting.append((item, call.remote(work, item)))
-            while len(waiting) >= AHEAD * max(1, ray.cluster_resources().get("CPU", 1)):
-                yield _taken(ray, *waiting.popleft())
+            waiting.append((item, pool.submit(work, item)))
+            while len(waiting) >= AHEAD * pool.cores:
+                done, future = waiting.popleft()
+                yield done, future.result()
         while waiting:
-            yield _taken(ray, *waiting.popleft())
+            done, future = waiting.popleft()
+            yield done, future.result()
 
 
 @contextmanager
@@ -55,18 +97,10 @@ def connected(address: str) -> Iterator[Any]:
         ray.shutdown()
 
 
-def _call(work: Callable[[T], R], item: T) -> R:
-    return work(item)
-
-
-def _taken(ray: Any, item: T, reference: Any) -> tuple[T, R]:
-    try:
-        result: R = ray.get(reference)
-    except ray.exceptions.RayTaskError as error:
-        raise error.cause if isinstance(error.cause, CallError | WorkError) else WorkError(f"a part of the work failed: {_line(error.cause)}") from error
-    except ray.exceptions.RayError as error:
-        raise WorkError(f"a part of the work lost its machine {1 + RETRIES} times: {_line(error)}") from error
-    return item, result
+def _call(begin: Callable[[], None] | None, function: Callable[..., R], arguments: tuple[Any, ...]) -> R:
+    if begin:
+        begin()
+    return function(*arguments)
 
 
 def _line(error: BaseException) -> str:

@@ -4,6 +4,8 @@ import hashlib
 import os
 import platform
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -11,6 +13,7 @@ from typing import Any, Protocol
 import torch
 
 from reslab import __version__
+from reslab.cluster import Pool
 from reslab.data.images import Images
 from reslab.data.named import roots
 from reslab.data.preprocess import Preprocess
@@ -24,7 +27,7 @@ from reslab.run import Run, shipped
 from reslab.study import STUDIES
 from reslab.study.data import Facts, prepare
 from reslab.study.kinds import Claim, Given, Setting, Study
-from reslab.study.lab import Outcome, Place, find, keep, run
+from reslab.study.lab import Outcome, Place, Workers, find, keep, processes, run
 from reslab.use.artefact import TorchModel
 from reslab.use.classifier import Classifier, load
 from reslab.use.own import own_images
@@ -57,6 +60,7 @@ class Call:
     out: Path | None = None
     seeds: int = 3
     jobs: int | None = None
+    cluster: str | None = None
 
     def __post_init__(self) -> None:
         if not 1 <= self.seeds <= MOST_SEEDS or not 1 <= (self.jobs or 1) <= 1024 or not 4 <= (self.image_size or 32) <= 1024:
@@ -71,10 +75,6 @@ class Call:
         """The budget; 0 for the published protocol."""
         return 0.0 if self.budget == "paper" else float(seconds(self.budget) or 0)
 
-    @property
-    def workers(self) -> int:
-        return self.jobs or len(os.sched_getaffinity(0))
-
 
 def study(name: str, call: Call, show: Show) -> tuple[Path, list[Claim]]:
     """Measures what is missing and writes OUT/study.html; returns its path and the claims.
@@ -88,7 +88,8 @@ def study(name: str, call: Call, show: Show) -> tuple[Path, list[Claim]]:
     call = _with_defaults(call, found)
     subject = "-".join(path.name for path in call.runs) if call.runs else Path(str(call.data)).stem
     out = call.out or STUDIES_FOLDER / f"{name}-{subject}-{call.budget}"
-    return _answered(name, found, call, Place(out, call.out or STUDIES_FOLDER, out), show)
+    with _workers(call) as (call, workers):
+        return _answered(name, found, call, Place(out, call.out or STUDIES_FOLDER, out), show, workers)
 
 
 def study_all(call: Call, show: Show) -> list[tuple[str, Path, list[Claim]]]:
@@ -99,19 +100,31 @@ def study_all(call: Call, show: Show) -> list[tuple[str, Path, list[Claim]]]:
     if call.runs:
         raise CallError("`study all` makes its own nets; received a run: name one study")
     answered, failed = [], []
-    for name in STUDIES:
-        each = replace(call, out=call.out and call.out / name)
-        try:
-            found = find(name)
-            each = _with_defaults(each, found)
-            out = each.out or STUDIES_FOLDER / f"{name}-{Path(str(each.data)).stem}-{call.budget}"
-            answered.append((name, *_answered(name, found, each, Place(out, call.out or STUDIES_FOLDER, out), show)))
-        except (CallError, WorkError) as error:
-            show.say(f"{name}: {error}")
-            failed.append(name)
+    with _workers(call) as (call, workers):
+        for name in STUDIES:
+            each = replace(call, out=call.out and call.out / name)
+            try:
+                found = find(name)
+                each = _with_defaults(each, found)
+                out = each.out or STUDIES_FOLDER / f"{name}-{Path(str(each.data)).stem}-{call.budget}"
+                answered.append((name, *_answered(name, found, each, Place(out, call.out or STUDIES_FOLDER, out), show, workers)))
+            except (CallError, WorkError) as error:
+                show.say(f"{name}: {error}")
+                failed.append(name)
     if failed:
         raise WorkError(f"{len(answered)} studies are answered; {', '.join(failed)} failed for the reasons above")
     return answered
+
+
+@contextmanager
+def _workers(call: Call) -> Iterator[tuple[Call, Workers]]:
+    """Who works off the cells, processes of this machine or the cores of a cluster, and the call with how many they are."""
+    if call.cluster is None:
+        yield replace(call, jobs=call.jobs or len(os.sched_getaffinity(0))), processes
+        return
+    address = call.cluster
+    with Pool(address) as held:  # one connection, which those below use
+        yield replace(call, jobs=call.jobs or held.cores), lambda jobs, begin: Pool(address, begin)
 
 
 def _with_defaults(call: Call, found: Study) -> Call:
@@ -124,7 +137,10 @@ def _with_defaults(call: Call, found: Study) -> Call:
     return replace(call, data="digits" if short or not _has_cifar() else "cifar10")
 
 
-def _answered(name: str, found: Study, call: Call, place: Place, show: Show) -> tuple[Path, list[Claim]]:
+def _answered(name: str, found: Study, call: Call, place: Place, show: Show, workers: Workers) -> tuple[Path, list[Claim]]:
+    assert call.jobs
+    if call.cluster:
+        place = Place(*(path.absolute() for path in place))
     if call.runs:
         given = [(path, load(path)) for path in call.runs]
         images, size, preprocess = _of_runs(call.runs, [c for _, c in given], show)
@@ -136,7 +152,7 @@ def _answered(name: str, found: Study, call: Call, place: Place, show: Show) -> 
     base = call.net or ("resnet20" if size <= MOST_PIXELS else "resnet18")
     shape = {"in_channels": data.facts.channels, "num_classes": data.facts.classes}
     nets = tuple(Given(_named(path, call.runs), c.spec, keep(c.net, place.store)) for path, c in given)
-    setting = Setting(call.seconds, call.workers, call.seeds, find_spec(base, **shape), nets)
+    setting = Setting(call.seconds, call.jobs, call.seeds, find_spec(base, **shape), nets)
     page, began = _page(name, found, call, data.facts, setting), time.monotonic()
 
     def draw(outcome: Outcome, running: bool = True) -> tuple[Path, list[Claim]]:
@@ -146,12 +162,13 @@ def _answered(name: str, found: Study, call: Call, place: Place, show: Show) -> 
         now = {"seconds": round(time.monotonic() - began), "cells": outcome.done, "running": running}
         return write_study(place.out / "study.html", page | measured | now, outcome.records), claims
 
-    outcome = run(name, place._replace(data=folder), setting, show.say, draw if found.live else None)
+    outcome = run(name, place._replace(data=folder), setting, show.say, draw if found.live else None, workers)
     return draw(outcome, running=False)
 
 
 def _page(name: str, found: Study, call: Call, facts: Facts, setting: Setting) -> dict[str, Any]:
     """What the page says that is known before anything is measured."""
+    where = "a Ray cluster" if call.cluster else f"{len(os.sched_getaffinity(0))} cores"
     return {
         "name": name,
         "study": found,
@@ -159,7 +176,7 @@ def _page(name: str, found: Study, call: Call, facts: Facts, setting: Setting) -
         "size": facts.size,
         "command": _command(name, call, facts.size),
         "version": __version__,
-        "hardware": f"{platform.machine()}, {setting.jobs} processes on {len(os.sched_getaffinity(0))} cores, torch {torch.__version__}",
+        "hardware": f"{platform.machine()}, {setting.jobs} processes on {where}, torch {torch.__version__}",
     }
 
 
@@ -205,7 +222,8 @@ def _protocol(call: Call, setting: Setting, outcome: Outcome, own: int, size: in
 def _command(name: str, call: Call, size: int) -> str:
     what = " ".join(shown(path) for path in call.runs) if call.runs else f"--data {shown(str(call.data))} --image-size {size}"
     net = f" --net {call.net}" if call.net else ""
-    return f"reslab study {name} {what}{net} --budget {call.budget} --seeds {call.seeds} --jobs {call.workers}"
+    cluster = f" --cluster {shown(call.cluster)}" if call.cluster else ""
+    return f"reslab study {name} {what}{net} --budget {call.budget} --seeds {call.seeds} --jobs {call.jobs}{cluster}"
 
 
 def _has_cifar() -> bool:

@@ -35,7 +35,7 @@ MAY_IMPORT = {
     "train": LEAVES | NETWORK | {"catalogue", "nets", "data"},  # of the catalogue, the arithmetic of memory
     "report": LEAVES | {"study"},  # what a study works out of its records
     "study": LEAVES | NETWORK | {"__init__", "nets", "data", "train"},
-    "studies": LEAVES | NETWORK | {"__init__", "data", "limits", "study", "report", "use"},
+    "studies": LEAVES | NETWORK | {"__init__", "cluster", "data", "limits", "study", "report", "use"},
     "describe": LEAVES | NETWORK | {"data", "limits", "train"},
     "job": LEAVES | NETWORK | {"limits", "nets", "data", "train", "use", "report", "describe"},
     "terminal": {"data", "errors", "run"},

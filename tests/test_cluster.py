@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +10,14 @@ import numpy as np
 import pytest
 
 import reslab
-from reslab.cluster import connected, spread
+from reslab.cluster import Pool, connected, spread
 from reslab.data.preprocess import Preprocess
+from reslab.data.source import open_images
+from reslab.data.split import split
+from reslab.study import degradation, lab
+from reslab.study.data import prepare
+from reslab.study.kinds import Cell, Schedule, Setting, Subject
+from reslab.study.lab import Place
 from reslab.use import cluster as prediction
 from reslab.use.artefact import TorchModel, save
 from reslab.use.classifier import Classifier
@@ -74,3 +81,19 @@ def test_errors_of_the_work_come_back_in_one_line(two_nodes: Any, tmp_path: Path
     with pytest.raises(reslab.CallError, match=r"a finished run has model/spec\.json") as caught:
         list(prediction.predict_each(tmp_path / "none", [tmp_path / "a.png"], two_nodes.address))
     assert "\n" not in str(caught.value)
+
+
+def test_a_study_on_a_cluster_measures_what_it_measures_here(two_nodes: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def cells(setting: Setting, data: object, pace: object) -> list[Cell]:
+        return [Cell(f"seed {seed}", Subject(setting.net, seed, Schedule(4, 32)), facts={"twin": "residual", "layers": 8}) for seed in range(2)]
+
+    monkeypatch.setattr(lab, "find", lambda name: replace(degradation.STUDY, cells=cells))
+    setting = Setting(600, 2, 2, reslab.spec("resnet20", depths=(1, 1, 1), in_channels=1))
+    _, folder = prepare(split(open_images("digits"), 0), 8, tmp_path)
+    here, there = (Place(tmp_path / name, tmp_path / name, folder) for name in ("here", "there"))
+    with Pool(two_nodes.address) as pool:
+        assert pool.cores >= 1
+        far = lab.run("degradation", there, setting, lambda _: None, workers=lambda jobs, begin: Pool(two_nodes.address, begin))
+    near = lab.run("degradation", here, setting, lambda _: None)
+    assert far == near
+    assert (far.done, far.planned) == (2, 2)

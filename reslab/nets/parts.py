@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from reslab.layout import SCALING, norm_groups, norm_kind
+from reslab.nets.winograd import WideConv, suits
 from reslab.spec import Conv, Spec
 
 NARROW = 16  # channels
@@ -14,6 +15,8 @@ def conv(inputs: int, c: Conv, bias: bool) -> nn.Conv2d:
     """Padded so that stride 1 keeps the size."""
     if c.kernel == 1 and c.stride > 1 and inputs < NARROW:
         return NarrowPointwise(inputs, c.outputs, 1, c.stride, bias=bias)
+    if suits(inputs, c.outputs, c.kernel, c.stride, c.groups):
+        return WideConv(inputs, c.outputs, c.kernel, padding=1, bias=bias)
     return nn.Conv2d(inputs, c.outputs, c.kernel, c.stride, padding=c.kernel // 2, groups=c.groups, bias=bias)
 
 

@@ -11,11 +11,12 @@ from typing import Any, NamedTuple
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator
+from matplotlib.ticker import AutoLocator, FuncFormatter, LogLocator, MaxNLocator
 
 from reslab.report.svg import HEAT, SERIES, STYLE, as_svg
 
 Row = dict[str, Any]
+COUNTED = ("block", "blocks removed", "convolutions", "layer", "layers", "step")  # axes with no half of a tick
 
 
 class Drawn(NamedTuple):
@@ -63,6 +64,8 @@ def titled(axes: Axes, title: str, x: str = "", y: str = "") -> None:
     axes.set_title(as_typed(title), loc="left", fontsize=10)
     axes.set_xlabel(x)
     axes.set_ylabel(y)
+    if x in COUNTED and isinstance(axes.xaxis.get_major_locator(), AutoLocator):
+        axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True))
 
 
 def as_typed(name: str) -> str:

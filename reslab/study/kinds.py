@@ -93,6 +93,7 @@ class Setting(NamedTuple):
     seeds: int
     net: Spec
     given: tuple[Given, ...] = ()
+    sharing: int = 0  # seeds that the budget is shared out among, when others than `seeds`
 
     @property
     def is_paper(self) -> bool:

@@ -1,10 +1,11 @@
-"""Runs a study: plans its cells within the budget and works them off in processes, trainings first.
+"""Runs a study: plans its cells within the budget and works them off in processes, here or on a cluster, trainings first.
 
-OUT/plan.json holds the plan, so that an interrupted study goes on with the same cells; OUT/cells/KEY.jsonl the records of
+OUT/plan.json holds what the plan was made from, so that an interrupted study goes on with the same cells; OUT/cells/KEY.jsonl the records of
 each finished cell. STORE holds what studies share: decoded images, and the trained nets as STORE/nets/KEY.safetensors.
 Everything is written whole and named by content, and what is there is not done again.
 """
 
+import contextlib
 import hashlib
 import importlib
 import json
@@ -14,9 +15,10 @@ import os
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,13 +32,14 @@ from reslab.run import Record, write_whole
 from reslab.spec import Spec
 from reslab.study import STUDIES
 from reslab.study.data import Data, load
-from reslab.study.kinds import Cell, Ready, Schedule, Setting, Study, Subject
+from reslab.study.kinds import Cell, Ready, Setting, Study, Subject
 from reslab.study.training import train
 from reslab.tensors import read_tensors, write_tensors
 
 TIMED_STEPS = 3
 REDRAWN = 0.04  # of the time, at most, goes into drawing what is there so far
 Tell = Callable[[str], None]
+Workers = Callable[[int, Callable[[], None]], Executor]  # so many at a time; each calls that before it works
 
 
 class Place(NamedTuple):
@@ -69,10 +72,17 @@ def find(name: str) -> Study:
     return study
 
 
-def run(name: str, place: Place, setting: Setting, tell: Tell = print, draw: Callable[[Outcome], object] | None = None) -> Outcome:
+def processes(jobs: int, begin: Callable[[], None]) -> Executor:
+    """Processes of this machine."""
+    return ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), begin)
+
+
+def run(
+    name: str, place: Place, setting: Setting, tell: Tell = print, draw: Callable[[Outcome], object] | None = None, workers: Workers = processes
+) -> Outcome:
     """Measures what is missing. Cells for which the budget has no time left stay undone: repeating the call does them.
 
-    `draw` is given what is there, now and then while the rest is measured.
+    `draw` is given what is there, now and then while the rest is measured. `workers` are all to see `place`.
     Raises CallError when the budget allows no step, WorkError when the work fails; finished cells are kept.
     """
     data, started = load(place.data), time.monotonic()
@@ -81,7 +91,7 @@ def run(name: str, place: Place, setting: Setting, tell: Tell = print, draw: Cal
     waiting = [cell for cell in cells if not place.cell(name, cell, fingerprint).is_file()]
     tell(f"{name}: {len(cells)} cells on {data.facts.name} at {data.facts.size} px, {len(cells) - len(waiting)} done before")
     done, due = len(cells) - len(waiting), 0.0
-    for cell, seconds in _work(name, place, waiting, fingerprint, setting, started):
+    for cell, seconds in _work(name, place, waiting, fingerprint, setting, started, workers):
         done += 1
         tell(f"{done}/{len(cells)}  {cell.name}  {seconds:.0f} s")
         if draw and seconds > due:
@@ -96,40 +106,44 @@ def _outcome(name: str, place: Place, cells: list[Cell], fingerprint: str) -> Ou
 
 
 def _plan(study: Study, name: str, data: Data, setting: Setting, place: Place) -> list[Cell]:
-    """The cells, from plan.json where it answers the same call: measured paces differ from run to run."""
+    """The cells. Paces differ from run to run, so plan.json keeps those that a call was planned by.
+
+    When it is repeated, or asked for other seeds, the same schedules come out, and what is finished stays.
+    """
     file = place.out / "plan.json"
-    asked = json.loads(json.dumps({"study": name, "fingerprint": data.facts.fingerprint, **setting._asdict(), "net": asdict(setting.net)}, default=asdict))
-    try:
+    asked = {"study": name, "fingerprint": data.facts.fingerprint, **setting._asdict(), "net": asdict(setting.net)}
+    seeds = asked.pop("seeds")
+    asked = json.loads(json.dumps(asked, default=asdict))
+    paces: dict[str, float] = {}
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # there is none
         held = json.loads(file.read_text("utf-8"))
         if held["asked"] == asked:
-            return [_cell(row) for row in held["cells"]]
-    except (OSError, ValueError, KeyError, TypeError):
-        pass  # none, or one of another call
-    cells = study.cells(setting, data, _Pace(data, _threads(setting.jobs)))
+            seeds, paces = int(held["seeds"]), {str(key): float(pace) for key, pace in held["paces"].items()}
+    pace = _Pace(data, _threads(setting.jobs), paces)
+    cells = study.cells(setting._replace(sharing=seeds), data, pace)
     schedules = [s for cell in cells for s in (cell.training, cell.subject.schedule) if s]
     if not cells or any(schedule.steps < 1 for schedule in schedules):
         raise CallError(f"the budget must allow every cell a step; {setting.seconds:.0f} s do not for {len(cells)} cells: raise --budget or lower --seeds")
-    write_whole(file, json.dumps({"asked": asked, "cells": [asdict(cell) for cell in cells]}).encode())
+    write_whole(file, json.dumps({"asked": asked, "seeds": seeds, "paces": pace.known}).encode())
     return cells
 
 
-def _cell(row: dict[str, Any]) -> Cell:
-    subject = row["subject"]
-    made = Subject(Spec.from_dict(subject["spec"]), subject["seed"], _schedule(subject["schedule"]), subject["weights"])
-    return Cell(row["name"], made, _schedule(row["training"]), row["facts"])
-
-
-def _schedule(row: dict[str, Any] | None) -> Schedule | None:
-    return Schedule(**{**row, "milestones": tuple(row["milestones"])}) if row else None
-
-
 class _Pace:
-    """Times a few training steps of a net with a cell's threads; this process keeps its own, and its random numbers."""
+    """Times a few training steps of a net with a cell's threads; this process keeps its own, and its random numbers.
 
-    def __init__(self, data: Data, threads: int) -> None:
-        self.size, self.threads = data.facts.size, threads
+    What is `known` is not timed again.
+    """
+
+    def __init__(self, data: Data, threads: int, known: dict[str, float]) -> None:
+        self.size, self.threads, self.known = data.facts.size, threads, known
 
     def __call__(self, spec: Spec, batch: int) -> float:
+        key = hashlib.sha256(json.dumps([asdict(spec), batch]).encode()).hexdigest()[:24]
+        if key not in self.known:
+            self.known[key] = self._with_threads(spec, batch)
+        return self.known[key]
+
+    def _with_threads(self, spec: Spec, batch: int) -> float:
         own = torch.get_num_threads()
         torch.set_num_threads(self.threads)
         try:
@@ -169,7 +183,7 @@ class _Queue:
         return self.untrained.pop(next(iter(self.untrained))) if self.untrained else None
 
 
-def _work(name: str, place: Place, cells: list[Cell], fingerprint: str, setting: Setting, started: float) -> Iterator[tuple[Cell, float]]:
+def _work(name: str, place: Place, cells: list[Cell], fingerprint: str, setting: Setting, started: float, workers: Workers) -> Iterator[tuple[Cell, float]]:
     """Yields each cell when its records are on the disk, and the seconds since the beginning. What is finished stays, whatever happens to the rest.
 
     Once a cell is finished, nothing is begun that would, going by the longest of its kind so far, end after the budget.
@@ -177,7 +191,7 @@ def _work(name: str, place: Place, cells: list[Cell], fingerprint: str, setting:
     if not cells:
         return
     queue, longest, end = _Queue(cells, place, fingerprint), {train_one: 0.0, work_off: 0.0}, setting.seconds or math.inf
-    with ProcessPoolExecutor(min(setting.jobs, len(cells)), multiprocessing.get_context("spawn"), _begin, (_threads(setting.jobs),)) as pool:
+    with workers(min(setting.jobs, len(cells)), partial(_begin, _threads(setting.jobs))) as pool:
         running: dict[Future[None], tuple[Cell | list[Cell], float]] = {}
         any_done = False
         try:

@@ -18,15 +18,12 @@ skips lie in a chaotic surface, the ones with skips do not. Their test errors, w
 
 import copy
 import math
-import os
-import time
 from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
 from statistics import fmean
 from typing import NamedTuple
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from reslab.nets.torch import ResNet
@@ -39,12 +36,13 @@ from reslab.study.kinds import Cell, Claim, Pace, Ready, Setting, Study, Verdict
 from reslab.study.stats import Estimate, estimate, paired, points
 from reslab.study.surface import Batches, along, direction, filters, for_surface, mean_loss
 from reslab.study.training import SCORED, errors
-from reslab.study.twins import layers, plain, trained
+from reslab.study.twins import batch_size, layers, plain, trained
 
 SAMPLE, DIRECTION, START = 31, 32, 33  # streams of random numbers
 TRAINING, MEASURING = 0.3, 0.4  # shares of the budget; where nets are given, both are for measuring
 LINES = 4  # beside the plane's own directions
 HESSIANS, PRODUCTS, PRODUCT_COST = 3, 15, 20  # disjoint samples; Lanczos steps; forward passes that a product takes
+FORWARD = 0.3  # of an image's training step
 EXTREMES = 5  # eigenvalues of either end that are kept
 BATCH = 125
 SHALLOW = 20  # layers, up to which the paper finds both surfaces benign
@@ -73,7 +71,7 @@ PLANS = (Plan(25, 1000), Plan(17, 1000), Plan(17, 500), Plan(13, 500), Plan(9, 5
 def cells(setting: Setting, data: Data, pace: Pace) -> list[Cell]:
     """For every net its errors, lines and Hessians; then the rows of all planes, coarse ones first, so that a picture comes early."""
     nets = trained({"residual": setting.net, "plain": plain(setting.net)}, setting, data, pace, TRAINING)
-    plan = Plan(51, len(data.train)) if setting.is_paper else _plan([net.spec for net in nets.values()], setting, data)
+    plan = Plan(51, len(data.train)) if setting.is_paper else _plan([net.spec for net in nets.values()], setting, data, pace)
     facts = {"side": plan.side, "images": min(plan.images, len(data.train))}
     parts = [("errors", 0), *(("line", k) for k in range(LINES)), *(("hessian", k) for k in range(HESSIANS))]
     rows = sorted((("row", k) for k in range(plan.side)), key=lambda row: -next(step for step in (8, 4, 2, 1) if row[1] % step == 0))
@@ -89,30 +87,12 @@ def cells(setting: Setting, data: Data, pace: Pace) -> list[Cell]:
     ]
 
 
-def _plan(specs: list[Spec], setting: Setting, data: Data) -> Plan:
-    """The finest plan that fits, going by a timed forward pass of every net."""
-    scored = len(data.test) + min(SCORED, len(data.train))
-    each = sum(_seconds_an_image(spec, data.facts.size) for spec in specs)
+def _plan(specs: list[Spec], setting: Setting, data: Data, pace: Pace) -> Plan:
+    """The finest plan that fits."""
+    scored, batch = len(data.test) + min(SCORED, len(data.train)), batch_size(data)
+    each = FORWARD * sum(pace(spec, batch) for spec in specs) / batch
     share = MEASURING + TRAINING * bool(setting.given)
-    free = share * setting.seconds * min(setting.jobs, len(os.sched_getaffinity(0)))
-    return next((plan for plan in PLANS if each * (plan.looks + scored) <= free), PLANS[-1])
-
-
-def _seconds_an_image(spec: Spec, size: int) -> float:
-    """Of one core."""
-    threads, times = torch.get_num_threads(), []
-    torch.set_num_threads(1)
-    try:
-        with torch.random.fork_rng(), torch.inference_mode():
-            net = for_surface(ResNet(spec), size)
-            x = torch.randn(BATCH, spec.in_channels, size, size).contiguous(memory_format=torch.channels_last)
-            for _ in range(3):
-                start = time.process_time()
-                net(x)
-                times.append(time.process_time() - start)
-    finally:
-        torch.set_num_threads(threads)
-    return min(times) / BATCH
+    return next((plan for plan in PLANS if each * (plan.looks + scored) <= share * setting.seconds * setting.jobs), PLANS[-1])
 
 
 def measure(cell: Cell, ready: Ready, data: Data) -> Iterator[Record]:

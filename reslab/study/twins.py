@@ -57,7 +57,7 @@ def schedule(specs: list[Spec], setting: Setting, data: Data, pace: Pace, share:
     batch = batch or batch_size(data)
     if setting.is_paper:
         return Schedule(PAPER_STEPS, batch, **{"lr": 0.1, "warmup": 0.01, **changes})
-    cost = sum(pace(spec, batch) for spec in specs) * setting.seeds / setting.jobs
+    cost = sum(pace(spec, batch) for spec in specs) * (setting.sharing or setting.seeds) / setting.jobs
     return Schedule(min(PAPER_STEPS, int(share * setting.seconds / cost)), batch, **changes)
 
 
@@ -65,7 +65,7 @@ def trained(twins: dict[str, Spec], setting: Setting, data: Data, pace: Pace, sh
     """The nets that were given, or else the twins, each trained once with the first seed in a share of the budget."""
     if setting.given:
         return {net.name: Subject(net.spec, weights=net.weights) for net in setting.given}
-    plan = schedule(list(twins.values()), setting._replace(seeds=1), data, pace, share)
+    plan = schedule(list(twins.values()), setting._replace(seeds=1, sharing=1), data, pace, share)
     return {name: Subject(spec, 0, plan) for name, spec in twins.items()}
 
 

@@ -25,6 +25,7 @@ from reslab.data.preprocess import Preprocess
 from reslab.data.shards import shuffled
 from reslab.errors import WorkError
 from reslab.interval import share
+from reslab.nets.winograd import use_winograd
 from reslab.run import Run
 from reslab.seeds import seed_of, seeded
 from reslab.tensors import below, read_tensors, write_tensors
@@ -73,6 +74,7 @@ class Training:
         self.deadline = deadline  # time.monotonic() at which the training is to end, if it has a budget
         self.board: Board | None = None
         self.logged = 0.0  # when the last `step` record was written
+        use_winograd(net, plan.winograd)
         self.optimizer = optimizer(net, recipe)
         keep_gradients(net)
         self.shared = machine.share(Checkpointed(net, plan.segments, plan.memory))  # after the optimiser has frozen what is to be frozen
@@ -123,6 +125,7 @@ class Training:
                     raise Interrupted(stop)
         if self._is_stale():
             self.show.say(f"stopped early: {p.stale_epochs} epochs without a better val top-1")
+        use_winograd(self.net, False)
         self._take_weights()
 
     def _epochs(self) -> int:

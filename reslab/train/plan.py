@@ -14,6 +14,7 @@ from torch.nn.functional import cross_entropy, interpolate
 from reslab.errors import CallError
 from reslab.host import release_freed_memory
 from reslab.nets.torch import ResNet
+from reslab.nets.winograd import use_winograd
 from reslab.train.checkpoint import Checkpointed, Segments, choose_segments
 from reslab.train.hardware import Machine, synchronise
 from reslab.train.optim import keep_gradients, optimizer
@@ -38,6 +39,7 @@ class Plan:
     val_seconds: float = 0.0  # one pass over val
     memory: int | None = None  # bytes that a process may hold
     segments: Segments = ()  # the first blocks, grouped, that are computed again in the backward pass
+    winograd: bool = False  # wide convolutions by Winograd's algorithm
 
     @property
     def epochs(self) -> int:
@@ -75,7 +77,8 @@ def make_plan(net: ResNet, x: Tensor, recipe: Recipe, train: int, val: int, macs
     precision, reason = (recipe.precision, "as asked") if recipe.precision != "auto" else _choose_precision(macs, machine)
     per_epoch = train // recipe.batch_size
     segments = choose_segments(net.spec, recipe, precision, memory, machine)
-    plan = Plan(recipe.steps or recipe.epochs * per_epoch, per_epoch, precision, reason, memory=memory, segments=segments)
+    winograd = recipe.convolution == "auto" and machine.device.type == "cpu" and precision == "fp32" and use_winograd(net, True)
+    plan = Plan(recipe.steps or recipe.epochs * per_epoch, per_epoch, precision, reason, memory=memory, segments=segments, winograd=winograd)
     pieces, x = len(x) // recipe.micro_batch, x[: recipe.micro_batch]
     full = low = pieces * _time_step(net, x, recipe, plan, machine)
     if recipe.low_resolution:

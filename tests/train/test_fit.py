@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import load_file
 
 import reslab
+from reslab.job import Silent
 from reslab.run import Run
 
 SHORT = ("--epochs", "3", "--batch-size", "32", "--seed", "7")
@@ -220,3 +221,24 @@ def test_curves_for_tensorboard(tmp_path: Path) -> None:
     run = reslab.train("digits", out=tmp_path / "run", epochs=2, tensorboard=True)
     held = EventAccumulator(str(run.path / "tensorboard")).Reload()
     assert [event.value for event in held.Scalars("val/top1")] == pytest.approx([r["top1"] for r in run.records("val")])
+
+
+def test_wide_convolutions_take_winograds_algorithm_and_keep_it_when_resumed(tmp_path: Path) -> None:
+    class Cut(Silent):
+        def step(self, epoch: int, epochs: int, step: int, steps: int, facts: dict[str, float]) -> None:
+            if step == 4:
+                raise KeyboardInterrupt
+
+    wide = reslab.spec("resnet20", widths=(128,), depths=(1,), stem_width=128)
+    given = {"epochs": 1, "batch_size": 64, "optimizer": "sgd", "seed": 7}
+    whole, direct = (reslab.train("digits", wide, tmp_path / name, convolution=name, **given) for name in ("auto", "direct"))
+    assert (whole.config["plan"]["winograd"], direct.config["plan"]["winograd"]) == (True, False)
+    ours, theirs = weights(whole.path)["layer1.0.conv2.weight"], weights(direct.path)["layer1.0.conv2.weight"]
+    assert not torch.equal(ours, theirs)
+    torch.testing.assert_close(ours, theirs, rtol=1e-2, atol=1e-3)
+    with pytest.raises(KeyboardInterrupt):
+        reslab.train("digits", wide, tmp_path / "cut", save_every=0, show=Cut(), **given)
+    resumed = reslab.train(resume=tmp_path / "cut")
+    assert resumed.last("test")["top1"] == whole.last("test")["top1"]
+    for name, tensor in weights(whole.path).items():
+        assert torch.equal(tensor, weights(resumed.path)[name]), name

@@ -1,0 +1,73 @@
+"""Convolutions by Winograd's algorithm give what direct ones give, forward and backward."""
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.functional import conv2d
+
+import reslab
+from reslab.nets import winograd
+from reslab.nets.winograd import WideConv, Winograd, pays, use_winograd
+
+
+def of(x: Tensor, weight: Tensor) -> Tensor:
+    y: Tensor = Winograd.apply(x, weight)  # type: ignore[no-untyped-call]
+    return y
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 8, 8), (1, 4, 9, 6), (3, 2, 4, 15), (2, 5, 1, 2)])
+@pytest.mark.parametrize("outputs", [3, 6])
+def test_outputs_and_gradients_are_those_of_the_direct_convolution(shape: tuple[int, ...], outputs: int) -> None:
+    torch.manual_seed(1)
+    x = torch.randn(shape, dtype=torch.float64).requires_grad_()
+    weight = torch.randn(outputs, shape[1], 3, 3, dtype=torch.float64).requires_grad_()
+    direct, ours = conv2d(x, weight, padding=1), of(x, weight)
+    torch.testing.assert_close(ours, direct, rtol=1e-12, atol=1e-11)
+    dy = torch.randn_like(direct)
+    for one, other in zip(torch.autograd.grad(ours, (x, weight), dy), torch.autograd.grad(direct, (x, weight), dy), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-11)
+
+
+def test_one_wrong_number_of_a_transform_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    wrong = [list(row) for row in winograd.OUTPUT]
+    wrong[3][4] = 8
+    monkeypatch.setattr(winograd, "OUTPUT", wrong)
+    winograd._transforms.cache_clear()
+    x, weight = torch.randn(1, 3, 8, 8, dtype=torch.float64), torch.randn(3, 3, 3, 3, dtype=torch.float64)
+    assert (of(x, weight) - conv2d(x, weight, padding=1)).abs().max() > 0.1
+    winograd._transforms.cache_clear()
+
+
+def test_in_fp32_rounding_stays_near_that_of_the_direct_convolution() -> None:
+    torch.manual_seed(2)
+    x, weight = torch.randn(4, 128, 16, 16), torch.randn(128, 128, 3, 3)
+    exact = conv2d(x.double(), weight.double(), padding=1)
+    assert ((of(x, weight) - exact).norm() / exact.norm()).item() < 1e-5
+
+
+def test_it_is_used_where_asked_for_and_worth_it() -> None:
+    net = reslab.build("resnet18", num_classes=5)
+    wide = {name for name, module in net.named_modules() if isinstance(module, WideConv)}
+    assert wide == {f"layer{n}.{b}.conv{c}" for n in (2, 3, 4) for b in (0, 1) for c in (1, 2)} - {f"layer{n}.0.conv1" for n in (2, 3, 4)}
+    assert not any(module.winograd for module in net.modules() if isinstance(module, WideConv))
+    assert not use_winograd(reslab.build("resnet20"), True), "a narrow net has none"
+    x = torch.randn(16, 3, 64, 64).contiguous(memory_format=torch.channels_last)
+    direct = net.eval()(x)
+    assert use_winograd(net, True)
+    fast = net(x)
+    assert not torch.equal(fast, direct)
+    torch.testing.assert_close(fast, direct, rtol=1e-4, atol=1e-5)
+    assert copy.deepcopy(net).layer4[1].conv2.winograd, "a copy is timed as the net will train"
+    use_winograd(net, False)
+    assert torch.equal(net(x), direct)
+
+
+def test_few_small_and_other_images_are_left_to_the_direct_convolution() -> None:
+    assert pays(torch.randn(16, 128, 8, 8))
+    assert not pays(torch.randn(15, 128, 8, 8)), "60 tiles"
+    assert not pays(torch.randn(64, 128, 5, 5)), "most of a tile reaches over the edge"
+    assert not pays(torch.randn(16, 128, 8, 8).bfloat16())
+    with torch.autocast("cpu", torch.bfloat16):
+        assert not pays(torch.randn(16, 128, 8, 8))
