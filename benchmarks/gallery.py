@@ -26,7 +26,7 @@ WORDS = {"agrees": "✓ agrees", "disagrees": "✗ disagrees", "not decided at t
 
 def section(folder: Path) -> str:
     told: dict[str, Any] = json.loads((folder / "study.json").read_text("utf-8"))
-    name = folder.resolve().name
+    name = f"{told['name']}-{told['data']}"
     kept = DOCS / "studies" / name
     kept.mkdir(parents=True, exist_ok=True)
     pictures = []
@@ -37,7 +37,7 @@ def section(folder: Path) -> str:
     (kept / "records.jsonl").write_text("".join(file.read_text("utf-8") for file in records), "utf-8")
     claims = "\n".join(f"| {c['paper']} | {c['measured']} | {WORDS[c['verdict']]} |" for c in told["claims"])
     return f"""
-## {told["name"]}: {told["question"]}
+## {told["name"]} on {told["data"]}: {told["question"]}
 
 {told["answer"]}
 

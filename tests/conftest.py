@@ -15,6 +15,7 @@ import pytest
 import torch
 from PIL import Image, ImageDraw
 
+from reslab.cli import main
 from reslab.data.images import Images
 from reslab.data.named import roots
 from reslab.data.source import open_images
@@ -100,6 +101,23 @@ def cli(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
             [sys.executable, "-m", "reslab", *map(str, arguments)],
             cwd=work, env={**os.environ, **environment}, capture_output=True, text=True, timeout=240,
         )  # fmt: skip
+
+    return call
+
+
+@pytest.fixture
+def words(tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """`cli` in this process, which saves the seconds in which torch is imported: for calls that are refused."""
+
+    def call(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+        work = tmp_path / "work"
+        work.mkdir(exist_ok=True)
+        monkeypatch.chdir(work)
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            main([str(word) for word in arguments])
+        out, err = capfd.readouterr()
+        return subprocess.CompletedProcess(arguments, int(ended.value.code or 0), out, err)
 
     return call
 

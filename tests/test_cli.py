@@ -58,8 +58,8 @@ def one_line(done: subprocess.CompletedProcess[str], status: int, *parts: str) -
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
-def test_wrong_calls_exit_2_with_one_line_and_leave_nothing(cli: Cli, arguments: list[str], part: str, tmp_path: Path) -> None:
-    one_line(cli(*arguments), 2, part)
+def test_wrong_calls_exit_2_with_one_line_and_leave_nothing(words: Cli, arguments: list[str], part: str, tmp_path: Path) -> None:
+    one_line(words(*arguments), 2, part)
     assert list((tmp_path / "work").iterdir()) == []
 
 
@@ -92,21 +92,21 @@ def test_unusable_data_exits_1_with_one_line(cli: Cli, make: Callable[[Path], ob
     assert not (tmp_path / "work" / "runs").exists()
 
 
-def test_weights_of_another_net_or_kind_are_refused(cli: Cli, tmp_path: Path) -> None:
+def test_weights_of_another_net_or_kind_are_refused(words: Cli, tmp_path: Path) -> None:
     torch.save(reslab.build("resnet32", in_channels=1).state_dict(), tmp_path / "other.pth")
-    one_line(cli("train", "digits", "--net", "resnet20", "--weights", tmp_path / "other.pth"), 2, "another net's weights")
+    one_line(words("train", "digits", "--net", "resnet20", "--weights", tmp_path / "other.pth"), 2, "another net's weights")
     (tmp_path / "page.pth").write_text("<html>sign in</html>")
-    one_line(cli("train", "digits", "--weights", tmp_path / "page.pth"), 1, "is a web page")
+    one_line(words("train", "digits", "--weights", tmp_path / "page.pth"), 1, "is a web page")
     assert list((tmp_path / "work").iterdir()) == []
 
 
-def test_output_folders_in_use_or_out_of_reach_are_refused(cli: Cli, tmp_path: Path) -> None:
+def test_output_folders_in_use_or_out_of_reach_are_refused(words: Cli, tmp_path: Path) -> None:
     (tmp_path / "used").mkdir()
     (tmp_path / "used" / "thesis.txt").write_text("precious")
-    one_line(cli("train", "digits", "--out", tmp_path / "used"), 2, "must be a new or empty folder")
+    one_line(words("train", "digits", "--out", tmp_path / "used"), 2, "must be a new or empty folder")
     assert (tmp_path / "used" / "thesis.txt").read_text() == "precious"
-    one_line(cli("train", "digits", "--out", tmp_path / "used" / "thesis.txt" / "run"), 2, "--out must be writable")
-    one_line(cli("train", "digits", "--out", "/proc/run"), 2, "--out must be writable")
+    one_line(words("train", "digits", "--out", tmp_path / "used" / "thesis.txt" / "run"), 2, "--out must be writable")
+    one_line(words("train", "digits", "--out", "/proc/run"), 2, "--out must be writable")
 
 
 @pytest.fixture(scope="module")
@@ -121,24 +121,24 @@ def stopped(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root / "run"
 
 
-def test_resuming_something_else_is_refused(cli: Cli, stopped: Path, tmp_path: Path) -> None:
+def test_resuming_something_else_is_refused(words: Cli, stopped: Path, tmp_path: Path) -> None:
     (tmp_path / "plain").mkdir()
-    one_line(cli("train", "--resume", tmp_path / "plain"), 2, "has no run.toml")
-    one_line(cli("train", "--resume", stopped, "--net", "resnet32"), 2, "keeps its net resnet20; received resnet32")
-    one_line(cli("train", "cifar10", "--resume", stopped), 2, "keeps its data")
-    one_line(cli("train", "--resume", stopped, "--lr", "0.5"), 2, "keeps its recipe; received lr 0.5")
+    one_line(words("train", "--resume", tmp_path / "plain"), 2, "has no run.toml")
+    one_line(words("train", "--resume", stopped, "--net", "resnet32"), 2, "keeps its net resnet20; received resnet32")
+    one_line(words("train", "cifar10", "--resume", stopped), 2, "keeps its data")
+    one_line(words("train", "--resume", stopped, "--lr", "0.5"), 2, "keeps its recipe; received lr 0.5")
     draw(stopped.parent / "photos" / "red" / "3.png", (0, 0, 0), 12345)
-    one_line(cli("train", "--resume", stopped), 1, "has changed since")
+    one_line(words("train", "--resume", stopped), 1, "has changed since")
 
 
-def test_finished_and_damaged_runs_are_not_resumed(cli: Cli, tmp_path: Path) -> None:
+def test_finished_and_damaged_runs_are_not_resumed(words: Cli, tmp_path: Path) -> None:
     run = reslab.train("digits", out=tmp_path / "run", epochs=1)
-    one_line(cli("train", "--resume", run.path), 2, "a finished run cannot be resumed")
+    one_line(words("train", "--resume", run.path), 2, "a finished run cannot be resumed")
     (run.model / "spec.json").unlink()
     (run.path / "state" / "last.safetensors").write_bytes(b"\xff" * 64)
-    one_line(cli("train", "--resume", run.path), 1, "cannot be read as")
+    one_line(words("train", "--resume", run.path), 1, "cannot be read as")
     (run.path / "run.toml").write_text("spec = [")
-    one_line(cli("train", "--resume", run.path), 1, "cannot be read")
+    one_line(words("train", "--resume", run.path), 1, "cannot be read")
 
 
 def test_a_full_disk_is_one_line_and_the_last_good_state_is_kept(tmp_path: Path) -> None:

@@ -38,7 +38,8 @@ from reslab.study.twins import affordable, deeper, is_residual, trained, with_an
 
 DEEPER = 3  # times the blocks: 56 layers of 20
 TRAINING, MEASURING = 0.5, 0.12  # shares of the budget; given nets leave both to the measuring
-WEIGHTS = {"each block": 1, "paths": 3, "several blocks": 1, "permuted": 1}  # of the time to measure: the norms along single paths vary most
+# Of the time to measure. The median of blocks that each do little takes many images, the norms along single paths vary much.
+WEIGHTS = {"each block": 4, "paths": 3, "several blocks": 1, "permuted": 1}
 DRAWS, PERMUTATIONS, BOOTSTRAPS = 10, 48, 1000
 LEAST, MOST_PATH_IMAGES = 64, 1000  # images; the paper samples 1000 paths of each length
 LITTLE, RUINOUS = 0.02, 0.30  # rise of the error by one block: of a residual net at most, of a plain one at least

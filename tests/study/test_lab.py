@@ -125,6 +125,24 @@ def test_work_that_the_budget_has_no_time_for_is_left_and_done_by_the_next_call(
     assert lab.run("degradation", here, SETTING, quiet).done == 4
 
 
+def test_more_seeds_keep_the_schedules_that_the_first_were_planned_by(data: Data, place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    paces = iter(range(1, 100))
+    monkeypatch.setattr(lab._Pace, "_timed", lambda self, spec, batch: next(paces) / 1000)
+
+    def planned(**changes: float) -> list[Cell]:
+        return lab._plan(degradation.STUDY, "degradation", data, SETTING._replace(**changes), place._replace(out=tmp_path))
+
+    first = planned()
+    assert planned() == first
+    more = planned(seeds=3)
+    assert [cell for cell in more if cell.subject.seed < 2] == first
+    assert len({cell.subject.schedule for cell in more}) == 1
+    assert planned(seeds=1) == [cell for cell in first if cell.subject.seed < 1]
+    assert planned(seconds=61)[0].subject.schedule != first[0].subject.schedule, "another budget is another plan"
+    (tmp_path / "plan.json").write_text('{"asked": ')
+    assert planned()[0].subject.schedule != first[0].subject.schedule, "a damaged plan is made anew"
+
+
 def test_a_cell_is_named_by_everything_that_decides_its_records() -> None:
     subject = Subject(TINY, 0, Schedule(5))
     cell = Cell("a", subject)
@@ -164,7 +182,7 @@ def test_a_study_leaves_random_numbers_alone(place: Place) -> None:
     torch.manual_seed(5)
     state = torch.get_rng_state()
     lab.initial(Subject(TINY, 3))
-    lab._Pace(load(place.data), 1)(TINY, 4)
+    lab._Pace(load(place.data), 1, {})(TINY, 4)
     assert torch.equal(torch.get_rng_state(), state)
 
 
@@ -206,14 +224,14 @@ def test_learning_rate_rises_then_falls_to_a_tenth_twice() -> None:
     assert [lr_at(schedule, step) for step in (0, 9, 49, 50, 75)] == pytest.approx([0.1, 1, 1, 0.1, 0.01])
 
 
-def test_bad_calls_are_one_line(tmp_path: Path, data: Data, cli) -> None:  # type: ignore[no-untyped-def]
+def test_bad_calls_are_one_line(tmp_path: Path, data: Data, words) -> None:  # type: ignore[no-untyped-def]
     for arguments, message in (
         (("degradatoin",), "unknown study 'degradatoin': did you mean 'degradation'"),
         (("degradation", "--budget", "soon"), "must be a time such as 90s, 20m or 1h30m"),
         (("degradation", "--data", "digits", "--budget", "0.01s", "--out", str(tmp_path / "o")), "must allow every cell a step"),
         (("degradation", "--seeds", "0"), "--seeds must be 1 to 100"),
     ):
-        done = cli("study", *arguments)
+        done = words("study", *arguments)
         assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
         assert message in done.stderr
 
@@ -233,7 +251,7 @@ def test_runs_that_a_study_cannot_use_are_one_line(tmp_path: Path, cli) -> None:
 def test_study_from_the_command_line_to_the_page(tmp_path: Path, cli) -> None:  # type: ignore[no-untyped-def]
     listed = cli("study")
     assert all(name in listed.stdout for name in STUDIES)
-    done = cli("study", "degradation", "--budget", "20s", "--seeds", "1", "--out", tmp_path / "s")
+    done = cli("study", "degradation", "--budget", "12s", "--seeds", "1", "--out", tmp_path / "s")
     assert done.returncode == 0, done.stderr
     page = (tmp_path / "s" / "study.html").read_text()
     assert "Does a plain net train worse" in page

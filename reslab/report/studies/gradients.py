@@ -98,9 +98,9 @@ def _growth(growth: list[Record]) -> Drawn:
             c.axes[0].plot(range(1, n + 1), [last * (math.pi / (math.pi - 1)) ** ((n - layer) / 2) for layer in range(1, n + 1)], color=MUTED, linestyle=":")
             c.axes[0].annotate("1.2112 a layer", (n / 3, last * 1.2112 ** (2 * n / 3)), xytext=(8, 8), textcoords="offset points", color=MUTED, fontsize=9)
         for r in weak[:2]:
-            name = "weights / sqrt(2)" if r["scale"] < 1 else "He's weights"
-            colour = COLOURS["plain" if r["scale"] < 1 else "residual"]
-            c.axes[-1].annotate(name, (2, r["norms"][1]), xytext=(0, 10), textcoords="offset points", color=colour, fontsize=9)
+            name, colour, beside = ("weights / sqrt(2)", "plain", (10, -10)) if r["scale"] < 1 else ("He's weights", "residual", (0, 12))
+            at = len(r["norms"]) // 3  # the upper line is flat there, the lower one rises
+            c.axes[-1].annotate(name, (1 + at, r["norms"][at]), xytext=beside, textcoords="offset points", color=COLOURS[colour], fontsize=9)
         rows = [{"net": r["look"], "scale": r.get("scale", 1), "seed": r["seed"], "layer": i, "norm": v} for r in growth for i, v in enumerate(r["norms"], 1)]
         return c.drawn("Gradient norms at the start where the growth a layer is known, a line a seed", rows)
 
