@@ -22,6 +22,7 @@ from reslab.study.stats import Estimate, paired, points
 from reslab.study.training import outcome
 from reslab.study.twins import deeper, layers, plain, schedule
 
+SHARE, START = 0.85, 20.0  # of the budget for training steps, and the seconds without which it is: processes begin, errors are counted
 DEPTHS, PAPER_DEPTHS = (1, 3), (1, 5 / 3, 7 / 3, 3, 6)  # times the net's: 20 and 56 layers; 20, 32, 44, 56, 110
 A_THIRD = 1 / 3
 
@@ -30,7 +31,7 @@ def cells(setting: Setting, data: Data, pace: Pace) -> list[Cell]:
     """Twins of every depth for every seed, seeds outermost: what a short budget cuts off is a whole seed."""
     nets = [deeper(setting.net, factor) for factor in (PAPER_DEPTHS if setting.is_paper else DEPTHS)]
     twins = [(kind, layers(spec), spec) for net in nets for kind, spec in (("plain", plain(net)), ("residual", net))]
-    plan = schedule([spec for *_, spec in twins], setting, data, pace)
+    plan = schedule([spec for *_, spec in twins], setting, data, pace, SHARE * setting.seconds / (setting.seconds + START))
     return [
         Cell(f"{kind} {depth} layers, seed {seed}", Subject(spec, seed, plan), facts={"twin": kind, "layers": depth})
         for seed in range(setting.seeds)

@@ -69,7 +69,7 @@ def grid(
 def planned(specs: list[Spec], setting: Setting, data: Data, pace: Pace, **changes: Any) -> Schedule:
     """The published protocol, or as many steps of small batches as the budget allows."""
     if setting.is_paper:
-        return schedule(specs, setting, data, pace, **changes)
+        return schedule(specs, setting, data, pace, SHARE, **changes)
     return schedule(specs, setting, data, pace, SHARE, min(SMALL_BATCH, batch_size(data)), **{**GENTLE, **changes})
 
 

@@ -12,7 +12,6 @@ from reslab.study.data import Data
 from reslab.study.kinds import Given, Pace, Schedule, Setting, Subject
 
 PAPER_STEPS = 64_000  # He et al. 2015, section 4.2
-SHARE = 0.72  # of the budget that is planned to be spent in training steps
 
 
 def plain(spec: Spec) -> Spec:
@@ -49,7 +48,7 @@ def batch_size(data: Data) -> int:
     return min(128, max(1, len(data.train) // 4))
 
 
-def schedule(specs: list[Spec], setting: Setting, data: Data, pace: Pace, share: float = SHARE, batch: int = 0, **changes: Any) -> Schedule:
+def schedule(specs: list[Spec], setting: Setting, data: Data, pace: Pace, share: float, batch: int = 0, **changes: Any) -> Schedule:
     """The same training for all the specs, each once a seed: as many steps of `batch` images as a share of the budget allows.
 
     A batch of 0 is that of `batch_size`.
