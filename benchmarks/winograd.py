@@ -1,7 +1,7 @@
-"""A wide 3x3 convolution, forward and backward: Winograd's algorithm against torch's direct one. In turns, medians.
+"""3x3 convolutions, forward and backward: Winograd's algorithm against torch's direct one. In turns, medians.
 
-python benchmarks/winograd.py            about a minute
-python benchmarks/winograd.py --smoke    seconds; figures that mean nothing
+python winograd.py            about a minute
+python winograd.py --smoke    seconds; figures that mean nothing
 """
 
 import math
@@ -18,14 +18,17 @@ from reslab.nets.winograd import Winograd
 
 SMOKE = "--smoke" in sys.argv
 ROUNDS = 1 if SMOKE else 9
-SHAPES = ((2, 128, 8),) if SMOKE else ((128, 128, 16), (128, 256, 8), (32, 128, 28), (32, 256, 14), (32, 512, 7), (32, 512, 8))
+SHAPES = ((2, 128, 128, 8),) if SMOKE else (
+    (128, 64, 64, 16), (128, 64, 256, 16), (128, 128, 128, 16), (128, 256, 256, 8),
+    (32, 64, 64, 56), (32, 128, 128, 28), (32, 256, 256, 14), (32, 512, 512, 7), (32, 512, 512, 8),
+)  # fmt: skip
 
 
-def one(n: int, channels: int, size: int) -> str:
+def one(n: int, channels: int, outputs: int, size: int) -> str:
     torch.manual_seed(0)
     x = torch.randn(n, channels, size, size).contiguous(memory_format=torch.channels_last).requires_grad_()
-    weight = (torch.randn(channels, channels, 3, 3) / math.sqrt(9 * channels)).contiguous(memory_format=torch.channels_last).requires_grad_()
-    dy = torch.randn(n, channels, size, size).contiguous(memory_format=torch.channels_last)
+    weight = (torch.randn(outputs, channels, 3, 3) / math.sqrt(9 * channels)).contiguous(memory_format=torch.channels_last).requires_grad_()
+    dy = torch.randn(n, outputs, size, size).contiguous(memory_format=torch.channels_last)
     ways = (lambda: conv2d(x, weight, padding=1), lambda: Winograd.apply(x, weight))  # type: ignore[no-untyped-call]
     direct, ours = ([y, *torch.autograd.grad(y, (x, weight), dy)] for y in (way() for way in ways))
     off = max(((a - b).norm() / a.norm()).item() for a, b in zip(direct, ours, strict=True))
@@ -40,11 +43,11 @@ def one(n: int, channels: int, size: int) -> str:
             forward[number].append(between - start)
             whole[number].append(time.perf_counter() - start)
     (a, b), (c, d) = ([1000 * statistics.median(times) for times in pair] for pair in (forward, whole))
-    shape = f"{n} x {channels} x {size} x {size}"
+    shape = f"{n} x {channels} x {size} x {size} to {outputs}"
     return f"{shape}: forward {a:.1f} / {b:.1f} ms, {a / b:.2f}x; with backward {c:.1f} / {d:.1f} ms, {c / d:.2f}x; relative difference {off:.1e}"
 
 
 if __name__ == "__main__":
     keep_freed_memory()
-    lines = [f"3x3 convolution with as many channels out as in, fp32, channels-last: torch direct / ours, medians of {ROUNDS} in turns"]
+    lines = [f"3x3 convolution, fp32, channels-last: torch direct / ours, medians of {ROUNDS} in turns"]
     keep("winograd", lines + [one(*shape) for shape in SHAPES])

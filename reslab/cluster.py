@@ -5,11 +5,13 @@ the machines must have reslab installed and see the same files.
 """
 
 import os
+import socket
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor, Future
 from contextlib import ExitStack, contextmanager
 from typing import Any, TypeVar
+from urllib.parse import urlsplit
 
 from reslab.errors import CallError, WorkError, needs_extra, shown
 
@@ -17,6 +19,7 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 RETRIES = 4  # after which an item is what kills its machine
+ANSWERED_WITHIN = 5.0  # seconds; Ray itself asks a silent address for minutes
 AHEAD = 3  # items handed out for every core of the cluster
 
 
@@ -88,8 +91,11 @@ def connected(address: str) -> Iterator[Any]:
         yield ray
         return
     try:
+        if address not in ("auto", "local"):
+            place = urlsplit(address if "://" in address else f"//{address}")
+            socket.create_connection((place.hostname or "", place.port or 0), ANSWERED_WITHIN).close()
         ray.init(address, log_to_driver=False, logging_level="ERROR", include_dashboard=False if address == "local" else None)
-    except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
+    except (OSError, RuntimeError, ValueError) as error:
         raise WorkError(f"--cluster must be the address of a running Ray cluster, auto or local; {shown(address)} gave: {_line(error)}") from error
     try:
         yield ray

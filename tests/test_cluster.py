@@ -1,5 +1,6 @@
 """Work on a Ray cluster of two nodes on this machine, one of which is killed while it works."""
 
+import socket
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -14,6 +15,7 @@ from reslab.cluster import Pool, connected, spread
 from reslab.data.preprocess import Preprocess
 from reslab.data.source import open_images
 from reslab.data.split import split
+from reslab.errors import WorkError
 from reslab.study import degradation, lab
 from reslab.study.data import prepare
 from reslab.study.kinds import Cell, Schedule, Setting, Subject
@@ -45,6 +47,16 @@ def where(item: int) -> tuple[int, str]:
 
     time.sleep(0.2)
     return item, ray.get_runtime_context().get_node_id()
+
+
+def test_an_address_where_nothing_answers_is_said_at_once() -> None:
+    pytest.importorskip("ray", reason="the extra `cluster` is not installed")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    for silent in (address, f"ray://{address}", "nowhere.invalid:6379", "no port"):
+        with pytest.raises(WorkError, match="must be the address of a running Ray cluster"), connected(silent):
+            pass
 
 
 def test_every_image_is_answered_once_when_a_node_is_killed(two_nodes: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -74,7 +74,7 @@ class Training:
         self.deadline = deadline  # time.monotonic() at which the training is to end, if it has a budget
         self.board: Board | None = None
         self.logged = 0.0  # when the last `step` record was written
-        use_winograd(net, plan.winograd)
+        use_winograd(net, plan.winograd, plan.memory is None)
         self.optimizer = optimizer(net, recipe)
         keep_gradients(net)
         self.shared = machine.share(Checkpointed(net, plan.segments, plan.memory))  # after the optimiser has frozen what is to be frozen

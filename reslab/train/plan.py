@@ -77,7 +77,7 @@ def make_plan(net: ResNet, x: Tensor, recipe: Recipe, train: int, val: int, macs
     precision, reason = (recipe.precision, "as asked") if recipe.precision != "auto" else _choose_precision(macs, machine)
     per_epoch = train // recipe.batch_size
     segments = choose_segments(net.spec, recipe, precision, memory, machine)
-    winograd = recipe.convolution == "auto" and machine.device.type == "cpu" and precision == "fp32" and use_winograd(net, True)
+    winograd = recipe.convolution == "auto" and machine.device.type == "cpu" and precision == "fp32" and use_winograd(net, True, memory is None)
     plan = Plan(recipe.steps or recipe.epochs * per_epoch, per_epoch, precision, reason, memory=memory, segments=segments, winograd=winograd)
     pieces, x = len(x) // recipe.micro_batch, x[: recipe.micro_batch]
     full = low = pieces * _time_step(net, x, recipe, plan, machine)

@@ -71,3 +71,16 @@ def test_few_small_and_other_images_are_left_to_the_direct_convolution() -> None
     assert not pays(torch.randn(16, 128, 8, 8).bfloat16())
     with torch.autocast("cpu", torch.bfloat16):
         assert not pays(torch.randn(16, 128, 8, 8))
+
+
+def test_what_is_not_kept_for_the_backward_pass_is_made_again_to_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(3)
+    monkeypatch.setattr(winograd, "TALL", 8)
+    monkeypatch.setattr(winograd, "CACHED", 0)
+    x, weight = (torch.randn(shape, dtype=torch.float64).requires_grad_() for shape in ((7, 3, 8, 8), (5, 3, 3, 3)))
+    kept, again = (Winograd.apply(x, weight, keep) for keep in (True, False))  # type: ignore[no-untyped-call]
+    assert [len(part.saved_tensors) for part in (kept.grad_fn, again.grad_fn)] == [1 + 4, 2], "four stretches of two images, or the images"
+    torch.testing.assert_close(kept, conv2d(x, weight, padding=1))
+    dy = torch.randn_like(kept)
+    for one, other in zip(torch.autograd.grad(kept, (x, weight), dy), torch.autograd.grad(again, (x, weight), dy), strict=True):
+        assert torch.equal(one, other)
