@@ -46,7 +46,7 @@ def main() -> None:
     want = torch.cat([theirs(part).argmax(1) for part in x])
     net = reslab.build(NET).eval()
     net.load_state_dict(theirs.state_dict())
-    model = TorchModel(net, preprocess).weighed(parts, want.tolist())
+    model = TorchModel(net, preprocess).weighed(parts)
     got = np.concatenate([model.quick(part).argmax(1) for part in parts])
     chosen, record = model._quick.precision, model.inference
     agree = f"top-1 agrees with torchvision on {np.mean(got == want.numpy()):.2%} of {IMAGES} images, {len(want.unique())} classes"

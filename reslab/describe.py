@@ -75,6 +75,10 @@ def _decisions(job: Job) -> list[str]:
     ]
     if recipe.low_resolution:
         lines.append(f"the first {recipe.low_resolution:.0%} of the steps see {low_size(size or 0)} px, which costs less")
+    if recipe.tta:
+        lines.append("tested and predicted with mirror images too: the mean of both answers")
+    if recipe.whiten:
+        lines.append("the first convolution gives the principal components of the patches, and is not trained")
     if recipe.micro_batch != recipe.batch_size:
         lines.append(f"a batch of {recipe.batch_size} goes through the net in pieces of {recipe.micro_batch}, each with its own batch norm")
     return lines + [f"weights from {shown(recipe.weights)}"] * bool(recipe.weights)
@@ -91,6 +95,8 @@ def sentence(job: Job, net: str, plan: Plan) -> str:
         f"{plan.steps:,} steps, {plan.steps_per_epoch} an epoch, {1000 * plan.step_seconds:.0f} ms each in {plan.precision} "
         f"({plan.reason}): about {duration(total)}"
     )
+    if plan.winograd:
+        told += "\nwide 3x3 convolutions by Winograd's algorithm (--convolution direct switches it off)"
     if plan.segments:
         told += f"\nto stay within the memory, the first {sum(plan.segments)} of {sum(job.spec.depths)} blocks are computed twice a step"
     return told

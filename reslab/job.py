@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from reslab.data.augment import require_kornia
-from reslab.data.batches import Batches, choose_storage, mean_and_std, mean_image
+from reslab.data.batches import Batches, choose_storage, mean_and_std, mean_image, sample
 from reslab.data.check import cheap_check
 from reslab.data.images import Images
 from reslab.data.preprocess import Preprocess
@@ -23,6 +23,7 @@ from reslab.describe import Job, run_config, sentence
 from reslab.errors import CallError, WorkError, shown
 from reslab.family import spec as find_spec
 from reslab.limits import Limits, bytes_of, seconds
+from reslab.nets.initialise import whiten
 from reslab.nets.torch import ResNet
 from reslab.nets.weights import load_weights, stem_of
 from reslab.report.page import write_report
@@ -43,6 +44,7 @@ from reslab.use.second_look import label_suspects, mistakes
 T = TypeVar("T")
 REPORT_SECONDS = 10.0  # kept back from a budget for the report and what surrounds it
 FEW = 16  # images in a batch that inference is measured with
+PATCHED = 500  # images whose patches are whitened
 SMALL = 64  # pixels a side up to which a CIFAR net is the default
 KERNELS = {(3,): "conv3", (7,): "conv7-pool", (3, 3, 3): "deep-pool"}  # of a stem in a weights file: its row in STEMS
 NOT_BEGUN = {"run.toml", "split.json", "log.jsonl", "state"}  # all that a run folder holds before its first step
@@ -110,6 +112,8 @@ def _start(
         require_kornia()
     if recipe.weights:
         _in_turn(here, lambda: stem_of(recipe.weights))
+        if recipe.whiten:
+            raise CallError("the first convolution is whitened or read from a file; received --whiten and --weights: leave one out")
     elif recipe.freeze != "none" or recipe.trunk_lr != 1:
         raise CallError("fine-tuning (--recipe finetune, --freeze, --trunk-lr) starts from weights; received none: give --weights FILE")
     target = Path(out) if out else _free_folder(data, here)
@@ -138,6 +142,8 @@ def _start(
     built = here.place(ResNet(spec))
     if recipe.weights:
         show.say(f"weights: {load_weights(built, recipe.weights)}")
+    if recipe.whiten:
+        _whiten(built, job)
     plan, deadline = _plan(job, built, limits, started)
     recipe = replace(recipe, precision=plan.precision, epochs=None if limits.seconds else recipe.epochs)  # type: ignore[arg-type]
     job.recipe = recipe
@@ -205,7 +211,7 @@ def _prepare(images: Images, spec: Spec, recipe: Recipe, here: Machine, show: Jo
         whole = mean_image(parts["train"])
         means = torch.nn.functional.interpolate(whole[None], size, mode="bilinear", antialias=True)[0] if whole.shape[1] != size else whole
         std = [1.0] * images.channels
-    preprocess = Preprocess(size, canvas, images.channels, means.numpy(), np.array(std, dtype=np.float32))
+    preprocess = Preprocess(size, canvas, images.channels, means.numpy(), np.array(std, dtype=np.float32), recipe.tta)
     return Job(images, spec, recipe, preprocess, parts, f"{storage}: {why}", here)
 
 
@@ -238,6 +244,12 @@ def _check_readable(parts: dict[str, Batches], recipe: Recipe) -> None:
             raise WorkError(f"the {name} images must be readable; none of {len(part.dropped)} is: `reslab check` lists them")
 
 
+def _whiten(net: ResNet, job: Job) -> None:
+    """Sets the first convolution by a sample of the training images; with several processes, DDP hands on the writer's."""
+    seen = next(job.parts["train"].epoch(PATCHED, sample(job.parts["train"], PATCHED)))
+    whiten(net.first_conv, job.preprocess(seen.pixels, job.machine.device))
+
+
 def _plan(job: Job, net: ResNet, limits: Limits, started: float) -> tuple[Plan, float | None]:
     recipe = job.recipe
     assert recipe.batch_size is not None
@@ -255,7 +267,8 @@ def _plan(job: Job, net: ResNet, limits: Limits, started: float) -> tuple[Plan, 
 def _reserve(job: Job, plan: Plan) -> float:
     """Seconds for what follows the training: val and test in fp32, and the report."""
     held_out = len(job.parts["test"].items) + len(job.parts["val"].items)
-    return REPORT_SECONDS + 2 * plan.val_seconds * held_out / len(job.parts["val"].items)
+    passes = 4 if job.recipe.tta else 2  # by the net as it is, which takes up to twice as long as the plan's
+    return REPORT_SECONDS + passes * plan.val_seconds * held_out / len(job.parts["val"].items)
 
 
 def _finish(job: Job, training: Training, show: JobShow) -> Run:
@@ -286,7 +299,7 @@ def _finish(job: Job, training: Training, show: JobShow) -> Run:
     for batches in job.parts.values():
         for name, reason in batches.dropped.items():
             run.record("warning", text=f"left out {shown(name)}: {reason}")
-    model = model.weighed((batch.pixels.numpy() for batch in job.parts["val"].epoch(FEW)), val.logits.argmax(1).tolist())
+    model = model.weighed(batch.pixels.numpy() for batch in job.parts["val"].epoch(FEW))
     found = replace(found, model=model)
     save(found, run.model, {"n": len(val.labels), "split": "val", "top1": scores["top1"]})
     run.record("end")

@@ -130,15 +130,16 @@ def _quiet_worker(_: int) -> None:
     torch.set_num_threads(1)
 
 
-def mean_and_std(batches: Batches, most: int = 5000) -> tuple[list[float], list[float]]:
-    """Per-channel mean and standard deviation of pixel values in [0, 1], over at most `most` images.
-
-    They are evenly spaced; of shards, which are shuffled when they are made, the first are taken.
-    """
+def sample(batches: Batches, most: int) -> Indices:
+    """Positions of at most `most` images, evenly spaced; of shards, which are shuffled when they are made, the first."""
     n = min(most, len(batches.items))
-    order = np.arange(n) if batches.images.shards is not None else np.unique(np.linspace(0, len(batches.items) - 1, n).astype(np.int64))
+    return np.arange(n) if batches.images.shards is not None else np.unique(np.linspace(0, len(batches.items) - 1, n).astype(np.int64))
+
+
+def mean_and_std(batches: Batches, most: int = 5000) -> tuple[list[float], list[float]]:
+    """Per-channel mean and standard deviation of pixel values in [0, 1], over a `sample`."""
     count, total, squares = 0, torch.zeros(batches.images.channels).double(), torch.zeros(batches.images.channels).double()
-    for batch in batches.epoch(256, order):
+    for batch in batches.epoch(256, sample(batches, most)):
         x = batch.pixels.double().flatten(0, 2) / 255
         count, total, squares = count + len(x), total + x.sum(0), squares + (x * x).sum(0)
     mean = total / count

@@ -34,15 +34,18 @@ class Frame:
 class Preprocess(Frame):
     """Images are decoded to `canvas` pixels a side, and their middle `image_size` is used, as (x / 255 - mean) / std.
 
-    `mean` holds one float32 a channel, or an image (C, H, W) of `image_size`; `std` one a channel.
+    `mean` holds one float32 a channel, or an image (C, H, W) of `image_size`; `std` one a channel. With `mirror` a
+    classifier also looks at the mirror image, and its logits are the mean of both (test-time augmentation).
     """
 
     mean: NDArray[np.float32]
     std: NDArray[np.float32]
+    mirror: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.mean.shape not in ((self.channels,), (self.channels, self.image_size, self.image_size)) or self.std.shape != (self.channels,):
+        shapes = (self.channels,), (self.channels, self.image_size, self.image_size)
+        if self.mean.shape not in shapes or self.std.shape != shapes[0] or type(self.mirror) is not bool:
             raise WorkError("the preprocessing stored with the model is damaged: sizes do not agree")
 
     def unit(self, pixels: "Tensor", device: "device") -> "Tensor":
@@ -70,6 +73,16 @@ class Preprocess(Frame):
         """uint8 (N, canvas, canvas, C) -> float32 (N, C, image_size, image_size)."""
         return self.normalise(self.crop(self.unit(pixels, device)))
 
+    def views(self, x: "Tensor") -> "Tensor":
+        """What is looked at of prepared images (N, C, H, W): they themselves, and with `mirror` their mirror images after them."""
+        from torch import cat
+
+        return cat([x, x.flip(3)]) if self.mirror else x
+
+    def answer(self, logits: "Tensor") -> "Tensor":
+        """The logits (N, classes) of images from those of their views."""
+        return logits.view(2, -1, logits.shape[1]).mean(0) if self.mirror else logits
+
     def to_dict(self) -> dict[str, Any]:
         """Plain numbers, for JSON."""
         return {
@@ -78,6 +91,7 @@ class Preprocess(Frame):
             "channels": self.channels,
             "mean": self.mean.tolist(),
             "std": self.std.tolist(),
+            "mirror": self.mirror,
         }
 
     @classmethod
@@ -85,6 +99,6 @@ class Preprocess(Frame):
         """The inverse of `to_dict`. Raises WorkError for what cannot be."""
         try:
             mean, std = (np.asarray(held[name], dtype=np.float32) for name in ("mean", "std"))
-            return cls(held["image_size"], held["canvas"], held["channels"], mean, std)
+            return cls(held["image_size"], held["canvas"], held["channels"], mean, std, held.get("mirror", False))
         except (KeyError, TypeError, ValueError) as error:
             raise WorkError(f"the preprocessing stored with the model is damaged: {error!r}") from error

@@ -3,12 +3,15 @@
 from typing import TYPE_CHECKING
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.functional import unfold
 
 from reslab.layout import start_scales
 
 if TYPE_CHECKING:
     from reslab.nets.torch import ResNet
+
+NOISE = 5e-4  # added to the variance of a patch's principal components, where pixels have variance one
 
 
 @torch.no_grad()
@@ -28,3 +31,16 @@ def initialise(net: "ResNet") -> None:
     for name, scale in start_scales(net.spec).items():
         for parameter in net.get_submodule(name).parameters():
             parameter.mul_(scale)
+
+
+@torch.no_grad()
+def whiten(conv: nn.Conv2d, images: Tensor) -> None:
+    """Makes a convolution give the principal components of the patches of images (N, C, H, W), each with unit variance.
+
+    Each component comes twice, as it is and negated, so that ReLU loses nothing; the strongest come first. Filters that
+    are left over stay as they are (Jordan 2024, 2404.00498, section 3.2).
+    """
+    patches = unfold(images.to(conv.weight.device), conv.kernel_size).transpose(1, 2).flatten(0, 1)
+    variances, components = torch.linalg.eigh((patches.mT @ patches / len(patches)).double())
+    filters = (components / (variances + NOISE).sqrt()).mT.flip(0)[: conv.out_channels // 2].view(-1, *conv.weight.shape[1:])
+    conv.weight[: 2 * len(filters)] = torch.cat([filters, -filters]).to(conv.weight)

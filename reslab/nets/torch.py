@@ -69,6 +69,11 @@ class ResNet(nn.Module):
         initialise(self)
 
     @property
+    def first_conv(self) -> nn.Conv2d:
+        """The convolution that sees the images."""
+        return self.conv1[0] if isinstance(self.conv1, nn.Sequential) else self.conv1  # type: ignore[return-value]
+
+    @property
     def stages(self) -> list[nn.Sequential]:
         """The stages in order, each a Sequential of blocks."""
         return [self.get_submodule(f"layer{i + 1}") for i in range(len(self.spec.depths))]  # type: ignore[misc]

@@ -25,6 +25,7 @@ from reslab.data.preprocess import Preprocess
 from reslab.data.shards import shuffled
 from reslab.errors import WorkError
 from reslab.interval import share
+from reslab.nets.torch import ResNet
 from reslab.nets.winograd import use_winograd
 from reslab.run import Run
 from reslab.seeds import seed_of, seeded
@@ -66,7 +67,7 @@ class Training:
     """A net, its data and a plan, and how far they are. `run_to_end` does the rest."""
 
     def __init__(
-        self, net: nn.Module, train: Batches, val: Batches, preprocess: Preprocess, recipe: Recipe, plan: Plan, run: Run,
+        self, net: ResNet, train: Batches, val: Batches, preprocess: Preprocess, recipe: Recipe, plan: Plan, run: Run,
         machine: Machine, show: Show, deadline: float | None = None,
     ) -> None:  # fmt: skip
         self.net, self.train, self.val, self.preprocess = net, train, val, preprocess

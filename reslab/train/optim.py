@@ -6,18 +6,23 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from reslab.nets.torch import ResNet
 from reslab.train.recipe import Recipe
 
 SGD_BESIDE_MUON = 5.0  # the learning rate of norms and head, as a multiple of Muon's
 
 
-def optimizer(net: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
-    """The recipe's optimiser. Norms and biases do not decay unless `decay_all`; the trunk learns at `trunk_lr` of the rate."""
+def optimizer(net: ResNet, recipe: Recipe) -> torch.optim.Optimizer:
+    """The recipe's optimiser. Norms and biases do not decay unless `decay_all`; the trunk learns at `trunk_lr` of the rate.
+
+    What the recipe freezes gets no gradient from now on.
+    """
     muon = recipe.optimizer == "muon"
     groups: dict[tuple[bool, bool, float], list[nn.Parameter]] = {}
     for name, parameter in net.named_parameters():
         head = name.startswith("fc.")
-        parameter.requires_grad_(head or recipe.freeze == "none")
+        fixed = recipe.whiten and parameter is net.first_conv.weight
+        parameter.requires_grad_(head or not (fixed or recipe.freeze == "trunk"))
         if parameter.requires_grad:
             key = (muon and parameter.ndim == 4, recipe.decay_all or parameter.ndim > 1, 1.0 if head else recipe.trunk_lr)
             groups.setdefault(key, []).append(parameter)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import cross_entropy, interpolate
 
 from reslab.errors import CallError
@@ -117,10 +117,11 @@ def _choose_precision(macs: int, machine: Machine) -> tuple[str, str]:
     return ("bf16" if gain > BF16_GAIN else "fp32"), f"bf16 multiplies matrices at {gain:.2g} times the speed of fp32 here"
 
 
-def _time_step(net: nn.Module, x: Tensor, recipe: Recipe, plan: Plan, machine: Machine) -> float:
-    twin = Checkpointed(copy.deepcopy(net).train(), plan.segments, plan.memory)
-    optim = optimizer(twin.net, recipe)
-    keep_gradients(twin.net)
+def _time_step(net: ResNet, x: Tensor, recipe: Recipe, plan: Plan, machine: Machine) -> float:
+    own = copy.deepcopy(net).train()
+    twin = Checkpointed(own, plan.segments, plan.memory)
+    optim = optimizer(own, recipe)
+    keep_gradients(own)
     y = torch.arange(len(x), device=x.device) % 2
 
     def step() -> None:

@@ -65,12 +65,14 @@ class Recipe:
     freeze: Annotated[Freeze, Help("train the head only")] = "none"
     trunk_lr: Annotated[float, Help("learning rate of all but the head, as a share of lr", 0, 1e3)] = 1.0
     zero_init: Annotated[bool | None, Help("each residual branch starts at zero; by default as the net says")] = None
+    whiten: Annotated[bool, Help("the first convolution gives the principal components of the images' patches, and stays so")] = False
     image_size: Annotated[int | None, Help("pixels a side; by default what the images have, at most 224", 1, 4096)] = None
     low_resolution: Annotated[float | None, Help("share of the epochs, the first, at 3/4 of the image size; by default half from 32 px up", 0, 1)] = None
     crop: Annotated[Crop | None, Help("pad and shift / random resized / He's scale jitter / none; by default by image size")] = None
     pad: Annotated[int | None, Help("pixels of shift; by default an eighth of the image", 0, 4096)] = None
     flip: Annotated[Flip | None, Help("mirror left to right at random, or every other epoch; by default not for digits and letters")] = None
     cutout: Annotated[int, Help("pixels a side of a square set to zero; 0 is off", 0, 4096)] = 0
+    tta: Annotated[bool, Help("test and predict with mirror images too, where training mirrors: the mean of both answers, at twice the time")] = False
     jitter: Annotated[float, Help("strength of colour jitter; 0 is off", 0, 1)] = 0.0
     lighting: Annotated[float, Help("standard deviation of AlexNet's colour shift along the principal components; 0 is off", 0, 10)] = 0.0
     randaugment: Annotated[int, Help("operations of RandAugment; 0 is off", 0, 10)] = 0
@@ -205,6 +207,7 @@ def resolve(recipe: Recipe, train_images: int, image_size: int, upright: bool, p
     by_steps = math.ceil(recipe.steps / (train_images // batch)) if recipe.steps else None
     epochs = recipe.epochs or by_steps or max(15, min(60, round(1_400_000 / train_images)))
     crop = recipe.crop or ("pad" if size <= 64 else "resized")
+    flip: Flip = recipe.flip or ("none" if upright else "alternate")
     return replace(
         recipe,
         image_size=size,
@@ -215,7 +218,8 @@ def resolve(recipe: Recipe, train_images: int, image_size: int, upright: bool, p
         crop=crop,
         low_resolution=(0.5 if size >= 32 else 0.0) if recipe.low_resolution is None else recipe.low_resolution,
         pad=recipe.pad if recipe.pad is not None else (size // 8 if crop == "pad" else 0),
-        flip=recipe.flip or ("none" if upright else "alternate"),
+        flip=flip,
+        tta=recipe.tta and flip != "none",
     )
 
 

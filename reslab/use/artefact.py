@@ -1,12 +1,13 @@
 """The artefact of a run: the folder `model/` with spec.json, weights.safetensors, classes.json, preprocess.json, calibration.json, inference.json."""
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -38,26 +39,29 @@ class TorchModel:
     def logits(self, pixels: Pixels) -> Logits:
         """uint8 (N, canvas, canvas, C) -> (N, classes), in fp32 on the device the net is on."""
         self.net.eval()
-        out: Logits = self.net(self._fed(pixels)).float().cpu().numpy()
-        return out
+        return self._answered(self.net(self._fed(pixels)).float())
 
     @torch.no_grad()
     def quick(self, pixels: Pixels) -> Logits:
         """`logits` by the folded net, within rounding; in bf16 where `inference` allows it and it is faster."""
-        out: Logits = self._quick(self._fed(pixels)).cpu().numpy()
-        return out
+        return self._answered(self._quick(self._fed(pixels)))
 
     @cached_property
     def _quick(self) -> Quick:
         return Quick(self.net, self.inference)
 
-    def weighed(self, pixels: Iterable[Pixels], labels: Sequence[int]) -> "TorchModel":
-        """The same, knowing whether bf16 gives the images in `pixels`, batches of them, the classes that fp32 gave."""
-        return replace(self, inference=weigh(self.net, map(self._fed, pixels), labels))
+    def weighed(self, pixels: Iterable[Pixels]) -> "TorchModel":
+        """The same, knowing whether bf16 gives the images in `pixels`, batches of them, the classes that fp32 gives."""
+        return replace(self, inference=weigh(self.net, map(self._fed, pixels)))
 
     def _fed(self, pixels: Pixels) -> Tensor:
-        raw = torch.from_numpy(pixels if pixels.flags.writeable else pixels.copy())
-        return self.preprocess(raw, next(self.net.parameters()).device).contiguous(memory_format=torch.channels_last)
+        raw = torch.from_numpy(np.require(pixels, requirements=("C", "W")))  # a copy where torch could not take it
+        x = self.preprocess.views(self.preprocess(raw, next(self.net.parameters()).device))
+        return x.contiguous(memory_format=torch.channels_last)
+
+    def _answered(self, logits: Tensor) -> Logits:
+        out: Logits = self.preprocess.answer(logits).cpu().numpy()
+        return out
 
 
 def save(classifier: Classifier, folder: Path, calibration: dict[str, Any] | None = None) -> None:

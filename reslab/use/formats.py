@@ -164,7 +164,8 @@ def write_keras(classifier: Classifier, path: Path) -> None:
         before = (canvas - size) // 2
         x = layers.Cropping2D(((before, canvas - size - before),) * 2)(x)
     x = layers.Normalization((1, 2, 3) if mean.ndim == 3 else -1, mean, np.broadcast_to(preprocess.std**2, mean.shape))(x)
-    logits = from_torch(classifier.net, size)(x)
+    net = from_torch(classifier.net, size)
+    logits = layers.Average()([net(x), net(keras.ops.flip(x, axis=2))]) if preprocess.mirror else net(x)
     probabilities = layers.Softmax(name=OUTPUTS[0])(layers.Rescaling(1 / classifier.temperature)(logits))
     with quietly():
         keras.Model(images, {OUTPUTS[0]: probabilities, OUTPUTS[1]: logits}).save(path)

@@ -41,7 +41,7 @@ class Pipeline(nn.Module):
         if self.any_size:
             x = interpolate(x, (canvas, canvas), mode="bilinear", align_corners=False, antialias=True)
         x = self.frame.crop(x) if canvas > size else x
-        logits = self.net((x / 255 - self.mean) / self.std)
+        logits = self.frame.answer(self.net(self.frame.views((x / 255 - self.mean) / self.std)))
         return (logits / self.temperature).softmax(1), logits
 
 

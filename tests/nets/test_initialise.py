@@ -8,6 +8,7 @@ from sklearn.datasets import load_digits
 from torch import nn
 
 import reslab
+from reslab.nets.initialise import whiten
 
 UNNORMED = {"resnet110_fixup": 1e-3, "resnet110_skipinit": 3e-3, "resnet110_rezero": 3e-3}  # Adam's learning rate
 
@@ -81,3 +82,27 @@ def test_convolutions_start_as_he_et_al_derive() -> None:
     for conv in (m for m in reslab.build("resnet18").modules() if isinstance(m, nn.Conv2d)):
         fan_out = conv.out_channels * conv.kernel_size[0] ** 2
         assert conv.weight.std().item() == pytest.approx((2 / fan_out) ** 0.5, rel=0.05)
+
+
+@pytest.mark.parametrize(("name", "filters"), [("resnet20", 16), ("resnet50d", 32)])
+def test_a_whitened_first_convolution_gives_uncorrelated_components_and_their_negatives(name: str, filters: int) -> None:
+    net = reslab.build(name)
+    conv = net.first_conv
+    generator = torch.Generator().manual_seed(0)
+    smooth = torch.nn.functional.avg_pool2d(torch.randn(64, 3, 34, 34, generator=generator), 3, 1)
+    images = (smooth - smooth.mean()) / smooth.std()
+    whiten(conv, images)
+    assert conv.out_channels == filters
+    out = torch.nn.functional.conv2d(images, conv.weight).transpose(0, 1).flatten(1)
+    half = filters // 2
+    torch.testing.assert_close(out[half:], -out[:half])
+    second_moments = out[:half] @ out[:half].T / out.shape[1]
+    torch.testing.assert_close(second_moments, torch.eye(half), rtol=0, atol=0.02)
+
+
+def test_filters_that_whitening_has_no_use_for_stay() -> None:
+    conv = torch.nn.Conv2d(1, 30, 3, bias=False)
+    before = conv.weight.detach().clone()
+    whiten(conv, torch.randn(8, 1, 12, 12))
+    assert torch.equal(conv.weight[18:], before[18:])
+    assert not torch.equal(conv.weight[:18], before[:18])

@@ -11,11 +11,14 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 
 import reslab
+from reslab.data.source import open_images
+from reslab.errors import CallError
 from reslab.job import Silent
 from reslab.run import Run
 
@@ -242,3 +245,20 @@ def test_wide_convolutions_take_winograds_algorithm_and_keep_it_when_resumed(tmp
     assert resumed.last("test")["top1"] == whole.last("test")["top1"]
     for name, tensor in weights(whole.path).items():
         assert torch.equal(tensor, weights(resumed.path)[name]), name
+
+
+def test_a_whitened_stem_is_not_trained_and_mirror_images_are_looked_at_where_training_mirrors(tmp_path: Path) -> None:
+    given = {"epochs": 1, "batch_size": 64, "seed": 7, "whiten": True, "tta": True}
+    run = reslab.train("digits", "resnet20", tmp_path / "run", flip="random", **given)
+    filters = weights(run.path)["conv1.weight"]
+    assert torch.equal(filters[8:], -filters[:8]), "components and their negatives, as they were set"
+    classifier = reslab.load(run.path)
+    images = open_images("digits").array[:16]
+    both = classifier.logits(images)
+    assert np.allclose(both, classifier.logits(images[:, :, ::-1]), atol=1e-5), "a mirror image has the same answer"
+    assert np.allclose(both, classifier.model.quick(images), atol=1e-4)
+    assert any("mirror images too" in line for line in run.config["data"]["decisions"])
+    upright = reslab.train("digits", "resnet20", tmp_path / "upright", **given)
+    assert not upright.config["recipe"]["tta"], "digits are not mirrored, neither in training nor in test"
+    with pytest.raises(CallError, match="received --whiten and --weights: leave one out"):
+        reslab.train("digits", "resnet20", tmp_path / "both", weights=str(run.model / "weights.safetensors"), **given)

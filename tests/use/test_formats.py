@@ -97,6 +97,23 @@ def test_every_format_holds_mean_image_and_crop_also_with_one_channel(to: str, c
     assert np.allclose(run(one)[1], classifier.logits(one), atol=1e-5), "a batch of one"
 
 
+@pytest.mark.parametrize("to", FORMATS)
+def test_every_format_looks_at_mirror_images_where_the_classifier_does(to: str, tmp_path: Path) -> None:
+    if to == "openvino":
+        pytest.importorskip("openvino")
+    plain = classifier_of(TINY)
+    assert isinstance(plain.model, TorchModel)
+    classifier = replace(plain, model=TorchModel(plain.model.net, replace(plain.model.preprocess, mirror=True)))
+    sample = _sample(classifier, None, "")
+    pixels, _ = next(iter(sample.batches()))
+    as_it_is, mirrored = plain.logits(pixels), plain.logits(pixels[:, :, ::-1])
+    assert not np.allclose(as_it_is, mirrored, atol=1e-2)
+    assert np.allclose(classifier.logits(pixels), (as_it_is + mirrored) / 2, atol=1e-5)
+    file = tmp_path / f"model{FORMATS[to].suffix}"
+    FORMATS[to].write(classifier, file)
+    assert check(classifier, FORMATS[to].open(file), sample)["agreement"] == 1.0
+
+
 @pytest.mark.parametrize("to", ["onnx", "torch"])
 def test_the_graph_takes_images_of_any_size_and_resizes_as_decoding_does(to: str, tmp_path: Path) -> None:
     classifier = classifier_of(TINY)
