@@ -7,6 +7,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -108,14 +109,19 @@ def oracle(module: str) -> Any:
     """torchvision, or a part of it. Its compiled operators do not load beside a CPU build of torch; their schemas are enough."""
     import importlib
 
+    _schemas()
+    return importlib.import_module(module)
+
+
+@cache
+def _schemas() -> Any:
+    """Operators of torchvision, by name only; kept, since they go with the library."""
     import torch
 
     library = torch.library.Library("torchvision", "FRAGMENT")
     for name in ("nms", "qnms"):
         library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-    found = importlib.import_module(module)
-    found.kept = library  # the schemas go when it does
-    return found
+    return library
 
 
 def train_here(data: str, out: Path, *arguments: str) -> Path:
@@ -125,17 +131,8 @@ def train_here(data: str, out: Path, *arguments: str) -> Path:
 
 
 def torchvision_net(name: str) -> Any:
-    """In eval mode. Its compiled operators do not load beside a CPU build of torch; the models do not need them, only their schemas."""
-    import torch
-
-    library = torch.library.Library("torchvision", "FRAGMENT")
-    for operator in ("nms", "qnms"):
-        library.define(f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-    import torchvision.models
-
-    net = getattr(torchvision.models, name)(weights=None).eval()
-    net.library = library  # kept alive with the net
-    return net
+    """One of torchvision's nets with random weights, in eval mode."""
+    return getattr(oracle("torchvision.models"), name)(weights=None).eval()
 
 
 def hardware() -> str:

@@ -108,7 +108,7 @@ def _start(
 ) -> tuple[Training, Job]:  # fmt: skip
     if isinstance(net, str):
         find_spec(net)  # a wrong name is said before any data is read
-    if recipe.jitter or recipe.randaugment:
+    if recipe.randaugment:
         require_kornia()
     if recipe.weights:
         _in_turn(here, lambda: stem_of(recipe.weights))

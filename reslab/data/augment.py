@@ -3,6 +3,7 @@
 Every random choice is drawn on the CPU from the given generator, so that a seed means the same on every device.
 """
 
+import math
 from collections.abc import Callable
 from functools import cache
 from typing import Any
@@ -25,38 +26,6 @@ def pad_crop(x: Tensor, pad: int, generator: Generator) -> Tensor:
 def flip(x: Tensor, mirrored: Tensor) -> Tensor:
     """The images for which `mirrored` (N, bool) holds, left to right."""
     return torch.where(mirrored.to(x.device).view(-1, 1, 1, 1), x.flip(3), x)
-
-
-def random_resized_crop(
-    x: Tensor, size: int, generator: Generator, scale: tuple[float, float] = (0.35, 1.0), ratio: tuple[float, float] = (3 / 4, 4 / 3)
-) -> Tensor:
-    """A random box of each image, `scale` of its area and `ratio` wide to high, resized to `size` (Szegedy et al. 2014).
-
-    A box that would not fit is narrowed until it does. Bilinear, without a low-pass filter: meant for boxes that are at
-    most about twice `size`.
-    """
-    n = len(x)
-    area = torch.empty(n).uniform_(*scale, generator=generator)
-    aspect = torch.empty(n).uniform_(*(float(torch.tensor(r).log()) for r in ratio), generator=generator).exp()
-    width, height = (area * aspect).sqrt().clamp(max=1), (area / aspect).sqrt().clamp(max=1)
-    return _boxes(x, size, width, height, generator)
-
-
-def scale_crop(x: Tensor, size: int, shortest: tuple[int, int], generator: Generator) -> Tensor:
-    """The short side scaled to a whole number in `shortest`, then a random square of `size` (He et al. 2015, section 3.4)."""
-    side = size / torch.randint(shortest[0], shortest[1] + 1, (len(x),), generator=generator)
-    return _boxes(x, size, side, side, generator)
-
-
-def _boxes(x: Tensor, size: int, width: Tensor, height: Tensor, generator: Generator) -> Tensor:
-    """Boxes of the given sizes (fractions of the image), each somewhere inside it, sampled on a size x size grid."""
-    x0 = torch.rand(len(x), generator=generator) * (1 - width)
-    y0 = torch.rand(len(x), generator=generator) * (1 - height)
-    theta = torch.zeros(len(x), 2, 3)
-    theta[:, 0, 0], theta[:, 1, 1] = width, height
-    theta[:, 0, 2], theta[:, 1, 2] = 2 * x0 + width - 1, 2 * y0 + height - 1
-    grid = F.affine_grid(theta.to(x.device, x.dtype), [len(x), x.shape[1], size, size], align_corners=False)
-    return F.grid_sample(x, grid, padding_mode="border", align_corners=False)
 
 
 def cutout(x: Tensor, size: int, generator: Generator) -> Tensor:
@@ -116,26 +85,46 @@ def lighting(x: Tensor, deviation: float, std: Tensor, generator: Generator) -> 
     return x + shift.view(-1, 3, 1, 1)
 
 
-def colour(x: Tensor, jitter: float, randaugment: int, generator: Generator) -> Tensor:
-    """kornia's colour jitter of strength `jitter` and RandAugment of `randaugment` operations, on images in [0, 1].
+LUMA = (0.299, 0.587, 0.114)
+TO_YIQ = ((0.299, 0.587, 0.114), (0.595716, -0.274453, -0.321263), (0.211456, -0.522591, 0.311135))  # FCC, NTSC
 
-    Raises WorkError when the extra `aug` is not installed.
+
+def jitter(x: Tensor, strength: float, generator: Generator) -> Tensor:
+    """Brightness, contrast and saturation changed by up to `strength`, hue turned by up to a quarter of it, of images in [0, 1].
+
+    In this order, as one 3x3 matrix and a shift for each image, and clipped once; hue is turned about the grey axis of YIQ.
+    Greyscale images get brightness and contrast.
     """
-    if not jitter and not randaugment:
-        return x
+    n, channels = x.shape[:2]
+    bright, contrast, saturation = (1 + strength * (2 * torch.rand(3, n, 1, 1, generator=generator) - 1)).clamp(min=0)
+    turn = 2 * math.pi * strength / 4 * (2 * torch.rand(n, generator=generator) - 1)
+    if channels == 1:
+        luma, colours = torch.ones(1, 1), torch.ones(n, 1, 1)
+    else:
+        luma = torch.tensor([LUMA])
+        grey = torch.ones(3, 1) @ luma  # what saturation moves colours away from
+        colours = _turned(turn) @ (grey + saturation * (torch.eye(3) - grey))
+    flat = x.reshape(n, channels, -1)
+    mean = (luma.to(x.device) @ flat.mean(2, keepdim=True)) * bright.to(x.device)
+    out = torch.baddbmm((1 - contrast).to(x.device) * mean, (bright * contrast * colours).to(x.device), flat)
+    return out.clamp_(0, 1).view(x.shape)
+
+
+def _turned(angle: Tensor) -> Tensor:
+    """Matrices (N, 3, 3) that turn the hue of RGB by angles (N), in radians; grey and luma stay."""
+    yiq, sine, cosine = torch.tensor(TO_YIQ), angle.sin(), angle.cos()
+    turn = torch.eye(3).repeat(len(angle), 1, 1)
+    turn[:, 1, 1], turn[:, 1, 2], turn[:, 2, 1], turn[:, 2, 2] = cosine, -sine, sine, cosine
+    turned: Tensor = torch.linalg.inv(yiq) @ turn @ yiq
+    return turned
+
+
+def randaugment(x: Tensor, operations: int, generator: Generator) -> Tensor:
+    """kornia's RandAugment of that many operations, on images in [0, 1]. Raises WorkError when the extra `aug` is not installed."""
     with torch.random.fork_rng(devices=[]):  # kornia draws from the global generator
         torch.manual_seed(int(torch.randint(0, 2**63 - 1, (1,), generator=generator)))
-        if jitter and x.shape[1] == 3:
-            x = _kornia_jitter(jitter)(x)
-        if randaugment:
-            x = _kornia_randaugment(randaugment)(x if x.shape[1] == 3 else x.expand(-1, 3, -1, -1))[:, : x.shape[1]]
+        x = _kornia_randaugment(operations)(x if x.shape[1] == 3 else x.expand(-1, 3, -1, -1))[:, : x.shape[1]]
     return x.clamp(0, 1)
-
-
-@cache
-def _kornia_jitter(strength: float) -> Callable[[Tensor], Tensor]:
-    jitter: Callable[[Tensor], Tensor] = require_kornia().ColorJitter(strength, strength, strength, strength / 4, p=1.0)
-    return jitter
 
 
 @cache

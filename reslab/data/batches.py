@@ -1,7 +1,8 @@
 """Images -> batches of raw uint8 pixels, in an order that a seed fixes.
 
 A data set that fits lives in memory, decoded once; a larger one is decoded by worker processes as it is needed. Which
-of the two was chosen changes no batch: order and pixels are the same.
+of the two was chosen changes no batch: order, pixels and boxes are the same. Only are boxes of a stream cut from the images'
+own pixels, which may be more than memory holds of them.
 """
 
 import os
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from reslab.data.boxes import Boxes, Crops, cut, least_side
 from reslab.data.decode import Unreadable
 from reslab.data.images import Images, Indices, read_many
 from reslab.errors import WorkError, shown
@@ -29,6 +31,14 @@ class Batch(NamedTuple):
     pixels: Tensor
     labels: Tensor
     items: Tensor
+
+
+class _Wanted(NamedTuple):
+    """An item of the Images, the pixels a side that are wanted of it, and the box they are to show; None for all of its middle."""
+
+    item: int
+    size: int
+    box: Boxes | None
 
 
 class Batches:
@@ -54,25 +64,33 @@ class Batches:
             array, self.items = np.delete(array, bad, axis=0), np.delete(self.items, bad)
         self._pixels = torch.from_numpy(np.require(array, requirements=["C", "W"]))
 
-    def epoch(self, batch_size: int, order: Indices | None = None) -> Iterator[Batch]:
-        """Batches in the given order of positions within this part; by default each once, in their own order."""
+    def epoch(self, batch_size: int, order: Indices | None = None, crops: Crops | None = None) -> Iterator[Batch]:
+        """Batches in the given order of positions within this part; by default each once, in their own order.
+
+        With `crops`, what their boxes hold of each image.
+        """
         self.load()
         order = np.arange(len(self.items)) if order is None else order
         chunks = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
         if self._pixels is not None:
-            for chunk in chunks:
-                yield self._batch(self._pixels[torch.from_numpy(chunk)], self.items[chunk])
+            for number, chunk in enumerate(chunks):
+                yield self._batch(self._held(self._pixels, number, chunk, crops), self.items[chunk])
         else:
-            yield from self._stream(chunks)
+            yield from self._stream(chunks, crops)
+
+    def _held(self, pixels: Tensor, number: int, chunk: Indices, crops: Crops | None) -> Tensor:
+        if crops is None:
+            return pixels[torch.from_numpy(chunk)]
+        return torch.stack([cut(pixels[position].numpy(), crops.boxes[position], crops.size(number)) for position in chunk])
 
     def _batch(self, pixels: Tensor, items: Indices) -> Batch:
         return Batch(pixels, torch.from_numpy(self.images.labels[items]), torch.from_numpy(items))
 
-    def _stream(self, chunks: list[Indices]) -> Iterator[Batch]:
+    def _stream(self, chunks: list[Indices], crops: Crops | None) -> Iterator[Batch]:
         images = self.images
         loader: DataLoader[Any] = DataLoader(
-            _Files(images, self.size),
-            batch_sampler=[self.items[chunk].tolist() for chunk in chunks],
+            _Files(images),
+            batch_sampler=[self._wanted(number, chunk, crops) for number, chunk in enumerate(chunks)],
             num_workers=self.workers,
             collate_fn=_collate,
             worker_init_fn=_quiet_worker,
@@ -82,6 +100,10 @@ class Batches:
             if not len(items):
                 raise WorkError(f"images must stay readable; a whole batch is not, first {shown(images.names[failed[0][0]])}: {failed[0][1]}")
             yield self._batch(pixels, items)
+
+    def _wanted(self, number: int, chunk: Indices, crops: Crops | None) -> list[_Wanted]:
+        size = self.size if crops is None else crops.size(number)
+        return [_Wanted(int(self.items[position]), size, None if crops is None else crops.boxes[position]) for position in chunk]
 
 
 def choose_storage(images: Images, size: int) -> tuple[Storage, str]:
@@ -93,13 +115,15 @@ def choose_storage(images: Images, size: int) -> tuple[Storage, str]:
 
 
 class _Files(Dataset[tuple[int, Any]]):
-    def __init__(self, images: Images, size: int) -> None:
+    def __init__(self, images: Images) -> None:
         self.images = images
-        self.size = size
 
-    def __getitem__(self, item: int) -> tuple[int, Any]:
+    def __getitem__(self, wanted: _Wanted) -> tuple[int, Any]:
+        item, size, box = wanted
         try:
-            return item, self.images.pixels(item, self.size)
+            if box is None:
+                return item, torch.from_numpy(self.images.pixels(item, size).copy())
+            return item, cut(self.images.square(item, least_side(box, size)), box, size)
         except Unreadable as error:
             return item, str(error)
 
@@ -107,7 +131,7 @@ class _Files(Dataset[tuple[int, Any]]):
 def _collate(samples: list[tuple[int, Any]]) -> tuple[Tensor, Indices, list[tuple[int, str]]]:
     good = [(item, value) for item, value in samples if not isinstance(value, str)]
     failed = [(item, value) for item, value in samples if isinstance(value, str)]
-    pixels = torch.from_numpy(np.stack([value for _, value in good])) if good else torch.empty(0)
+    pixels = torch.stack([value for _, value in good]) if good else torch.empty(0)
     return pixels, np.array([item for item, _ in good], dtype=np.int64), failed
 
 

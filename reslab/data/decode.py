@@ -1,7 +1,8 @@
 """Image file -> uint8 pixels: (size, size, channels), whatever was in the file.
 
 EXIF rotation is applied. Greyscale, palette, CMYK, 16-bit and float images become 8-bit; transparency goes onto white.
-The short side is scaled to `size` and the middle square kept. JPEG goes through simplejpeg, all else through Pillow.
+The short side is scaled to `size` and the middle square kept. JPEG goes through simplejpeg, all else through Pillow; of
+large JPEGs half, a quarter or an eighth of the resolution is decoded, where that is enough.
 """
 
 import io
@@ -67,24 +68,20 @@ def dimensions(data: bytes) -> tuple[int, int]:
 
 def decode(data: bytes, size: int, channels: int) -> Pixels:
     """uint8 (size, size, channels), channels 1 or 3. Raises Unreadable."""
-    with _open(data) as image:
-        orientation = _orientation(image)
-        if image.format == "JPEG" and orientation == 1 and image.mode in ("L", "RGB"):
-            try:
-                array: Pixels = simplejpeg.decode_jpeg(data, "RGB" if channels == 3 else "GRAY", min_height=size, min_width=size)
-            except ValueError:
-                pass  # simplejpeg is strict; Pillow reads what is merely odd and refuses what is broken
-            else:
-                if array.shape[:2] == (size, size):
-                    return array
-                return _fit(Image.fromarray(array if channels == 3 else array[:, :, 0]), size, channels)
-        try:
-            if image.format == "JPEG":
-                image.draft(None, (size, size))
-            turn = TURNS.get(orientation)
-            return _fit(_eight_bit(image if turn is None else image.transpose(turn), channels), size, channels)
-        except Exception as error:  # decoders raise many types on broken files
-            raise Unreadable(_reason(error)) from error
+    return resize(_upright(data, size, channels), size)
+
+
+def decode_square(data: bytes, least: int, channels: int) -> Pixels:
+    """The middle square without resampling: uint8 (S, S, channels), S at least `least` where the image has as much. Raises Unreadable."""
+    return middle_square(_upright(data, least, channels))
+
+
+def middle_square(pixels: Pixels) -> Pixels:
+    """A view of the middle of uint8 (H, W, C)."""
+    height, width = pixels.shape[:2]
+    side = min(height, width)
+    top, left = (height - side) // 2, (width - side) // 2
+    return pixels[top : top + side, left : left + side]
 
 
 def decode_whole(data: bytes) -> Pixels:
@@ -99,8 +96,32 @@ def decode_whole(data: bytes) -> Pixels:
 
 def resize(pixels: Pixels, size: int) -> Pixels:
     """uint8 (H, W, C) -> (size, size, C), as `decode` does."""
-    grey = pixels.shape[2] == 1
-    return _fit(Image.fromarray(pixels[:, :, 0] if grey else pixels), size, pixels.shape[2])
+    if pixels.shape[:2] == (size, size):
+        return pixels
+    image = Image.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels)
+    image = ImageOps.fit(image, (size, size), Image.Resampling.BILINEAR)  # Pillow's filters are antialiased
+    return np.asarray(image).reshape(size, size, pixels.shape[2])
+
+
+def _upright(data: bytes, least: int, channels: int) -> Pixels:
+    """uint8 (H, W, channels), no side shorter than `least` where the image itself has as much."""
+    with _open(data) as image:
+        orientation = _orientation(image)
+        if image.format == "JPEG" and orientation == 1 and image.mode in ("L", "RGB"):
+            try:
+                # Only whole halvings: in between, the decoder is slower than at full size
+                array: Pixels = simplejpeg.decode_jpeg(data, "RGB" if channels == 3 else "GRAY", min_height=least, min_width=least, min_factor=2)
+                return array
+            except ValueError:
+                pass  # simplejpeg is strict; Pillow reads what is merely odd and refuses what is broken
+        try:
+            if image.format == "JPEG":
+                image.draft(None, (least, least))
+            turn = TURNS.get(orientation)
+            found = np.asarray(_eight_bit(image if turn is None else image.transpose(turn), channels))
+        except Exception as error:  # decoders raise many types on broken files
+            raise Unreadable(_reason(error)) from error
+    return found if channels == 3 else found[:, :, None]
 
 
 @cache
@@ -160,9 +181,3 @@ def _eight_bit(image: Image.Image, channels: int) -> Image.Image:
         opaque = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", opaque.size, "white"), opaque)
     return image.convert("RGB" if channels == 3 else "L")
-
-
-def _fit(image: Image.Image, size: int, channels: int) -> Pixels:
-    if image.size != (size, size):
-        image = ImageOps.fit(image, (size, size), Image.Resampling.BILINEAR)  # Pillow's filters are antialiased
-    return np.asarray(image).reshape(size, size, channels)

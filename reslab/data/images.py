@@ -10,7 +10,7 @@ from typing import NamedTuple, Protocol, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from reslab.data.decode import Pixels, Unreadable, decode, resize
+from reslab.data.decode import Pixels, Unreadable, decode, decode_square, middle_square, resize
 
 SPLITS = ("train", "val", "test")
 SMALL_IMAGE = 128 * 128  # pixels
@@ -78,15 +78,18 @@ class Images:
 
     def pixels(self, index: int, size: int) -> Pixels:
         """uint8 (size, size, channels) of one item. Raises Unreadable."""
-        if self.array is not None:
-            own = self.array[index]
-            return own if own.shape[:2] == (size, size) else resize(own, size)
+        return resize(self.array[index], size) if self.array is not None else decode(self._data(index), size, self.channels)
+
+    def square(self, index: int, least: int) -> Pixels:
+        """uint8 (S, S, channels), the middle square of one item, with at least that many pixels a side where it has them. Raises Unreadable."""
+        return middle_square(self.array[index]) if self.array is not None else decode_square(self._data(index), least, self.channels)
+
+    def _data(self, index: int) -> bytes:
         assert self.paths is not None
         try:
-            data = self.paths[index].read_bytes()
+            return self.paths[index].read_bytes()
         except OSError as error:
             raise Unreadable(error.strerror or "cannot be read") from error
-        return decode(data, size, self.channels)
 
     def fingerprint(self) -> str:
         """SHA-256 over each item's content hash, class and split: equal only for equal data."""

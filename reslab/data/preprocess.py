@@ -53,7 +53,7 @@ class Preprocess(Frame):
         return pixels.to(device, non_blocking=True).permute(0, 3, 1, 2).float().div_(255)
 
     def normalise(self, x: "Tensor") -> "Tensor":
-        """[0, 1] -> zero mean, unit deviation. A mean image is stretched where `x` is larger than it."""
+        """[0, 1] -> zero mean, unit deviation. A mean image is resized where `x` has another size."""
         from torch import as_tensor
         from torch.nn.functional import interpolate
 

@@ -20,6 +20,7 @@ from torch.nn.functional import cross_entropy, interpolate, one_hot
 
 from reslab.data import augment
 from reslab.data.batches import Batch, Batches
+from reslab.data.boxes import Boxes, Crops, resized, scaled
 from reslab.data.images import Indices
 from reslab.data.preprocess import Preprocess
 from reslab.data.shards import shuffled
@@ -40,7 +41,7 @@ from reslab.train.recipe import Recipe, check_shares
 from reslab.train.state import Progress, load_state, save_state
 
 LOG_SECONDS = 1.0  # between two `step` records
-ORDER, AUGMENT, COIN, LAYERS = 1, 2, 3, 4  # streams of random numbers
+ORDER, AUGMENT, COIN, LAYERS, BOXES = 1, 2, 3, 4, 5  # streams of random numbers
 GENTLE_ERROR = 0.8  # training error below which warmup_lr ends
 PLATEAU = 10  # epochs without a better val top-1 before the plateau schedule lowers the rate
 
@@ -203,7 +204,17 @@ class Training:
         """What is left of an epoch, this process's share of each batch."""
         last = min(self.plan.steps_per_epoch, self.progress.steps - epoch * self.plan.steps_per_epoch)
         order = self._order(epoch)[done * self.batch_size : last * self.batch_size].reshape(-1, self.machine.world, self.share)
-        yield from self.train.epoch(self.share, order[:, self.machine.rank].reshape(-1))
+        first = epoch * self.plan.steps_per_epoch + done
+        boxes = self._boxes(seeded(self.recipe.seed, BOXES, epoch))
+        crops = None if boxes is None else Crops(boxes, lambda number: self._size(first + number))
+        yield from self.train.epoch(self.share, order[:, self.machine.rank].reshape(-1), crops)
+
+    def _boxes(self, generator: Generator) -> Boxes | None:
+        """What an epoch's batches show of each training image; None for the whole canvas."""
+        n = len(self.train.items)
+        if self.recipe.crop == "resized":
+            return resized(n, generator)
+        return scaled(n, generator) if self.recipe.crop == "scale" else None
 
     def _order(self, epoch: int) -> Indices:
         rng = np.random.default_rng([self.recipe.seed, ORDER, epoch])
@@ -220,13 +231,13 @@ class Training:
         recipe, size, device = self.recipe, self._size(self.progress.step), self.machine.device
         generator = seeded(recipe.seed, AUGMENT, self.progress.step, number)
         x = self.preprocess.unit(batch.pixels, device)
-        x = augment.colour(x, recipe.jitter, recipe.randaugment, generator)
-        x = self.preprocess.normalise(x if recipe.crop in ("resized", "scale") else self.preprocess.crop(x))
-        if recipe.crop == "resized":
-            x = augment.random_resized_crop(x, size, generator)
-        elif recipe.crop == "scale":
-            x = augment.scale_crop(x, size, (round(size * 256 / 224), round(size * 480 / 224)), generator)
-        elif recipe.crop == "pad" and recipe.pad:
+        x = x if recipe.crop in ("resized", "scale") else self.preprocess.crop(x)
+        if recipe.jitter:
+            x = augment.jitter(x, recipe.jitter, generator)
+        if recipe.randaugment:
+            x = augment.randaugment(x, recipe.randaugment, generator)
+        x = self.preprocess.normalise(x)
+        if recipe.crop == "pad" and recipe.pad:
             x = augment.pad_crop(x, recipe.pad, generator)
         if recipe.flip != "none":
             x = augment.flip(x, self._mirrored(batch.items, generator))

@@ -32,30 +32,6 @@ def test_flip_mirrors_only_what_it_is_told() -> None:
     assert torch.equal(y[1], x[1])
 
 
-def test_full_size_box_is_the_image_itself() -> None:
-    x = torch.randn(4, 3, 16, 16, generator=seeded())
-    y = augment.random_resized_crop(x, 16, seeded(), scale=(1, 1), ratio=(1, 1))
-    assert torch.allclose(y, x, atol=1e-5)
-
-
-def test_random_resized_crop_stays_inside_and_keeps_its_scale() -> None:
-    column = torch.linspace(0, 1, 64).view(1, 1, 1, 64).expand(200, 1, 64, 64)  # the value is the place
-    y = augment.random_resized_crop(column, 32, seeded())
-    width = (y[:, 0, 0, -1] - y[:, 0, 0, 0]) * 32 / 31
-    assert y.min() >= 0
-    assert y.max() <= 1
-    assert width.min() > (0.35 * 3 / 4) ** 0.5 - 0.03
-    assert width.std() > 0.05
-
-
-def test_scale_crop_takes_squares_of_the_papers_sizes() -> None:
-    column = torch.linspace(0, 1, 480).view(1, 1, 1, 480).expand(300, 1, 480, 480)
-    y = augment.scale_crop(column, 24, (27, 51), seeded())
-    width = (y[:, 0, 0, -1] - y[:, 0, 0, 0]) * 24 / 23
-    assert abs(width.min().item() - 24 / 51) < 0.02
-    assert abs(width.max().item() - 24 / 27) < 0.02
-
-
 def test_cutout_zeroes_at_most_one_square() -> None:
     y = augment.cutout(torch.ones(100, 3, 32, 32), 8, seeded())
     holes = (y == 0).sum((1, 2, 3)) / 3
@@ -83,19 +59,48 @@ def test_lighting_shifts_colour_along_the_components() -> None:
     assert torch.equal(augment.lighting(x[:, :1], 0.1, std, seeded()), x[:, :1])
 
 
-def test_colour_stays_in_range_and_leaves_the_global_generator_alone() -> None:
+def test_jitter_is_brightness_contrast_saturation_and_hue_one_after_the_other() -> None:
+    """Against the four written out, each by its definition, for amounts that clip nothing."""
+    x = 0.4 + 0.2 * torch.rand(16, 3, 8, 8, generator=seeded())
+    bright, contrast, saturation = 1 + 0.1 * (2 * torch.rand(3, 16, 1, 1, generator=(generator := seeded(1))) - 1)
+    angle = 2 * torch.pi * 0.1 / 4 * (2 * torch.rand(16, generator=generator) - 1)
+
+    def luma(y: torch.Tensor) -> torch.Tensor:
+        return (y * torch.tensor([0.299, 0.587, 0.114]).view(3, 1, 1)).sum(1, keepdim=True)
+
+    y = x * bright[..., None]
+    mean = luma(y).mean((2, 3), keepdim=True)
+    y = mean + contrast[..., None] * (y - mean)
+    y = luma(y) + saturation[..., None] * (y - luma(y))
+    got = augment.jitter(x, 0.1, seeded(1))
+    assert torch.allclose(luma(got), luma(y), atol=1e-4), "a turn of the hue keeps luma"
+    yiq = torch.tensor(augment.TO_YIQ)
+    before, after = (torch.einsum("ij,njhw->nihw", yiq, picture)[:, 1:] for picture in (y, got))
+    turned = torch.complex(*before.unbind(1)) * torch.exp(1j * angle).view(-1, 1, 1)
+    assert torch.allclose(torch.complex(*after.unbind(1)), turned, atol=1e-4)
+
+
+def test_jitter_keeps_grey_grey_and_the_range() -> None:
+    grey = torch.rand(8, 1, 6, 6, generator=seeded())
+    got = augment.jitter(grey.expand(-1, 3, -1, -1), 0.8, seeded(2))
+    assert torch.allclose(got, got[:, :1].expand_as(got), atol=1e-5)
+    assert torch.allclose(got[:, :1], augment.jitter(grey, 0.8, seeded(2)), atol=1e-5)
+    assert (got.min(), got.max()) == (0, 1)
+
+
+def test_randaugment_stays_in_range_and_leaves_the_global_generator_alone() -> None:
     x = torch.rand(8, 3, 32, 32, generator=seeded())
     state = torch.get_rng_state()
-    y = augment.colour(x, 0.4, 2, seeded(3))
+    y = augment.randaugment(x, 2, seeded(3))
     assert torch.equal(torch.get_rng_state(), state)
     assert y.shape == x.shape
     assert 0 <= y.min() <= y.max() <= 1
     assert not torch.allclose(x, y)
-    assert torch.equal(y, augment.colour(x, 0.4, 2, seeded(3)))
+    assert torch.equal(y, augment.randaugment(x, 2, seeded(3)))
 
 
 def test_equal_seeds_give_equal_batches() -> None:
     x = torch.randn(8, 3, 16, 16, generator=seeded())
-    for make in (lambda g: augment.pad_crop(x, 2, g), lambda g: augment.random_resized_crop(x, 16, g), lambda g: augment.cutout(x, 4, g)):
+    for make in (lambda g: augment.pad_crop(x, 2, g), lambda g: augment.jitter(x, 0.4, g), lambda g: augment.cutout(x, 4, g)):
         assert torch.equal(make(seeded(5)), make(seeded(5)))
         assert not torch.equal(make(seeded(5)), make(seeded(6)))

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from reslab.data.batches import Batches, choose_storage, mean_and_std, mean_image
+from reslab.data.boxes import Crops, cut, resized
 from reslab.data.images import Images
 from reslab.data.preprocess import Preprocess
 from reslab.data.source import open_images
@@ -19,6 +20,19 @@ def test_memory_and_stream_give_the_same_batches(folder: Path) -> None:
     for a, b in zip(memory, stream, strict=True):
         assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
     assert memory[0].pixels.shape == (16, 20, 20, 3)
+
+
+def test_memory_and_stream_cut_the_same_boxes_of_changing_sizes(folder: Path) -> None:
+    images = open_images(folder)
+    boxes = resized(57, torch.Generator().manual_seed(0))
+    crops = Crops(boxes, lambda number: 12 if number < 2 else 16)
+    order = np.random.default_rng(0).permutation(57)
+    memory, stream = (list(Batches(images, np.arange(3, 60), 24, storage).epoch(16, order, crops)) for storage in ("memory", "stream"))
+    assert [tuple(b.pixels.shape) for b in memory] == [(16, 12, 12, 3), (16, 12, 12, 3), (16, 16, 16, 3), (9, 16, 16, 3)]
+    for a, b in zip(memory, stream, strict=True):
+        assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+    first = int(order[0])
+    assert torch.equal(memory[0].pixels[0], cut(images.pixels(3 + first, 24), boxes[first], 12))
 
 
 def test_images_in_memory_are_decoded_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from reslab.data.decode import Unreadable, decode, read_header
+from reslab.data.decode import Unreadable, decode, decode_square, read_header
 
 
 def encoded(image: Image.Image, kind: str, **options: object) -> bytes:
@@ -71,6 +71,16 @@ def test_exif_rotation_is_applied(orientation: int, kind: str) -> None:
     got = decode(data, 32, 3)  # the middle square: columns 16 to 47
     want = np.asarray(upright.crop((16, 0, 48, 32)))
     assert np.abs(got.astype(int) - want.astype(int)).max() < 40
+
+
+@pytest.mark.parametrize(("least", "side"), [(600, 600), (301, 600), (300, 300), (150, 150), (76, 150), (10, 75), (2000, 600)])
+def test_the_middle_square_is_reduced_by_halves_only_and_not_resampled(least: int, side: int) -> None:
+    image = gradient().resize((800, 600), Image.Resampling.BICUBIC)
+    got = decode_square(encoded(image, "JPEG", quality=95), least, 3)
+    assert got.shape == (side, side, 3)
+    want = np.asarray(image.crop((100, 0, 700, 600)).resize((side, side), Image.Resampling.BOX)).astype(int)
+    assert np.abs(got.astype(int) - want).mean() < 2
+    assert decode_square(encoded(image, "PNG"), least, 1).shape == (600, 600, 1), "other formats come whole"
 
 
 def test_large_jpegs_are_reduced_to_what_a_full_decode_gives() -> None:

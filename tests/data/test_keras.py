@@ -10,7 +10,7 @@ from reslab.data.split import split
 from reslab.nets.keras import build, keras
 from reslab.spec import Spec
 
-SPEC = Spec("basic", (1, 1), (4, 8), "conv3", num_classes=3)
+SPEC = Spec("basic", (1, 1), (16, 32), "conv3", num_classes=3)  # torch 2.13 dies of a strided 1x1 convolution with fewer inputs than 16
 
 
 def test_each_epoch_gives_every_image_once_with_its_label_in_an_order_that_the_seed_fixes() -> None:
