@@ -8,9 +8,10 @@ import sys
 from measure import keep, train
 
 if __name__ == "__main__":
-    budget = "60s" if "--smoke" in sys.argv else "20m"
+    budget = "20m"
     seed = next((argument for argument in sys.argv[1:] if argument.isdigit()), "0")
-    run = train("cifar10", "--net", "resnet20", "--budget", budget, "--seed", seed)
+    given = ("--steps", "3", "--image-size", "8") if "--smoke" in sys.argv else ("--budget", budget)
+    run = train("cifar10", "--net", "resnet20", "--seed", seed, *given)
     test, epochs, plan = run.last("test"), [r for r in run.records if r["kind"] == "epoch"], run.records[0]
     lines = [
         f"reslab train cifar10 --net resnet20 --budget {budget} --seed {seed}",

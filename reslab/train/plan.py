@@ -24,6 +24,7 @@ BF16_GAIN = 1.3  # bf16 must multiply matrices this much faster to be worth its 
 BF16_MACS = 10e6  # and the net must have work enough for that to show
 MATRIX = 1024
 TIMED = 3
+TIMED_SECONDS = 2.0
 
 
 @dataclass(frozen=True)
@@ -135,13 +136,11 @@ def _time_step(net: ResNet, x: Tensor, recipe: Recipe, plan: Plan, machine: Mach
 
 
 def _time(work: Callable[[], Any], x: Tensor) -> float:
-    """The median of a few runs after a first; of that first alone when it takes long."""
-    times = []
-    for _ in range(1 + TIMED):
+    """The median of a few runs after a first, as many as there is time for; of that first alone when it takes long."""
+    times: list[float] = []
+    while len(times) <= TIMED and sum(times) < TIMED_SECONDS:
         start = time.perf_counter()
         work()
         synchronise(x)
         times.append(time.perf_counter() - start)
-        if times[0] > 5:
-            return times[0]
-    return sorted(times[1:])[TIMED // 2]
+    return sorted(times[1:] or times)[len(times[1:]) // 2]
