@@ -24,9 +24,11 @@ agrees, disagrees, or not decided at this budget. Below is what real runs gave; 
 WORDS = {"agrees": "✓ agrees", "disagrees": "✗ disagrees", "not decided at this budget": "· not decided"}
 
 
-def section(folder: Path) -> str:
+def section(folder: Path, taken: list[str]) -> str:
     told: dict[str, Any] = json.loads((folder / "study.json").read_text("utf-8"))
     name = f"{told['name']}-{told['data']}"
+    name += f"-{taken.count(name) + 1}" if name in taken else ""
+    taken.append(name)
     kept = DOCS / "studies" / name
     kept.mkdir(parents=True, exist_ok=True)
     pictures = []
@@ -55,6 +57,7 @@ def section(folder: Path) -> str:
 
 
 if __name__ == "__main__":
-    sections = [section(Path(folder)) for folder in sys.argv[1:]]
+    taken: list[str] = []
+    sections = [section(Path(folder), taken) for folder in sys.argv[1:]]
     (DOCS / "studies.md").write_text(HEAD + "".join(sections), "utf-8")
     print(f"docs/studies.md: {len(sections)} studies")

@@ -15,6 +15,7 @@ plain 20 / 56: 9.78 / 12.95 (a five-run reproduction of the protocol), plain 110
 
 from collections.abc import Iterator
 
+from reslab.interval import wilson
 from reslab.run import Record
 from reslab.study.data import Data
 from reslab.study.kinds import Cell, Claim, Pace, Ready, Setting, Study, Subject, Verdict
@@ -70,6 +71,7 @@ def claims(records: list[Record]) -> list[Claim]:
             residual_rise.n,
         ),
         _deep_comparison(_results(records), deep),
+        *_of_one_seed(_results(records), shallow, deep),
     ]
 
 
@@ -112,6 +114,22 @@ def _deep_comparison(results: list[Record], deep: int) -> Claim:
         gap.verdict(),
         gap.n,
     )
+
+
+def _of_one_seed(results: list[Record], shallow: int, deep: int) -> list[Claim]:
+    """What a single seed can say: the nets' test errors with intervals over the test images. Other seeds are not covered."""
+    found = {(r["twin"], r["layers"]): (r["test_error"], *wilson(r["test_error"] * r["test_n"], r["test_n"])) for r in results}
+    ends = [(twin, layers) for twin in ("plain", "residual") for layers in (shallow, deep)]
+    if len({r["seed"] for r in results}) != 1 or not found.keys() >= set(ends) or shallow == deep:
+        return []
+    told = ", ".join(f"{twin} {n} {100 * e:.1f} % ({100 * low:.1f} to {100 * high:.1f})" for (twin, n) in ends for e, low, high in [found[twin, n]])
+    (_, worst, best), others = found["plain", deep], [found[end] for end in ends if end != ("plain", deep)]
+    is_worst, is_not = worst > max(high for *_, high in others), best < max(low for _, low, _ in others)
+    rises = found["residual", deep][1] > found["residual", shallow][2]
+    verdict: Verdict = "disagrees" if is_not or rises else "agrees" if is_worst else "not decided at this budget"
+    said = "The deeper plain net ends with the highest test error, the deeper residual net with none above the shallower one's"
+    n = min(int(r["test_n"]) for r in results)
+    return [Claim(said, f"of one seed, with 95 % intervals over {n:,} test images: {told}", verdict, n)]
 
 
 STUDY = Study(

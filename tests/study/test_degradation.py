@@ -13,7 +13,7 @@ def records(plain: list[float], residual: list[float]) -> list[dict]:
     for kind, deep in (("plain", plain), ("residual", residual)):
         for seed, error in enumerate(deep):
             rows += [
-                {"kind": "result", "twin": kind, "layers": depth, "seed": seed, "train_error": e, "test_error": e}
+                {"kind": "result", "twin": kind, "layers": depth, "seed": seed, "train_error": e, "test_error": e, "test_n": 1000}
                 for depth, e in ((20, 0.1 + 0.001 * seed), (56, error))
             ]
     return rows
@@ -26,7 +26,10 @@ def records(plain: list[float], residual: list[float]) -> list[dict]:
         ([0.6, 0.62, 0.61], [0.5, 0.52, 0.51], ["agrees", "disagrees", "agrees"]),
         ([0.05, 0.06, 0.05], [0.05, 0.06, 0.05], ["disagrees", "agrees", "not decided at this budget"]),
         ([0.1, 0.9, 0.2], [0.1, 0.9, 0.3], ["not decided at this budget"] * 3),
-        ([0.6], [0.1], ["not decided at this budget"] * 3),
+        ([0.6], [0.1], [*["not decided at this budget"] * 3, "agrees"]),
+        ([0.6], [0.2], [*["not decided at this budget"] * 3, "disagrees"]),
+        ([0.05], [0.1], [*["not decided at this budget"] * 3, "disagrees"]),
+        ([0.12], [0.1], [*["not decided at this budget"] * 3, "not decided at this budget"]),
     ],
 )
 def test_verdicts(plain: list[float], residual: list[float], verdicts: list[str]) -> None:
