@@ -1,6 +1,6 @@
 """Activation checkpointing by a budget: what a process holds, and what a step costs more.
 
-    python benchmarks/memory.py            about an hour; asked: ResNet-1202 <= 3 GiB resident, <= 1.3x the step time
+    python benchmarks/memory.py            half an hour; asked: ResNet-1202 <= 3 GiB resident, <= 1.3x the step time
     python benchmarks/memory.py --smoke    two minutes; figures that mean nothing
 
 Resident memory is the peak of a whole `reslab train --memory`, from reading the images to the report. Times are of steps in
@@ -23,7 +23,7 @@ import reslab
 SMOKE = "--smoke" in sys.argv
 DEEP, BUDGET, EPOCHS = ("resnet20", "800M", "1") if SMOKE else ("resnet1202", "3G", "2")
 FITTING = {3: "700M"} if SMOKE else {18: "1100M", 36: "1300M"}  # blocks a stage: ResNet-110 and -218
-ROUNDS, STEPS = (1, 3) if SMOKE else (5, 6)
+ROUNDS, STEPS = (1, 2) if SMOKE else (5, 4)
 OPTIONS = {"batch_size": 128, "recipe": "paper-cifar", "precision": "fp32"}
 
 

@@ -1,7 +1,7 @@
 """Two processes against one: the same global batch in fp32, loss by loss.
 
     python benchmarks/two_processes.py            minutes; asked: losses within 1e-5 over 50 steps
-    python benchmarks/two_processes.py --smoke    10 steps
+    python benchmarks/two_processes.py --smoke    3 steps
 
 Both train on CIFAR-10 with the batch in two pieces, and batch norm within a piece: torchrun gives each process one (gloo), one
 process takes them one after the other. A thread each, as the order of a sum depends on how many threads share it.
@@ -19,7 +19,7 @@ from measure import keep, our_steps
 from reslab.errors import WorkError
 
 SMOKE = "--smoke" in sys.argv
-STEPS = 10 if SMOKE else 50
+STEPS = 3 if SMOKE else 50
 NETS = ("resnet20",) if SMOKE else ("resnet20", "resnet56")
 OPTIONS = {"batch_size": 128, "micro_batch": 64, "precision": "fp32", "seed": 0}
 
