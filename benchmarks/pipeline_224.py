@@ -58,9 +58,10 @@ class Ours:
         return self._augmented(squares, resized(len(squares), self.generator), jitter)
 
     def _augmented(self, squares: Sequence[Pixels], boxes: Boxes, jitter: float) -> torch.Tensor:
-        x = self.preprocess.unit(torch.stack([cut(square, box, SIZE) for square, box in zip(squares, boxes, strict=True)]), torch.device("cpu"))
+        pixels = torch.stack([cut(square, box, SIZE) for square, box in zip(squares, boxes, strict=True)])
+        pixels = augment.flip(pixels, torch.rand(len(pixels), generator=self.generator) < 0.5, across=2)
+        x = self.preprocess.unit(pixels, torch.device("cpu"))
         x = self.preprocess.normalise(augment.jitter(x, jitter, self.generator) if jitter else x)
-        x = augment.flip(x, torch.rand(len(x), generator=self.generator) < 0.5)
         return x.contiguous(memory_format=torch.channels_last)
 
 

@@ -23,9 +23,9 @@ def pad_crop(x: Tensor, pad: int, generator: Generator) -> Tensor:
     return windows[torch.arange(len(x), device=x.device), :, top, left]
 
 
-def flip(x: Tensor, mirrored: Tensor) -> Tensor:
-    """The images for which `mirrored` (N, bool) holds, left to right."""
-    return torch.where(mirrored.to(x.device).view(-1, 1, 1, 1), x.flip(3), x)
+def flip(x: Tensor, mirrored: Tensor, across: int = 3) -> Tensor:
+    """The images for which `mirrored` (N, bool) holds, left to right; columns lie along dimension `across`."""
+    return torch.where(mirrored.to(x.device).view(-1, 1, 1, 1), x.flip(across), x)
 
 
 def cutout(x: Tensor, size: int, generator: Generator) -> Tensor:

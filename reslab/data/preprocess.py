@@ -62,7 +62,7 @@ class Preprocess(Frame):
             mean = interpolate(mean[None], x.shape[2:], mode="bilinear", align_corners=False)
         elif mean.ndim == 1:
             mean = mean.view(1, -1, 1, 1)
-        return (x - mean) / std.view(1, -1, 1, 1)
+        return (x - mean).div_(std.view(1, -1, 1, 1))
 
     def crop(self, x: "Tensor") -> "Tensor":
         """The middle `image_size` pixels."""

@@ -29,6 +29,8 @@ def test_flip_mirrors_only_what_it_is_told() -> None:
     x = ramp(4, 5)
     y = augment.flip(x, torch.tensor([True, False, True, False]))
     assert torch.equal(y[0], x[0].flip(2))
+    raw = augment.flip(x.permute(0, 2, 3, 1), torch.tensor([True, False, True, False]), across=2)
+    assert torch.equal(raw.permute(0, 3, 1, 2), y)
     assert torch.equal(y[1], x[1])
 
 
