@@ -153,7 +153,8 @@ def _fold(conv: nn.Conv2d, bn: nn.BatchNorm2d) -> None:
 class FusedConv(nn.Module):
     """A convolution, then an addition and a ReLU where it has them, in one call of oneDNN; float32 or bfloat16.
 
-    Weights are laid out for the size of x they last met. torch's own convolution lays them out anew at every call.
+    Weights are laid out for the size of images they last met; batches of every size are then equally fast. torch's own
+    convolution lays them out anew at every call.
     """
 
     def __init__(self, conv: nn.Conv2d, relu: bool) -> None:
@@ -165,10 +166,10 @@ class FusedConv(nn.Module):
 
     def forward(self, x: Tensor, other: Tensor | None = None) -> Tensor:
         shape, weight = self.packed
-        if shape != x.shape:
+        if shape != x.shape[1:]:
             dense = weight.to_dense() if weight.is_mkldnn else weight
             weight = torch.ops.mkldnn._reorder_convolution_weight(dense, *self.settings, list(x.shape))
-            self.packed = x.shape, weight
+            self.packed = x.shape[1:], weight
         call: Any = torch.ops.mkldnn._convolution_pointwise
         if other is None:
             out: Tensor = call(x, weight, self.bias, *self.settings, self.after, [], "")
