@@ -162,7 +162,7 @@ def test_debug_adds_the_traceback(cli: Cli) -> None:
 
 def test_missing_extra_is_named(tmp_path: Path) -> None:
     code = "import sys; sys.modules['kornia'] = None; sys.modules['torch.utils.tensorboard'] = None\nfrom reslab.cli import main; main(sys.argv[1:])"
-    for option, extra in ((["--jitter", "0.2"], "aug"), (["--tensorboard"], "tensorboard")):
+    for option, extra in ((["--randaugment", "2"], "aug"), (["--tensorboard"], "tensorboard")):
         call = [sys.executable, "-c", code, "train", "digits", *option, "--out", str(tmp_path / extra)]
         one_line(subprocess.run(call, capture_output=True, text=True, timeout=200), 1, f"pip install 'reslab[{extra}]'")
         assert not (tmp_path / extra).exists(), "said before anything is written"

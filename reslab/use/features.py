@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from reslab.data.batches import Batches
+from reslab.data.preprocess import Preprocess
 from reslab.errors import CallError, shown
 from reslab.run import write_whole
 from reslab.use.classifier import BATCH, Classifier, load
@@ -32,18 +33,20 @@ def features(classifier: Classifier, pixels: Tensor) -> Tensor:
         classifier.logits(pixels.numpy())
     finally:
         handle.remove()
-    return held[0].float().cpu()
+    assert isinstance(classifier.preprocess, Preprocess)  # where there is a net, there is
+    return classifier.preprocess.answer(held[0].float()).cpu()
 
 
 def nearest(classifier: Classifier, queries: Tensor, batches: Batches, n: int, progress: Callable[[int, int], None] = lambda done, total: None) -> Neighbours:
     """The `n` images of a part whose features are most like each query's (N, features), fewer where there are fewer.
 
-    Memory does not grow with the part beyond its pixels.
+    Memory does not grow with the part beyond its pixels. In float64: the likenesses of images of a class may differ by less
+    than float32 tells apart from one.
     """
-    queries, done = F.normalize(queries), 0
-    best = Neighbours(torch.empty(len(queries), 0), torch.empty(len(queries), 0, dtype=torch.int64))
+    queries, done = F.normalize(queries.double()), 0
+    best = Neighbours(queries.new_empty(len(queries), 0), torch.empty(len(queries), 0, dtype=torch.int64))
     for batch in batches.epoch(BATCH):
-        similarity = queries @ F.normalize(features(classifier, batch.pixels)).T
+        similarity = queries @ F.normalize(features(classifier, batch.pixels).double()).T
         both = torch.cat([best.similarity, similarity], 1)
         items = torch.cat([best.items, batch.items.expand(len(queries), -1)], 1)
         kept = both.topk(min(n, both.shape[1]), dim=1)

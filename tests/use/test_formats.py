@@ -11,12 +11,14 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
+import torch
 
 from reslab.data.decode import resize
 from reslab.errors import WorkError
 from reslab.spec import Spec
 from reslab.use.artefact import TorchModel
 from reslab.use.export import _sample, check, compare
+from reslab.use.features import features
 from reslab.use.formats import FORMATS, openvino, to_onnx
 from reslab.use.onnx import INPUT, OUTPUTS, session
 from tests.use.conftest import TINY, classifier_of
@@ -165,3 +167,13 @@ def test_probabilities_are_calibrated_and_exporting_leaves_the_net_as_it_was() -
     assert np.allclose(probabilities, scaled / scaled.sum(1, keepdims=True), atol=1e-6), "divided by the temperature"
     assert all((tensor == before[name]).all() for name, tensor in classifier.net.state_dict().items())
     assert not classifier.net.training
+
+
+def test_features_of_an_image_are_the_mean_of_both_views_where_two_are_looked_at() -> None:
+    plain = classifier_of(TINY)
+    assert isinstance(plain.model, TorchModel)
+    both = replace(plain, model=TorchModel(plain.model.net, replace(plain.model.preprocess, mirror=True)))
+    pixels = torch.randint(0, 256, (3, 32, 32, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    found = features(both, pixels)
+    assert found.shape == (3, 16)
+    assert torch.allclose(found, (features(plain, pixels) + features(plain, pixels.flip(2))) / 2, atol=1e-5)
