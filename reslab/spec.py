@@ -68,7 +68,6 @@ _DEEP = ((0.5, 3, 2), (0.5, 3, 1), (1.0, 3, 1))
 STEMS: dict[str, Stem] = {
     "conv3": Stem(((1.0, 3, 1),)),  # He 2015, section 4.2
     "conv3-pool": Stem(((1.0, 3, 1),), Pool(2, 2, 0)),  # the SkipBlock network
-    "conv3-2": Stem(((1.0, 3, 2),)),
     "conv7": Stem(((1.0, 7, 2),)),
     "conv7-pool": Stem(((1.0, 7, 2),), Pool(3, 2, 1)),  # He 2015, table 1
     "conv7-pool-valid": Stem(((1.0, 7, 2),), Pool(3, 2, 0)),  # the teaching ResNet-50 in Keras

@@ -1,8 +1,8 @@
 """Images -> batches of raw uint8 pixels, in an order that a seed fixes.
 
 A data set that fits lives in memory, decoded once; a larger one is decoded by worker processes as it is needed. Which
-of the two was chosen changes no batch: order, pixels and boxes are the same. Only are boxes of a stream cut from the images'
-own pixels, which may be more than memory holds of them.
+of the two was chosen changes neither the order nor what an image or a box of it shows; a stream cuts boxes from the images'
+own pixels, which may be finer than what memory holds of them.
 """
 
 import os
