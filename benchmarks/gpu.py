@@ -20,7 +20,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from measure import in_turns, keep, oracle, our_steps
+from measure import in_turns, keep, oracle, our_steps, ratio
 from PIL import Image
 
 import reslab
@@ -122,8 +122,7 @@ def main() -> None:
             took = {who: [found["seconds"] for found in rounds] for who, rounds in in_turns(ROUNDS, jobs).items()}
             lines.append(f"{what}: " + ", ".join(f"{who} {BATCH / statistics.median(seconds):.1f} img/s" for who, seconds in took.items()))
             for who in WAYS[1:]:
-                ratios = [b / a for a, b in zip(took["ours"], took[who], strict=True)]
-                lines.append(f"  ours against {who}: median ratio {statistics.median(ratios):.2f}x, {min(ratios):.2f} to {max(ratios):.2f}, n = {ROUNDS}")
+                lines.append(f"  ours against {who}: {ratio(took[who], took['ours'])}")
     keep("gpu", lines)
 
 

@@ -3,10 +3,12 @@
 import contextlib
 import json
 import os
+import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -103,6 +105,12 @@ def in_turns(rounds: int, jobs: dict[str, list[str]]) -> dict[str, list[dict[str
             done = subprocess.run([sys.executable, *command], stdout=subprocess.PIPE, text=True, check=True)
             found[name].append(json.loads(done.stdout.splitlines()[-1]))
     return found
+
+
+def ratio(a: Sequence[float], b: Sequence[float]) -> str:
+    """The median of a / b, round by round, and its range."""
+    ratios = [x / y for x, y in zip(a, b, strict=True)]
+    return f"median ratio {statistics.median(ratios):.2f}x, {min(ratios):.2f} to {max(ratios):.2f}, n = {len(ratios)}"
 
 
 def oracle(module: str) -> Any:

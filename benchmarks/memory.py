@@ -16,7 +16,7 @@ import tempfile
 from itertools import pairwise
 from pathlib import Path
 
-from measure import in_turns, keep, our_steps, some_of_cifar, train
+from measure import in_turns, keep, our_steps, ratio, some_of_cifar, train
 
 import reslab
 
@@ -49,11 +49,10 @@ def main() -> None:
         for blocks, memory in FITTING.items():
             jobs = {name: [__file__, "--one", data, str(blocks), limit, *["--smoke"] * SMOKE] for name, limit in (("without", "none"), ("with", memory))}
             rounds = in_turns(ROUNDS, jobs)
-            without, with_ = (statistics.median(one["seconds"] for one in rounds[name]) for name in jobs)
-            ratios = [b["seconds"] / a["seconds"] for a, b in zip(rounds["without"], rounds["with"], strict=True)]
+            without, with_ = ([one["seconds"] for one in rounds[name]] for name in jobs)
             lines.append(
-                f"ResNet-{6 * blocks + 2}, --memory {memory}: {rounds['with'][0]['twice']} of {3 * blocks} blocks computed twice, step {with_:.3f} s against "
-                f"{without:.3f} s without; median ratio {statistics.median(ratios):.2f}x, {min(ratios):.2f} to {max(ratios):.2f}, n = {ROUNDS}"
+                f"ResNet-{6 * blocks + 2}, --memory {memory}: {rounds['with'][0]['twice']} of {3 * blocks} blocks computed twice, "
+                f"step {statistics.median(with_):.3f} s against {statistics.median(without):.3f} s without; {ratio(with_, without)}"
             )
     keep("memory", lines)
 

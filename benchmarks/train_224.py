@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from measure import in_turns, keep, oracle, our_steps
+from measure import in_turns, keep, oracle, our_steps, ratio
 from PIL import Image
 
 SMOKE = "--smoke" in sys.argv
@@ -63,9 +63,8 @@ def main() -> None:
         for name in NETS:
             jobs = {who: [__file__, "--one", who, name, data, *["--smoke"] * SMOKE] for who in ("ours", "theirs")}
             took = {who: [found["seconds"] for found in rounds] for who, rounds in in_turns(ROUNDS, jobs).items()}
-            ratios = [b / a for a, b in zip(took["ours"], took["theirs"], strict=True)]
             rates = [f"{who} {BATCH / statistics.median(seconds):.1f} img/s" for who, seconds in took.items()]
-            lines.append(f"{name}: {', '.join(rates)}; median ratio {statistics.median(ratios):.2f}x, {min(ratios):.2f} to {max(ratios):.2f}, n = {ROUNDS}")
+            lines.append(f"{name}: {', '.join(rates)}; {ratio(took['theirs'], took['ours'])}")
     keep("train_224", lines)
 
 

@@ -17,7 +17,7 @@ from itertools import pairwise
 
 import numpy as np
 import torch
-from measure import in_turns, keep, oracle, our_steps
+from measure import in_turns, keep, oracle, our_steps, ratio
 from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -121,8 +121,7 @@ def main() -> None:
         best = max(map(str, WORKERS), key=lambda who: median[who])
         lines.append(f"ResNet-{depth}: ours {median['ours']:.0f}, " + ", ".join(f"{w} workers {median[str(w)]:.0f}" for w in WORKERS))
         for who, name in (("4", "4 workers"), (best, f"its best ({best})")):
-            ratios = [a / b for a, b in zip(rates["ours"], rates[who], strict=True)]
-            lines.append(f"  against {name}: median ratio {statistics.median(ratios):.2f}x, {min(ratios):.2f} to {max(ratios):.2f}, n = {ROUNDS}")
+            lines.append(f"  against {name}: {ratio(rates['ours'], rates[who])}")
     keep("train_cifar", lines)
 
 

@@ -54,7 +54,7 @@ def train(
     data: Annotated[str | None, Parameter(help="digits, cifar10, cifar100, mnist, fashion-mnist, a folder, a CSV of path,label, or shards")] = None,
     /,
     *,
-    net: Annotated[str | None, Parameter(help="a name that `reslab models` lists; by default resnet20 up to 64 px, resnet18 above")] = None,
+    net: Annotated[str | None, Parameter(help="a name that `reslab models` lists; by default the recipe's, or resnet20 up to 64 px, else resnet18")] = None,
     out: Annotated[Path | None, Parameter(help="the run folder to make; by default below runs/")] = None,
     resume: Annotated[Path | None, Parameter(help="continue the run in this folder")] = None,
     budget: Annotated[str | None, Parameter(help="time for everything, such as 20m: as many epochs as fit")] = None,

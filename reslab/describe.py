@@ -74,7 +74,7 @@ def _decisions(job: Job) -> list[str]:
         f"pixels kept in {job.storage}",
     ]
     if recipe.low_resolution:
-        lines.append(f"the first {recipe.low_resolution:.0%} of the steps see {low_size(size or 0)} px, which costs less")
+        lines.append(f"the first {recipe.low_resolution:.0%} of the steps see {low_size(size or 0, recipe.low_size)} px, which costs less")
     if recipe.tta:
         lines.append("tested and predicted with mirror images too: the mean of both answers")
     if recipe.whiten:

@@ -23,7 +23,7 @@ from reslab.describe import Job, run_config, sentence
 from reslab.errors import CallError, WorkError, shown
 from reslab.family import spec as find_spec
 from reslab.limits import Limits, bytes_of, seconds
-from reslab.nets.initialise import whiten
+from reslab.nets.initialise import begin_as_identity, whiten
 from reslab.nets.torch import ResNet
 from reslab.nets.weights import load_weights, stem_of
 from reslab.report.page import write_report
@@ -34,7 +34,7 @@ from reslab.train.checkpoint import choose_segments
 from reslab.train.fit import Show, Training
 from reslab.train.hardware import Machine, machine
 from reslab.train.plan import Plan, fit_budget, make_plan
-from reslab.train.recipe import Recipe, find_recipe, resolve
+from reslab.train.recipe import Recipe, find_recipe, made_for, resolve
 from reslab.train.recipe import from_dict as recipe_from_dict
 from reslab.use.artefact import TorchModel, save
 from reslab.use.classifier import BATCH, Classifier
@@ -76,7 +76,7 @@ def train(
 ) -> Run:  # fmt: skip
     """Trains a classifier on a folder, a CSV or a named data set, tests it once, and writes a run folder with a report.
 
-    `net` is a name in FAMILY or a Spec; by default resnet20 for images up to 64 px and resnet18 above. `budget` is a time
+    `net` is a name in FAMILY or a Spec; by default the recipe's own, or resnet20 for images up to 64 px and resnet18 above. `budget` is a time
     such as "20m", or seconds. `memory` is what the process may hold (on a GPU, tensors there), such as "4G", or bytes: as
     many blocks as that takes are computed twice, which changes no result. Any Recipe field can be given by name. `resume`
     continues the run in that folder; `tensorboard` also writes the curves to RUN/tensorboard. Processes that torchrun
@@ -95,7 +95,7 @@ def train(
         if resume and run:
             _check_same(run, data, net, out, recipe, fields)
         if run is None:
-            training, job = _start(data or "digits", net, out, find_recipe(recipe, **fields), limits, here, show, started)
+            training, job = _start(data or "digits", net or made_for(recipe), out, find_recipe(recipe, **fields), limits, here, show, started)
         else:
             training, job = _resume(run, limits, here, show, started)
         if tensorboard and here.is_writer:
@@ -114,6 +114,8 @@ def _start(
         _in_turn(here, lambda: stem_of(recipe.weights))
         if recipe.whiten:
             raise CallError("the first convolution is whitened or read from a file; received --whiten and --weights: leave one out")
+        if recipe.dirac:
+            raise CallError("convolutions begin as the identity or as a file has them; received --dirac and --weights: leave one out")
     elif recipe.freeze != "none" or recipe.trunk_lr != 1:
         raise CallError("fine-tuning (--recipe finetune, --freeze, --trunk-lr) starts from weights; received none: give --weights FILE")
     target = Path(out) if out else _free_folder(data, here)
@@ -144,6 +146,8 @@ def _start(
         show.say(f"weights: {load_weights(built, recipe.weights)}")
     if recipe.whiten:
         _whiten(built, job)
+    if recipe.dirac:
+        begin_as_identity(built)
     plan, deadline = _plan(job, built, limits, started)
     recipe = replace(recipe, precision=plan.precision, epochs=None if limits.seconds else recipe.epochs)  # type: ignore[arg-type]
     job.recipe = recipe

@@ -29,6 +29,7 @@ class Unit(NamedTuple):
     stride: int  # of the block as a whole
     carrier: Carrier  # what brings the input around the branch
     blur: int = 0  # the convolution, counted from 1, that is blurred and then subsampled
+    pool: int = 0  # the convolution, counted from 1, behind which a max-pool halves
     activated: bool = False  # a pre-activation block whose input is activated already
     drop_path: float = 0.0
 
@@ -86,7 +87,7 @@ def _halves(spec: Spec, stage: int, index: int) -> bool:
         return False
     if spec.stride == "last":
         return stage < len(spec.depths) and index == spec.depths[stage - 1] - 1
-    return stage > 1 and index == 0
+    return index == 0 and (stage > 1 or spec.stride == "pool")
 
 
 def _unit(spec: Spec, inputs: int, width: int, stride: int) -> Unit:
@@ -97,9 +98,10 @@ def _unit(spec: Spec, inputs: int, width: int, stride: int) -> Unit:
         convs = [Conv(inner, 1, 1), Conv(inner, 3, 1, spec.groups), Conv(width * BOTTLENECK_EXPANSION, 1, 1)]
         halving = 0 if spec.stride == "v1" else 1
     blur = halving + 1 if spec.antialias and stride > 1 else 0
-    if not blur:
+    pool = halving + 1 if spec.stride == "pool" and stride > 1 else 0
+    if not (blur or pool):
         convs[halving] = convs[halving]._replace(stride=stride)
-    return Unit("", inputs, tuple(convs), stride, _carrier(spec, inputs, convs[-1].outputs, stride), blur)
+    return Unit("", inputs, tuple(convs), stride, _carrier(spec, inputs, convs[-1].outputs, stride), blur, pool)
 
 
 def _carrier(spec: Spec, inputs: int, outputs: int, stride: int) -> Carrier:
@@ -218,7 +220,7 @@ class _Walk:
 
     def pool(self, name: str, kind: str, pool: Pool) -> None:
         channels, height, width = self.shape
-        ceil = pool.stride - 1 if kind == "avgpool" else 0  # an average over what there is at an odd edge
+        ceil = pool.stride - 1 if pool.ceil else 0
         sides = ((n + 2 * pool.padding - pool.kernel + ceil) // pool.stride + 1 for n in (height, width))
         self.put(Layer(name, kind, (self.here,), (channels, *sides), pool=pool))
 
@@ -303,6 +305,8 @@ class _Walk:
             if spec.init == "fixup":
                 self.same(f"{unit.name}.pre{number}", "shift", params=1)
             self.conv(f"{unit.name}.conv{number}", conv, has_bias(spec, is_normed(spec, number, count)))
+            if number == unit.pool:
+                self.pool(f"{unit.name}.pool", "maxpool", Pool(2, unit.stride, 0, ceil=True))
             if order in ("original", "relu-before-add", "relu-preact") or (order == "bn-after-add" and not last):
                 self.norm(f"{unit.name}.bn{number}", last)
             if order == "relu-before-add" or (order in ("original", "bn-after-add") and not last):
@@ -351,7 +355,7 @@ class _Walk:
             if unit.carrier == "pool-projection":
                 first, conv = 1, conv._replace(stride=1)
                 if unit.stride > 1:
-                    self.pool(f"{name}.0", "avgpool", Pool(2, unit.stride, 0))
+                    self.pool(f"{name}.0", "avgpool", Pool(2, unit.stride, 0, ceil=True))
             normed = spec.order != "preact"
             self.conv(f"{name}.{first}", conv, has_bias(spec, normed))
             if normed and spec.norm != "none":

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 Block = Literal["basic", "bottleneck", "skip"]
 Shortcut = Literal["A", "B", "C", "D", "none"]
-Stride = Literal["v1", "v1.5", "last", "none"]
+Stride = Literal["v1", "v1.5", "last", "pool", "none"]
 Order = Literal["original", "bn-after-add", "relu-before-add", "relu-preact", "preact"]
 Carry = Literal["identity", "scaling", "exclusive-gate", "shortcut-gate", "dropout"]
 Norm = Literal["batch", "group", "none"]
@@ -43,12 +43,13 @@ class Conv(NamedTuple):
 
 
 class Pool(NamedTuple):
-    """A max-pool. `fill` is what its padding holds: zeros matter when no ReLU came before."""
+    """A max-pool. `fill` is what its padding holds: zeros matter when no ReLU came before. `ceil`: an odd edge counts."""
 
     kernel: int
     stride: int
     padding: int
     fill: Literal["lowest", "zero"] = "lowest"
+    ceil: bool = False
 
 
 class Stem(NamedTuple):
@@ -86,11 +87,12 @@ class Spec:
     """
 
     block: Block
-    depths: tuple[int, ...]  # blocks in each stage; every stage but the first halves the resolution
+    depths: tuple[int, ...]  # blocks in each stage; every stage but the first halves the resolution, unless `stride` says otherwise
     widths: tuple[int, ...]  # channels of each stage's 3x3 convolutions
     stem: str  # a row of STEMS
     shortcut: Shortcut = "B"  # A: zero-padded identity, B: projection where shapes change, C: projection everywhere, D: B behind a 2x2 average pool
-    stride: Stride = "v1.5"  # what halves: a bottleneck's first 1x1 (v1, the paper), its 3x3 (v1.5), the 3x3 of a stage's last block (Keras V2), nothing
+    stride: Stride = "v1.5"  # what halves: a bottleneck's first 1x1 (v1, the paper), its 3x3 (v1.5), the 3x3 of a stage's last block (last, Keras V2),
+    # a max-pool behind the first 3x3 of every stage, the first too (pool), nothing (none)
     order: Order = "original"  # of convolution, norm, ReLU and addition: He et al. 2016 (1603.05027), figure 4
     carry: Carry = "identity"  # what happens to the shortcut's signal: He et al. 2016, table 1
     norm: Norm = "batch"  # group: Wu & He 2018 (1803.08494)
@@ -153,8 +155,8 @@ class Spec:
             raise CallError(f"init {self.init} is for norm none, without zero_init; received norm {self.norm}, zero_init {self.zero_init}")
         if self.init == "fixup" and self.order != "original":
             raise CallError(f"init fixup is defined for order original; received {self.order}")
-        if self.antialias and self.order != "original":
-            raise CallError(f"antialias is defined for order original; received {self.order}")
+        if self.antialias and (self.order != "original" or self.stride == "pool"):
+            raise CallError(f"antialias is defined for order original, without stride pool; received {self.order}, stride {self.stride}")
         if not STEMS[self.stem].activated and self.order not in ("preact", "relu-preact"):
             raise CallError(f"stem {self.stem} leaves its activation to pre-activation blocks; received order {self.order}")
 
@@ -186,7 +188,8 @@ class Spec:
     @property
     def reduction(self) -> int:
         """How many input pixels, along one side, make one pixel of the last stage."""
-        return STEMS[self.stem].stride << (0 if self.stride == "none" else len(self.depths) - 1)
+        halvings = {"none": 0, "pool": len(self.depths)}.get(self.stride, len(self.depths) - 1)
+        return STEMS[self.stem].stride << halvings
 
     def fit(self, image_size: int, in_channels: int, num_classes: int) -> Self:
         """This network for images of that size: same blocks, and the stem that leaves 4 to 16 pixels a side at the end.

@@ -112,6 +112,8 @@ def test_macs_are_the_published_ones() -> None:
         {"shortcut": "none"},
         {"stride": "v1"},
         {"stride": "last"},
+        {"stride": "pool"},
+        {"stride": "pool", "order": "preact", "shortcut": "D"},
         {"stride": "none"},
         {"stem": "conv3"},
         {"stem": "conv7"},

@@ -34,6 +34,18 @@ def initialise(net: "ResNet") -> None:
 
 
 @torch.no_grad()
+def begin_as_identity(net: "ResNet") -> None:
+    """Each 3x3 convolution in a block hands its input on, where it has as many outputs or more (Jordan 2024, 2404.00498, section 3.3).
+
+    Outputs beyond the inputs keep what they had.
+    """
+    for block in net.blocks.values():
+        for module in block.modules():
+            if isinstance(module, nn.Conv2d) and module.kernel_size == (3, 3) and module.groups == 1 and module.in_channels <= module.out_channels:
+                nn.init.dirac_(module.weight[: module.in_channels])
+
+
+@torch.no_grad()
 def whiten(conv: nn.Conv2d, images: Tensor) -> None:
     """Makes a convolution give the principal components of the patches of images (N, C, H, W), each with unit variance.
 

@@ -153,6 +153,8 @@ def _maxpool(at: At, x: Value) -> Value:
     assert pool is not None
     if pool.padding and (pool.fill == "zero" or at.before == "relu"):
         x = has.ZeroPadding2D(pool.padding, name=f"{at.name}-pad")(x)
+    elif pool.ceil:
+        return has.MaxPooling2D(pool.kernel, pool.stride, "same", name=at.name)(x)
     elif pool.padding:  # "same" ignores what is outside, and with stride 1 it is the same on all sides
         x = has.MaxPooling2D(pool.kernel, 1, "same", name=f"{at.name}-window")(x)
         return has.MaxPooling2D(1, pool.stride, name=at.name)(x)

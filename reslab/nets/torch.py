@@ -126,7 +126,7 @@ def _pool(spec: Spec, width: int) -> nn.Module | None:
         return nn.Sequential(conv(width, Conv(width, 3, 2), has_bias(spec, normed=True)), norm(spec, width) or nn.Identity(), nn.ReLU())
     if stem.pool is None:
         return None
-    kernel, stride, padding, fill = stem.pool
+    kernel, stride, padding, fill, _ = stem.pool
     if spec.antialias:
         return nn.Sequential(nn.MaxPool2d(kernel, 1, padding), BlurPool(stride))
     return ZeroPaddedMaxPool(kernel, stride, padding) if fill == "zero" else nn.MaxPool2d(kernel, stride, padding)
@@ -135,13 +135,13 @@ def _pool(spec: Spec, width: int) -> nn.Module | None:
 class Block(nn.Module):
     """A residual branch of convolutions and the shortcut around it. Abstract: an order of its parts is a subclass.
 
-    The parts are conv1, bn1, relu1, conv2 and so on; `dropout` before the last convolution and `blur` behind the
-    convolution that halves are there when the spec says so.
+    The parts are conv1, bn1, relu1, conv2 and so on; `dropout` before the last convolution, and `blur` or `pool` behind
+    the convolution that else had halved, are there when the spec says so.
     """
 
     def __init__(self, spec: Spec, unit: Unit) -> None:
         super().__init__()
-        self.count, self.halving = len(unit.convs), unit.blur
+        self.count, self.blurred, self.pooled = len(unit.convs), unit.blur, unit.pool
         inputs = unit.inputs
         for number, each in enumerate(unit.convs, start=1):
             if spec.init == "fixup":
@@ -153,6 +153,7 @@ class Block(nn.Module):
             self.add_module(f"relu{number}", None if free else nn.ReLU())
             inputs = each.outputs
         self.blur = BlurPool(2) if unit.blur else None
+        self.pool = nn.MaxPool2d(2, ceil_mode=True) if unit.pool else None
         self.dropout = nn.Dropout(spec.dropout) if spec.dropout else None
         self.se = SqueezeExcite(inputs, squeezed(spec, inputs)) if spec.squeeze else None
         self.scale = Scale() if spec.init in ("skipinit", "rezero") else None
@@ -170,7 +171,8 @@ class Block(nn.Module):
         """The convolution of that number, and what directly surrounds it."""
         if number == self.count:
             x = through(self.dropout, x)
-        return self.part("conv", number, through(self._modules.get(f"pre{number}"), x))
+        x = self.part("conv", number, through(self._modules.get(f"pre{number}"), x))
+        return through(self.pool, x) if number == self.pooled else x
 
     def join(self, branch: Tensor, x: Tensor) -> Tensor:
         """The branch and what the shortcut carries of x, added."""
@@ -189,7 +191,7 @@ class Original(Block):
         y = x
         for number in range(1, self.count):
             y = self.part("relu", number, self.part("bn", number, self.convolve(number, y)))
-            if number == self.halving:
+            if number == self.blurred:
                 y = through(self.blur, y)
         y = self.part("bn", self.count, self.convolve(self.count, y))
         return self.part("relu", self.count, self.join(y, x))

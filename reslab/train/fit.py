@@ -264,7 +264,7 @@ class Training:
 
     def _size(self, step: int) -> int:
         low = step < round((self.recipe.low_resolution or 0) * self.progress.steps)
-        return low_size(self.image_size) if low else self.image_size
+        return low_size(self.image_size, self.recipe.low_size) if low else self.image_size
 
     def _lr(self) -> float:
         p = self.progress

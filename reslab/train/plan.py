@@ -64,9 +64,10 @@ class Plan:
         return fits
 
 
-def low_size(size: int) -> int:
-    """Three quarters of an image size, in whole multiples of 4 where it is large enough."""
-    return max(1, size * 3 // 4 // 4 * 4 if size >= 16 else size * 3 // 4)
+def low_size(size: int, share: float) -> int:
+    """That share of an image size, in whole multiples of 4 where it is large enough."""
+    low = int(size * share)
+    return max(1, low // 4 * 4 if size >= 16 else low)
 
 
 def make_plan(net: ResNet, x: Tensor, recipe: Recipe, train: int, val: int, macs: int, machine: Machine, memory: int | None = None) -> Plan:
@@ -83,7 +84,7 @@ def make_plan(net: ResNet, x: Tensor, recipe: Recipe, train: int, val: int, macs
     pieces, x = len(x) // recipe.micro_batch, x[: recipe.micro_batch]
     full = low = pieces * _time_step(net, x, recipe, plan, machine)
     if recipe.low_resolution:
-        small = interpolate(x, size=low_size(x.shape[2]), mode="bilinear").contiguous(memory_format=torch.channels_last)
+        small = interpolate(x, size=low_size(x.shape[2], recipe.low_size), mode="bilinear").contiguous(memory_format=torch.channels_last)
         low = pieces * _time_step(net, small, recipe, plan, machine)
     twin = copy.deepcopy(net).eval()
     with torch.no_grad(), machine.autocast(precision):

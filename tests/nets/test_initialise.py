@@ -8,7 +8,7 @@ from sklearn.datasets import load_digits
 from torch import nn
 
 import reslab
-from reslab.nets.initialise import whiten
+from reslab.nets.initialise import begin_as_identity, whiten
 
 UNNORMED = {"resnet110_fixup": 1e-3, "resnet110_skipinit": 3e-3, "resnet110_rezero": 3e-3}  # Adam's learning rate
 
@@ -98,6 +98,17 @@ def test_a_whitened_first_convolution_gives_uncorrelated_components_and_their_ne
     torch.testing.assert_close(out[half:], -out[:half])
     second_moments = out[:half] @ out[:half].T / out.shape[1]
     torch.testing.assert_close(second_moments, torch.eye(half), rtol=0, atol=0.02)
+
+
+def test_convolutions_that_begin_as_the_identity_hand_their_input_on() -> None:
+    net = reslab.build("resnet8")
+    begin_as_identity(net)
+    x = torch.randn(2, 64, 8, 8)
+    wider, equal = net.layer2[0].conv1, net.layer1[0].conv2
+    torch.testing.assert_close(wider(x)[:, :64], x)
+    assert wider(x)[:, 64:].std() > 0.1, "the other outputs keep He's values"
+    torch.testing.assert_close(equal(x), x)
+    assert not torch.equal(net.first_conv(torch.ones(1, 3, 8, 8))[:, :3], torch.ones(1, 3, 8, 8)), "the stem is none of them"
 
 
 def test_filters_that_whitening_has_no_use_for_stay() -> None:

@@ -4,8 +4,9 @@ from pathlib import Path
 
 import pytest
 
+import reslab
 from reslab.errors import CallError
-from reslab.train.recipe import RECIPES, Recipe, find_recipe, from_dict, helps, resolve
+from reslab.train.recipe import MADE_FOR, RECIPES, Recipe, find_recipe, from_dict, helps, resolve
 
 
 def test_paper_cifar_is_the_papers_protocol() -> None:
@@ -62,6 +63,18 @@ def test_defaults_follow_the_data() -> None:
     photos = resolve(Recipe(), train_images=50_000, image_size=224, upright=False)
     assert (photos.flip, photos.crop, photos.batch_size, photos.epochs) == ("alternate", "resized", 128, 28)
     assert resolve(Recipe(flip="none", pad=2), 100, 32, False).flip == "none"
+
+
+def test_a_recipe_may_have_its_own_net_which_a_named_one_replaces(tmp_path: Path) -> None:
+    given = {"recipe": "sprint", "batch_size": 64, "steps": 2}
+    assert set(MADE_FOR) <= set(RECIPES)
+    assert reslab.train("digits", out=tmp_path / "own", **given).config["net"] == MADE_FOR["sprint"] == "resnet8"
+    assert reslab.train("digits", "resnet20", tmp_path / "named", **given).config["net"] == "resnet20"
+
+
+def test_steps_replace_the_epochs_of_a_recipe() -> None:
+    assert resolve(find_recipe("finetune", steps=7), 1000, 32, False).steps == 7
+    assert resolve(find_recipe("paper-cifar", epochs=3), 1000, 32, False).epochs == 3
 
 
 def test_a_batch_larger_than_the_data_is_refused() -> None:
