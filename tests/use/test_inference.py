@@ -23,7 +23,7 @@ from tests.use.conftest import TINY, classifier_of, photos_of
 ROWS = (
     "resnet20", "plain20", "preact20", "se_resnet20", "resnet110_bn_after_add", "resnet110_relu_before_add", "resnet110_relu_preact", "resnet110_scaling",
     "resnet110_exclusive_gate", "resnet110_conv_shortcut", "resnet110_dropout_shortcut", "resnet110_stochastic", "resnet110_fixup", "skipblock8",
-    "resnet18_blur", "resnet50d_blur", "resnext50_32x4d", "resnet50_gn", "keras_resnet50v2", "resnetrs50",
+    "resnet18_blur", "resnet50d_blur", "resnext50_32x4d", "resnet50_gn", "keras_resnet50v2", "resnetrs50", "resnet8",
 )  # fmt: skip
 
 
