@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import unfold
+from torch.nn.functional import pad, unfold
 
 from reslab.layout import start_scales
 
@@ -49,10 +49,15 @@ def begin_as_identity(net: "ResNet") -> None:
 def whiten(conv: nn.Conv2d, images: Tensor) -> None:
     """Makes a convolution give the principal components of the patches of images (N, C, H, W), each with unit variance.
 
-    Each component comes twice, as it is and negated, so that ReLU loses nothing; the strongest come first. Filters that
-    are left over stay as they are (Jordan 2024, 2404.00498, section 3.2).
+    Each component comes twice, as it is and negated, so that ReLU loses nothing; the strongest come first. Patches are as
+    large as the kernel, or smaller, from 2x2 up, where only so the filters are enough for all components: fine detail is in
+    the weakest. Filters that are left over stay as they are (Jordan 2024, 2404.00498, section 3.2).
     """
-    patches = unfold(images.to(conv.weight.device), conv.kernel_size).transpose(1, 2).flatten(0, 1)
+    kernel, channels = conv.kernel_size[0], images.shape[1]
+    side = next((k for k in range(kernel, 1, -1) if 2 * k * k * channels <= conv.out_channels), kernel)
+    patches = unfold(images.to(conv.weight.device), side).transpose(1, 2).flatten(0, 1)
     variances, components = torch.linalg.eigh((patches.mT @ patches / len(patches)).double())
-    filters = (components / (variances + NOISE).sqrt()).mT.flip(0)[: conv.out_channels // 2].view(-1, *conv.weight.shape[1:])
+    filters = (components / (variances + NOISE).sqrt()).mT.flip(0)[: conv.out_channels // 2].view(-1, channels, side, side)
+    if side < kernel:
+        filters = pad(filters, (kernel // 2 - side // 2, (kernel + 1) // 2 - (side + 1) // 2) * 2)
     conv.weight[: 2 * len(filters)] = torch.cat([filters, -filters]).to(conv.weight)
