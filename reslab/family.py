@@ -32,7 +32,7 @@ SQUEEZE = "Hu 2017 (1709.01507)"
 RESNET_RS = "Bello 2021 (2103.07579)"
 BLUR = "Zhang 2019 (1904.11486)"
 KERAS = "Keras Applications"
-AIRBENCH = "here; widths and pools of airbench94, Jordan 2024 (2404.00498)"
+AIRBENCH = "reslab's own, after airbench94, Jordan 2024 (2404.00498)"
 SKIPBLOCK = "the SkipBlock teaching network"
 
 

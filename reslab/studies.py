@@ -216,7 +216,7 @@ def _protocol(call: Call, setting: Setting, outcome: Outcome, own: int, size: in
     of = f"{outcome.done} of {outcome.planned} cells"
     missing = f" It is still running: {of} so far." if running else f" Only {of} fitted: the same command does the rest."
     missing = "" if outcome.done == outcome.planned else missing
-    return f"{kind}, {setting.seeds} seeds{small}. What needs longer trainings cannot be decided here.{missing}"
+    return f"{kind}, {setting.seeds} seed{'s' * (setting.seeds > 1)}{small}. What needs longer trainings cannot be decided here.{missing}"
 
 
 def _command(name: str, call: Call, size: int) -> str:
