@@ -25,7 +25,7 @@ class Box(NamedTuple):
 
     @property
     def width(self) -> float:
-        return max(wide(line, 12) for line in self.lines) + 14
+        return max(wide(line, 12 if len(self.lines) > 1 else 11) for line in self.lines) + 14
 
     @property
     def height(self) -> int:
