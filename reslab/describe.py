@@ -79,6 +79,8 @@ def _decisions(job: Job) -> list[str]:
         lines.append("tested and predicted with mirror images too: the mean of both answers")
     if recipe.whiten:
         lines.append("the first convolution gives the principal components of the patches, and is not trained")
+    if recipe.dirac:
+        lines.append("convolutions in blocks that lose no channels begin as the identity")
     if recipe.micro_batch != recipe.batch_size:
         lines.append(f"a batch of {recipe.batch_size} goes through the net in pieces of {recipe.micro_batch}, each with its own batch norm")
     return lines + [f"weights from {shown(recipe.weights)}"] * bool(recipe.weights)

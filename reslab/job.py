@@ -76,8 +76,8 @@ def train(
 ) -> Run:  # fmt: skip
     """Trains a classifier on a folder, a CSV or a named data set, tests it once, and writes a run folder with a report.
 
-    `net` is a name in FAMILY or a Spec; by default the recipe's own, or resnet20 for images up to 64 px and resnet18 above. `budget` is a time
-    such as "20m", or seconds. `memory` is what the process may hold (on a GPU, tensors there), such as "4G", or bytes: as
+    `net` is a name in FAMILY or a Spec; by default the recipe's own, or resnet20 for images up to 64 px and resnet18 above.
+    `budget` is a time such as "20m", or seconds. `memory` is what the process may hold (on a GPU, tensors there), such as "4G", or bytes: as
     many blocks as that takes are computed twice, which changes no result. Any Recipe field can be given by name. `resume`
     continues the run in that folder; `tensorboard` also writes the curves to RUN/tensorboard. Processes that torchrun
     starts again after one was lost continue their run from its last state.

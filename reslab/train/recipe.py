@@ -137,8 +137,8 @@ RECIPES: dict[str, Recipe] = {
     ),
     "finetune": replace(QUICK, epochs=15, optimizer="sgd", lr=0.05, trunk_lr=0.3, schedule="cosine", warmup=0.1, weight_decay=1e-4, low_resolution=0.0),
 }
-# As little time as 94 % on CIFAR-10 takes on two cores: whitening, alternating flips, smoothed labels and two views as in
-# airbench (Jordan 2024, 2404.00498), Muon's large steps, and half the resolution for the first part
+# For CIFAR-10 in little time: whitening, alternating flips, smoothed labels and two views as in airbench (Jordan 2024,
+# 2404.00498), Muon's large steps, and half the resolution for the first part
 RECIPES["sprint"] = replace(
     QUICK,
     epochs=9,

@@ -262,3 +262,5 @@ def test_a_whitened_stem_is_not_trained_and_mirror_images_are_looked_at_where_tr
     assert not upright.config["recipe"]["tta"], "digits are not mirrored, neither in training nor in test"
     with pytest.raises(CallError, match="received --whiten and --weights: leave one out"):
         reslab.train("digits", "resnet20", tmp_path / "both", weights=str(run.model / "weights.safetensors"), **given)
+    with pytest.raises(CallError, match="received --dirac and --weights: leave one out"):
+        reslab.train("digits", "resnet20", tmp_path / "both", weights=str(run.model / "weights.safetensors"), dirac=True)
