@@ -49,12 +49,12 @@ def begin_as_identity(net: "ResNet") -> None:
 def whiten(conv: nn.Conv2d, images: Tensor) -> None:
     """Makes a convolution give the principal components of the patches of images (N, C, H, W), each with unit variance.
 
-    Each component comes twice, as it is and negated, so that ReLU loses nothing; the strongest come first. Patches are as
-    large as the kernel, or smaller, from 2x2 up, where only so the filters are enough for all components: fine detail is in
-    the weakest. Filters that are left over stay as they are (Jordan 2024, 2404.00498, section 3.2).
+    Each component comes twice, as it is and negated, so that ReLU loses nothing; the strongest come first. Patches are the
+    smallest, from 2x2 up, that give all filters a component: of larger ones more would be left out, and fine detail is in the
+    weakest. Filters that are left over stay as they are (Jordan 2024, 2404.00498, section 3.2).
     """
     kernel, channels = conv.kernel_size[0], images.shape[1]
-    side = next((k for k in range(kernel, 1, -1) if 2 * k * k * channels <= conv.out_channels), kernel)
+    side = next((k for k in range(2, kernel) if 2 * k * k * channels >= conv.out_channels), kernel)
     patches = unfold(images.to(conv.weight.device), side).transpose(1, 2).flatten(0, 1)
     variances, components = torch.linalg.eigh((patches.mT @ patches / len(patches)).double())
     filters = (components / (variances + NOISE).sqrt()).mT.flip(0)[: conv.out_channels // 2].view(-1, channels, side, side)

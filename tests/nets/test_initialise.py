@@ -84,7 +84,7 @@ def test_convolutions_start_as_he_et_al_derive() -> None:
         assert conv.weight.std().item() == pytest.approx((2 / fan_out) ** 0.5, rel=0.05)
 
 
-@pytest.mark.parametrize(("name", "filters"), [("resnet20", 16), ("resnet8", 24), ("resnet18", 54)])
+@pytest.mark.parametrize(("name", "filters"), [("resnet20", 16), ("resnet8", 24), ("resnet18", 64)])
 def test_a_whitened_first_convolution_gives_uncorrelated_components_and_their_negatives(name: str, filters: int) -> None:
     net = reslab.build(name)
     conv = net.first_conv
