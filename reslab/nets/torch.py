@@ -74,6 +74,11 @@ class ResNet(nn.Module):
         return self.conv1[0] if isinstance(self.conv1, nn.Sequential) else self.conv1  # type: ignore[return-value]
 
     @property
+    def first_norm(self) -> nn.Module | None:
+        """What stands right behind the first convolution as its norm, if anything does."""
+        return self.conv1[1] if isinstance(self.conv1, nn.Sequential) else self.bn1
+
+    @property
     def stages(self) -> list[nn.Sequential]:
         """The stages in order, each a Sequential of blocks."""
         return [self.get_submodule(f"layer{i + 1}") for i in range(len(self.spec.depths))]  # type: ignore[misc]

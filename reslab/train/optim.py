@@ -9,8 +9,6 @@ from torch import Tensor, nn
 from reslab.nets.torch import ResNet
 from reslab.train.recipe import Recipe
 
-SGD_BESIDE_MUON = 5.0  # the learning rate of norms and head, as a multiple of Muon's
-
 
 def optimizer(net: ResNet, recipe: Recipe) -> torch.optim.Optimizer:
     """The recipe's optimiser. Norms and biases do not decay unless `decay_all`; the trunk learns at `trunk_lr` of the rate.
@@ -19,21 +17,20 @@ def optimizer(net: ResNet, recipe: Recipe) -> torch.optim.Optimizer:
     """
     muon = recipe.optimizer == "muon"
     groups: dict[tuple[bool, bool, float], list[nn.Parameter]] = {}
+    whitened = [net.first_conv, net.first_norm] if recipe.whiten else []
+    fixed = {id(parameter) for module in whitened if module for parameter in module.parameters()}
     for name, parameter in net.named_parameters():
         head = name.startswith("fc.")
-        fixed = recipe.whiten and parameter is net.first_conv.weight
-        parameter.requires_grad_(head or not (fixed or recipe.freeze == "trunk"))
+        parameter.requires_grad_(head or not (id(parameter) in fixed or recipe.freeze == "trunk"))
         if parameter.requires_grad:
-            key = (muon and parameter.ndim == 4, recipe.decay_all or parameter.ndim > 1, 1.0 if head else recipe.trunk_lr)
-            groups.setdefault(key, []).append(parameter)
+            whitens = muon and parameter.ndim == 4
+            share = (1.0 if head else recipe.trunk_lr) * (recipe.sgd_lr if muon and not whitens else 1.0)
+            if name.endswith(".bias") and not head:
+                share *= recipe.bias_lr
+            groups.setdefault((whitens, recipe.decay_all or parameter.ndim > 1, share), []).append(parameter)
     rows = [
-        {
-            "params": parameters,
-            "muon": whitens,
-            "weight_decay": recipe.weight_decay if decays and whitens == muon else 0.0,
-            "scale": scale * (1.0 if whitens == muon else SGD_BESIDE_MUON),
-        }
-        for (whitens, decays, scale), parameters in groups.items()
+        {"params": parameters, "muon": whitens, "weight_decay": recipe.weight_decay if decays and whitens == muon else 0.0, "scale": share}
+        for (whitens, decays, share), parameters in groups.items()
     ]
     if muon:
         return Muon(rows, recipe.lr, recipe.momentum)

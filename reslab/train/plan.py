@@ -2,6 +2,7 @@
 
 import copy
 import math
+import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -137,11 +138,11 @@ def _time_step(net: ResNet, x: Tensor, recipe: Recipe, plan: Plan, machine: Mach
 
 
 def _time(work: Callable[[], Any], x: Tensor) -> float:
-    """The median of a few runs after a first, as many as there is time for; of that first alone when it takes long."""
+    """The median of one to a few runs, as many as there is time for, after a first, which pays for new memory and more."""
     times: list[float] = []
-    while len(times) <= TIMED and sum(times) < TIMED_SECONDS:
+    while len(times) < 2 or (len(times) <= TIMED and sum(times) < TIMED_SECONDS):
         start = time.perf_counter()
         work()
         synchronise(x)
         times.append(time.perf_counter() - start)
-    return sorted(times[1:] or times)[len(times[1:]) // 2]
+    return statistics.median(times[1:])

@@ -45,6 +45,8 @@ class Recipe:
     ] = None
     optimizer: Annotated[Optimizer, Help("SGD with momentum, AdamW, or Muon for the convolutions and SGD for the rest")] = "muon"
     lr: Annotated[float, Help("the highest learning rate", 0, 1e3)] = 0.05
+    sgd_lr: Annotated[float, Help("with Muon: the learning rate of norms and head, as a multiple of lr", 0, 1e3)] = 5.0
+    bias_lr: Annotated[float, Help("the learning rate of the trunk's biases, as a multiple of what it would be", 0, 1e3)] = 1.0
     momentum: Annotated[float, Help("of SGD", 0, 1)] = 0.9
     nesterov: Annotated[bool, Help("SGD looks ahead")] = True
     weight_decay: Annotated[float, Help("L2 for SGD, decoupled for AdamW and Muon", 0, 1e3)] = 0.02
@@ -65,7 +67,7 @@ class Recipe:
     freeze: Annotated[Freeze, Help("train the head only")] = "none"
     trunk_lr: Annotated[float, Help("learning rate of all but the head, as a share of lr", 0, 1e3)] = 1.0
     zero_init: Annotated[bool | None, Help("each residual branch starts at zero; by default as the net says")] = None
-    whiten: Annotated[bool, Help("the first convolution gives the principal components of the images' patches, and stays so")] = False
+    whiten: Annotated[bool, Help("the first convolution gives the principal components of the images' patches; it and its norm stay so")] = False
     dirac: Annotated[bool, Help("3x3 convolutions in blocks that lose no channels begin as the identity")] = False
     image_size: Annotated[int | None, Help("pixels a side; by default what the images have, at most 224", 1, 4096)] = None
     low_resolution: Annotated[float | None, Help("share of the epochs, the first, with smaller images; by default half from 32 px up", 0, 1)] = None
@@ -137,13 +139,15 @@ RECIPES: dict[str, Recipe] = {
     ),
     "finetune": replace(QUICK, epochs=15, optimizer="sgd", lr=0.05, trunk_lr=0.3, schedule="cosine", warmup=0.1, weight_decay=1e-4, low_resolution=0.0),
 }
-# For CIFAR-10 in little time: whitening, alternating flips, smoothed labels and two views as in airbench (Jordan 2024,
-# 2404.00498), Muon's large steps, and half the resolution for the first part
+# For CIFAR-10 in little time: whitening, fast biases, alternating flips, smoothed labels and two views as in airbench (Jordan
+# 2024, 2404.00498), Muon's large steps, and half the resolution for the first part
 RECIPES["sprint"] = replace(
     QUICK,
-    epochs=9,
+    epochs=10,
     batch_size=500,
     lr=0.2,
+    sgd_lr=1.5,
+    bias_lr=160.0,
     momentum=0.6,
     label_smoothing=0.2,
     whiten=True,

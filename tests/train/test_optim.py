@@ -40,6 +40,14 @@ def test_trunk_learns_slower_and_frozen_not_at_all() -> None:
     assert not net.conv1.weight.requires_grad
 
 
+def test_beside_muon_norms_and_head_have_their_own_rate_and_biases_a_multiple_of_it() -> None:
+    net = reslab.build("resnet20")
+    optim = optimizer(net, Recipe(optimizer="muon", sgd_lr=2.0, bias_lr=10.0))
+    set_lr(optim, 0.5)
+    rates = {id(p): g["lr"] for g in optim.param_groups for p in g["params"]}
+    assert [rates[id(p)] for p in (net.conv1.weight, net.bn1.weight, net.bn1.bias, net.fc.weight, net.fc.bias)] == [0.5, 1.0, 10.0, 1.0, 1.0]
+
+
 def test_orthogonal_updates_have_nearly_equal_singular_values() -> None:
     generator = torch.Generator().manual_seed(0)
     shapes = [(16, 3, 3, 3), (32, 16, 3, 3), (32, 16, 3, 3), (64, 32, 1, 1), (8, 64, 1, 1)]
