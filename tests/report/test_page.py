@@ -84,6 +84,18 @@ def test_report_is_drawn_from_records_alone(run: Run, cli: Callable, tmp_path: P
     assert (moved / "report.html").read_text("utf-8") == before
 
 
+def test_val_is_said_to_have_chosen_the_epoch_only_where_it_did(run: Run, tmp_path: Path) -> None:
+    last = Run(tmp_path / "last")
+    shutil.copytree(run.path, last.path)
+    config = last.path / "run.toml"
+    assert 'keep = "best"' in config.read_text("utf-8")
+    config.write_text(config.read_text("utf-8").replace('keep = "best"', 'keep = "last"'), "utf-8")
+    write_report(last)
+    assert "chose the epoch" in parsed(run).text
+    assert "chose the epoch" not in parsed(last).text
+    assert "set the temperature" in parsed(last).text
+
+
 def test_unfinished_run_has_no_report(tmp_path: Path) -> None:
     (tmp_path / "run.toml").touch()
     with pytest.raises(reslab.CallError, match="needs a finished run"):
