@@ -78,7 +78,7 @@ def _decisions(job: Job) -> list[str]:
     if recipe.tta:
         lines.append("tested and predicted with mirror images too: the mean of both answers")
     if recipe.whiten:
-        lines.append("the first convolution gives the principal components of the patches, and is not trained")
+        lines.append("the first convolution gives the principal components of the patches; it and its norm are not trained")
     if recipe.dirac:
         lines.append("convolutions in blocks that lose no channels begin as the identity")
     if recipe.micro_batch != recipe.batch_size:

@@ -13,7 +13,8 @@ from reslab.train.recipe import Recipe
 def optimizer(net: ResNet, recipe: Recipe) -> torch.optim.Optimizer:
     """The recipe's optimiser. Norms and biases do not decay unless `decay_all`; the trunk learns at `trunk_lr` of the rate.
 
-    What the recipe freezes gets no gradient from now on.
+    Beside Muon, norms and head learn at `sgd_lr` times its rate; the trunk's biases at `bias_lr` times what they would. What
+    the recipe freezes gets no gradient from now on.
     """
     muon = recipe.optimizer == "muon"
     groups: dict[tuple[bool, bool, float], list[nn.Parameter]] = {}
@@ -23,14 +24,14 @@ def optimizer(net: ResNet, recipe: Recipe) -> torch.optim.Optimizer:
         head = name.startswith("fc.")
         parameter.requires_grad_(head or not (id(parameter) in fixed or recipe.freeze == "trunk"))
         if parameter.requires_grad:
-            whitens = muon and parameter.ndim == 4
-            share = (1.0 if head else recipe.trunk_lr) * (recipe.sgd_lr if muon and not whitens else 1.0)
+            by_muon = muon and parameter.ndim == 4
+            share = (1.0 if head else recipe.trunk_lr) * (recipe.sgd_lr if muon and not by_muon else 1.0)
             if name.endswith(".bias") and not head:
                 share *= recipe.bias_lr
-            groups.setdefault((whitens, recipe.decay_all or parameter.ndim > 1, share), []).append(parameter)
+            groups.setdefault((by_muon, recipe.decay_all or parameter.ndim > 1, share), []).append(parameter)
     rows = [
-        {"params": parameters, "muon": whitens, "weight_decay": recipe.weight_decay if decays and whitens == muon else 0.0, "scale": share}
-        for (whitens, decays, share), parameters in groups.items()
+        {"params": parameters, "muon": by_muon, "weight_decay": recipe.weight_decay if decays and by_muon == muon else 0.0, "scale": share}
+        for (by_muon, decays, share), parameters in groups.items()
     ]
     if muon:
         return Muon(rows, recipe.lr, recipe.momentum)

@@ -84,7 +84,7 @@ def test_convolutions_start_as_he_et_al_derive() -> None:
         assert conv.weight.std().item() == pytest.approx((2 / fan_out) ** 0.5, rel=0.05)
 
 
-@pytest.mark.parametrize(("name", "filters"), [("resnet20", 16), ("resnet8", 24), ("resnet18", 64)])
+@pytest.mark.parametrize(("name", "filters"), [("resnet20", 16), ("resnet8", 24), ("resnet50d", 32), ("resnet18", 64)])
 def test_a_whitened_first_convolution_gives_uncorrelated_components_and_their_negatives(name: str, filters: int) -> None:
     net = reslab.build(name)
     conv = net.first_conv
@@ -92,7 +92,8 @@ def test_a_whitened_first_convolution_gives_uncorrelated_components_and_their_ne
     smooth = torch.nn.functional.avg_pool2d(torch.randn(64, 3, 34, 34, generator=generator), 3, 1)
     images = (smooth - smooth.mean()) / smooth.std()
     whiten(conv, images)
-    out = torch.nn.functional.conv2d(images, conv.weight[:filters]).transpose(0, 1).flatten(1)
+    assert conv.out_channels == filters
+    out = torch.nn.functional.conv2d(images, conv.weight).transpose(0, 1).flatten(1)
     half = filters // 2
     torch.testing.assert_close(out[half:], -out[:half])
     second_moments = out[:half] @ out[:half].T / out.shape[1]

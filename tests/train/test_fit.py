@@ -253,6 +253,7 @@ def test_a_whitened_stem_is_not_trained_and_mirror_images_are_looked_at_where_tr
     filters = weights(run.path)["conv1.weight"]
     assert torch.equal(filters[8:], -filters[:8]), "components and their negatives, as they were set"
     assert torch.equal(weights(run.path)["bn1.weight"], torch.ones(16)), "nor is its norm, whose gradient would be the dearest of all"
+    assert torch.equal(weights(run.path)["bn1.bias"], torch.zeros(16))
     classifier = reslab.load(run.path)
     images = open_images("digits").array[:16]
     both = classifier.logits(images)
