@@ -1,4 +1,4 @@
-"""ResNet-50 at 224: our int8 ONNX, from uint8 images on, against torchvision's net in eager fp32. In turns, medians.
+"""ResNet-50 at 224: our int8, as ONNX and as OpenVINO, from uint8 images on, against torchvision's net in eager fp32. In turns, medians.
 
 python benchmarks/int8_resnet50.py        about five minutes; asked: >= 6x at batch 1, >= 9x at batch 16
 
@@ -6,6 +6,9 @@ Weights are random: time does not depend on them. Ours are torchvision's, so tha
 """
 
 import sys
+import tempfile
+from functools import partial
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -16,8 +19,7 @@ from reslab.data.preprocess import Preprocess
 from reslab.use import quantize
 from reslab.use.artefact import TorchModel
 from reslab.use.classifier import Classifier
-from reslab.use.formats import to_onnx
-from reslab.use.onnx import INPUT, OUTPUTS, session
+from reslab.use.formats import FORMATS, Runner, metadata, to_onnx
 from reslab.use.race import race
 
 SMOKE = "--smoke" in sys.argv
@@ -37,19 +39,33 @@ if __name__ == "__main__":
     theirs = torchvision_net(NET)
     ours = classifier_like(theirs)
     rng = np.random.default_rng(0)
-    fp32 = to_onnx(ours)
-    int8 = quantize.quantise(ours, fp32, rng.integers(0, 256, (CALIBRATION, SIZE, SIZE, 3), dtype=np.uint8), "MinMax")
-    opened = {"onnx fp32": session(fp32), "onnx int8": session(int8)}
-    lines = [f"{NET} at {SIZE} px, random weights; onnx takes uint8 images, torchvision normalised floats; size {len(int8) / len(fp32):.3f}x"]
+    opened, sizes = dict[str, Runner](), dict[str, int]()
+    with tempfile.TemporaryDirectory() as folder:
+        for to in ("onnx", "openvino"):
+            form = FORMATS[to]
+            assert form.store is not None
+            fp32 = to_onnx(ours, form.any_size)
+            int8 = quantize.quantise(ours, fp32, rng.integers(0, 256, (CALIBRATION, SIZE, SIZE, 3), dtype=np.uint8), "MinMax")
+            for precision, graph in (("fp32", fp32), ("int8", int8)):
+                file = Path(folder) / precision / f"{to}{form.suffix}"
+                file.parent.mkdir(exist_ok=True)
+                form.store(graph, metadata(ours, precision), file)
+                opened[f"{to} {precision}"] = form.open(file)
+                sizes[f"{to} {precision}"] = sum(each.stat().st_size for each in file.parent.glob(f"{to}.*"))
+    lines = [
+        f"{NET} at {SIZE} px, random weights; ours take uint8 images, torchvision normalised floats; size of int8 "
+        + ", ".join(f"{sizes[f'{to} int8'] / sizes[f'{to} fp32']:.3f}x ({to})" for to in ("onnx", "openvino"))
+    ]
     for batch in (1, 16):
         pixels = rng.integers(0, 256, (batch, SIZE, SIZE, 3), dtype=np.uint8)
         x = torch.from_numpy(pixels).permute(0, 3, 1, 2).float().contiguous() / 255
 
         def eager(x: torch.Tensor = x) -> torch.Tensor:
             with torch.no_grad():
-                return theirs(x)
+                logits: torch.Tensor = theirs(x)
+                return logits
 
-        runs = {name: lambda run=one.run, pixels=pixels: run([OUTPUTS[0]], {INPUT: pixels}) for name, one in opened.items()}
+        runs = {name: partial(run, pixels) for name, run in opened.items()}
         took = race({"torchvision eager fp32": eager, **runs}, seconds=1 if SMOKE else 60)
         base = took["torchvision eager fp32"]
         lines += [f"batch {batch}: {name} {batch / t:.1f} img/s, {base / t:.2f}x" for name, t in took.items()]

@@ -226,7 +226,7 @@ def export(
     *,
     to: Annotated[str, Parameter(help="onnx, torch (torch.export), keras, openvino, or card: a folder to give away")],
     out: Annotated[Path | None, Parameter(help="the file to write, for card the folder; by default below RUN/export")] = None,
-    int8: Annotated[bool, Parameter(negative="", help="ONNX in 8 bits, refused unless it is faster and about as right")] = False,
+    int8: Annotated[bool, Parameter(negative="", help="ONNX or OpenVINO in 8 bits, refused unless it is faster and about as right")] = False,
     bf16: Annotated[bool, Parameter(negative="", help="ONNX in bfloat16, refused likewise")] = False,
     max_drop: Annotated[float, Parameter(help="points of val top-1 that --int8 or --bf16 may cost")] = 0.5,
     push: Annotated[str | None, Parameter(help="with --to card: publish it as owner/name on the Hugging Face Hub (extra `hub`)")] = None,

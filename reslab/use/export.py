@@ -49,7 +49,7 @@ def export(
 ) -> Exported:  # fmt: skip
     """Writes the classifier of a run as `to`, one of FORMATS, by default to RUN/export/model.SUFFIX.
 
-    `precision` int8 or bf16 is for ONNX, and refused when slower than fp32 or more than `max_drop` points worse on val.
+    `precision` int8 (ONNX, OpenVINO) or bf16 (ONNX) is refused when slower than fp32 or more than `max_drop` points worse on val.
     Raises CallError for a wrong call and WorkError for a file that does not hold what it must, which is not left behind.
     """
     form = _checked_form(to, precision)
@@ -73,7 +73,7 @@ def export(
         if precision != "fp32":
             if images is None:
                 raise WorkError(f"{precision} is judged on the run's own images; they are not at hand: {why}")
-            facts |= quantize.convert(classifier, images, made, precision, max_drop, say)
+            facts |= quantize.convert(classifier, images, made, form, precision, max_drop, say)
         facts["bytes"] = sum(file.stat().st_size for file in folder.iterdir())
         made.with_name(made.name + ".json").write_text(json.dumps(facts, indent=1), "utf-8")
         for file in sorted(folder.iterdir(), key=lambda file: file == made):  # what was asked for comes last
@@ -163,6 +163,7 @@ def _sample(classifier: Classifier, images: Images | None, why: str) -> Sample:
 def _checked_form(to: str, precision: str) -> Format:
     if to not in FORMATS:
         raise unknown("export format", to, FORMATS)
-    if precision != "fp32" and to != "onnx":
-        raise CallError(f"--{precision} is for --to onnx; received --to {to}: leave one of them out")
+    able = [name for name, form in FORMATS.items() if precision in form.precisions]
+    if precision != "fp32" and to not in able:
+        raise CallError(f"--{precision} is for --to {' or '.join(able)}; received --to {to}: leave one of them out")
     return FORMATS[to]

@@ -31,12 +31,21 @@ Answer = tuple[Logits, Logits]  # probabilities and logits
 Runner = Callable[[Pixels], Answer]
 
 
+Store = Callable[[bytes, str, Path], None]
+
+
 class Format(NamedTuple):
-    """One kind of file. `write` makes it (and files of the same stem beside it) at a path, `open` runs it."""
+    """One kind of file. `write` makes it (and files of the same stem beside it) at a path, `open` runs it.
+
+    With `precisions` beside fp32, `store` writes an ONNX graph, which may be in one of these, with its metadata; `any_size` is for that graph.
+    """
 
     suffix: str
     write: Callable[[Classifier, Path], None]
     open: Callable[[Path], Runner]
+    precisions: tuple[str, ...] = ()
+    store: Store | None = None
+    any_size: bool = True
 
 
 def metadata(classifier: Classifier, precision: str = "fp32") -> str:
@@ -67,9 +76,40 @@ def to_onnx(classifier: Classifier, any_size: bool = True) -> bytes:
             if dimension.dim_param:  # a fixed size has a value instead
                 dimension.dim_param = name
     finish(model, metadata(classifier))
+    if any_size:
+        resize_where_needed(model.graph, classifier.preprocess.canvas)
     onnx.checker.check_model(model)
     data: bytes = model.SerializeToString()
     return data
+
+
+def resize_where_needed(graph: Any, canvas: int) -> None:
+    """Puts the Resize of a graph behind a condition: images of the canvas size, the usual ones, need not wait for it (10 ms at 224 px)."""
+    from onnx import TensorProto, helper
+
+    (resize,) = [node for node in graph.node if node.op_type == "Resize"]
+    square, resized = resize.input[0], resize.output[0]
+
+    def branch(node: Any) -> Any:
+        return helper.make_graph(
+            [node], node.output[0], [], [helper.make_tensor_value_info(node.output[0], TensorProto.FLOAT, ["batch", None, canvas, canvas])]
+        )
+
+    as_it_is = helper.make_node("Reshape", [square, "canvas_shape"], ["as_it_is"])  # to the same shape, and so that it is known
+    other = type(resize)()
+    other.CopyFrom(resize)
+    other.output[0] = "other_size"
+    nodes = [
+        helper.make_node("Shape", [square], ["side"], start=3),
+        helper.make_node("Equal", ["side", "canvas"], ["fits"]),
+        helper.make_node("If", ["fits"], [resized], then_branch=branch(as_it_is), else_branch=branch(other)),
+    ]
+    for name, values in {"canvas": [canvas], "canvas_shape": [0, 0, canvas, canvas]}.items():
+        graph.initializer.append(helper.make_tensor(name, TensorProto.INT64, [len(values)], values))
+    place = list(graph.node).index(resize)
+    graph.node.remove(resize)
+    for node in reversed(nodes):
+        graph.node.insert(place, node)
 
 
 def finish(model: Any, text: str) -> None:
@@ -87,7 +127,12 @@ def finish(model: Any, text: str) -> None:
 
 def write_onnx(classifier: Classifier, path: Path) -> None:
     """A .onnx file, its metadata under the key `reslab`: what `reslab.load` reads without torch."""
-    path.write_bytes(to_onnx(classifier))
+    store_onnx(to_onnx(classifier), metadata(classifier), path)
+
+
+def store_onnx(graph: bytes, text: str, path: Path) -> None:
+    """The graph as it is: it holds its metadata."""
+    path.write_bytes(graph)
 
 
 def run_onnx(path: Path) -> Runner:
@@ -131,14 +176,20 @@ def openvino() -> Any:
 
 def write_openvino(classifier: Classifier, path: Path) -> None:
     """A .xml file and the .bin of its weights, both in fp32; the metadata are the runtime information `reslab`."""
+    openvino()  # where it is missing, nothing else is done first
+    store_openvino(to_onnx(classifier, any_size=False), metadata(classifier), path)
+
+
+def store_openvino(graph: bytes, text: str, path: Path) -> None:
+    """An ONNX graph, with weights as precise as it has them, as a .xml and a .bin file."""
     ov = openvino()
-    model = ov.Core().read_model(to_onnx(classifier, any_size=False), b"")
-    model.set_rt_info(metadata(classifier), [METADATA])
+    model = ov.Core().read_model(graph, b"")
+    model.set_rt_info(text, [METADATA])
     ov.save_model(model, str(path), compress_to_fp16=False)
 
 
 def run_openvino(path: Path) -> Runner:
-    """The files in OpenVINO on the CPU, in fp32 also where the hardware prefers bf16."""
+    """The files in OpenVINO on the CPU; what is not in int8 is computed in fp32 also where the hardware prefers bf16."""
     ov = openvino()
     compiled = ov.Core().compile_model(str(path), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
 
@@ -187,10 +238,10 @@ def run_keras(path: Path) -> Runner:
 
 
 FORMATS = {
-    "onnx": Format(".onnx", write_onnx, run_onnx),
+    "onnx": Format(".onnx", write_onnx, run_onnx, ("int8", "bf16"), store_onnx),
     "torch": Format(".pt2", write_torch, run_torch),
     "keras": Format(".keras", write_keras, run_keras),
-    "openvino": Format(".xml", write_openvino, run_openvino),
+    "openvino": Format(".xml", write_openvino, run_openvino, ("int8",), store_openvino, any_size=False),
 }
 
 

@@ -1,4 +1,4 @@
-"""An ONNX graph in int8 or bf16, and the verdict on it: measured on this machine, on the user's own images.
+"""A net in int8 or bf16, as ONNX or OpenVINO, and the verdict on it: measured on this machine, on the user's own images.
 
 int8 is static: quantise and dequantise nodes, activations unsigned in 8 bits, weights signed with a scale a channel. The
 ranges of activations come from training images, by three methods; the one whose probabilities are nearest to fp32 on
@@ -7,6 +7,7 @@ other training images is kept. val is looked at for the verdict only.
 
 import tempfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from reslab.data.images import Images, read_batches
 from reslab.errors import WorkError
 from reslab.interval import share
 from reslab.use.classifier import BATCH, Classifier, Logits, softmax
-from reslab.use.formats import finish, metadata, quietly
+from reslab.use.formats import Format, Runner, finish, metadata, quietly, to_onnx
 from reslab.use.onnx import INPUT, OUTPUTS, runtime, session
 from reslab.use.race import race
 
@@ -30,28 +31,38 @@ BATCH_SIZES = (1, 16)  # at which latency counts
 Verdict = dict[str, Any]
 
 
-def convert(classifier: Classifier, images: Images, made: Path, precision: str, max_drop: float, say: Callable[[str], None]) -> Verdict:
+def convert(
+    classifier: Classifier, images: Images, made: Path, form: Format, precision: str, max_drop: float, say: Callable[[str], None]
+) -> Verdict:  # fmt: skip
     """Replaces the fp32 file at `made` by one in int8 or bf16. Raises WorkError, with the numbers, when it is not worth it."""
-    before = made.read_bytes()
-    if precision == "bf16":
-        graph, how = to_bf16(classifier, before), Verdict()
-        try:
-            found = judge(before, graph, images, classifier)
-        except WorkError as error:
-            raise WorkError(f"bf16 is refused: {error}") from error
-    else:
-        calibration, others = _training_pixels(classifier, images)
-        graph, how = best_int8(classifier, before, calibration, others)
-        say(f"calibrated on {len(calibration)} training images: {how['method']} is the nearest to fp32")
-        found = judge(before, graph, images, classifier)
-        if found["drop"] > max_drop:
-            graph = quantise(classifier, before, calibration, how["method"], float_ends=True)
-            how, found = how | {"float_ends": True}, judge(before, graph, images, classifier)
-    reasons = objections(found, max_drop)
-    if reasons:
-        raise WorkError(f"{precision} is refused, because it is {' and '.join(reasons)}: {in_words(found)}")
-    made.write_bytes(graph)
-    return {"conversion": how, "verdict": found}
+    before = to_onnx(classifier, form.any_size)
+    with tempfile.TemporaryDirectory(dir=made.parent) as folder:
+        converted = Path(folder) / made.name  # with what belongs to it beside it
+
+        def found(graph: bytes) -> Verdict:
+            assert form.store is not None
+            form.store(graph, metadata(classifier, precision), converted)
+            return judge({"fp32": made, "converted": converted}, form.open, images, classifier)
+
+        if precision == "bf16":
+            try:
+                how, verdict = Verdict(), found(to_bf16(classifier, before))
+            except WorkError as error:
+                raise WorkError(f"bf16 is refused: {error}") from error
+        else:
+            calibration, others = _training_pixels(classifier, images)
+            graph, how = best_int8(classifier, before, calibration, others)
+            say(f"calibrated on {len(calibration)} training images: {how['method']} is the nearest to fp32")
+            verdict = found(graph)
+            if verdict["drop"] > max_drop:
+                graph = quantise(classifier, before, calibration, how["method"], float_ends=True)
+                how, verdict = how | {"float_ends": True}, found(graph)
+        reasons = objections(verdict, max_drop)
+        if reasons:
+            raise WorkError(f"{precision} is refused, because it is {' and '.join(reasons)}: {in_words(verdict)}")
+        for file in converted.parent.iterdir():
+            file.replace(made.with_name(file.name))
+    return {"conversion": how, "verdict": verdict}
 
 
 def best_int8(classifier: Classifier, graph: bytes, calibration: Pixels, others: Pixels) -> tuple[bytes, dict[str, Any]]:
@@ -122,10 +133,18 @@ def _shorten_names(graph: Any) -> None:
     names = {value.name: value.name for value in (*graph.input, *graph.output)} | {"": ""}  # "" is an input left out
     for tensor in graph.initializer:
         tensor.name = names.setdefault(tensor.name, f"t{len(names)}")
+    _rename(graph, names)
+
+
+def _rename(graph: Any, names: dict[str, str]) -> None:
+    """In the branches of a condition too, which see the tensors around them."""
     for node in graph.node:
         node.name = ""
         for ends in (node.input, node.output):
             ends[:] = [names.setdefault(name, f"t{len(names)}") for name in ends]
+        for branch in (attribute.g for attribute in node.attribute if attribute.HasField("g")):
+            _rename(branch, names)
+            branch.output[0].name = names[branch.output[0].name]
 
 
 class _Reader:
@@ -151,24 +170,27 @@ def kullback_leibler(logits: Logits, others: Logits, temperature: float) -> floa
     return float((p * (np.log(p + 1e-30) - np.log(q + 1e-30))).sum(1).mean())
 
 
-def judge(before: bytes, graph: bytes, images: Images, classifier: Classifier) -> Verdict:
-    """Size, latency and val top-1 of two graphs, the fp32 one first."""
-    canvas, sessions = classifier.preprocess.canvas, {"fp32": session(before), "converted": session(graph)}
-    n, right = 0, dict.fromkeys(sessions, 0)
+def judge(files: dict[str, Path], opened: Callable[[Path], Runner], images: Images, classifier: Classifier) -> Verdict:
+    """Size, latency and val top-1 of two files by name, `fp32` and `converted`, each alone in its folder but for what belongs to it."""
+    canvas, runs = classifier.preprocess.canvas, {name: opened(file) for name, file in files.items()}
+    n, right = 0, dict.fromkeys(runs, 0)
     for pixels, labels, _ in read_batches(images, images.split["val"], canvas, BATCH):
         n += len(labels)
-        for name, opened in sessions.items():
-            right[name] += int((_logits(opened, pixels).argmax(1) == labels).sum())
-    found: Verdict = {"n": n, "drop": 100 * (right["fp32"] - right["converted"]) / n, "bytes": {"fp32": len(before), "converted": len(graph)}}
+        for name, run in runs.items():
+            right[name] += int((run(pixels)[1].argmax(1) == labels).sum())
+    found: Verdict = {"n": n, "drop": 100 * (right["fp32"] - right["converted"]) / n, "bytes": {name: _bytes(file) for name, file in files.items()}}
     found["top1"] = {name: share("top1", count, n) for name, count in right.items()}
     first = next(read_batches(images, images.split["val"], canvas, max(BATCH_SIZES)))[0]
-    found["seconds"] = {size: race_sessions(sessions, np.resize(first, (size, *first.shape[1:]))) for size in BATCH_SIZES}
+    found["seconds"] = {}
+    for size in BATCH_SIZES:
+        batch = np.resize(first, (size, *first.shape[1:]))
+        found["seconds"][size] = race({name: partial(run, batch) for name, run in runs.items()})
     return found
 
 
-def race_sessions(sessions: dict[str, Any], batch: Pixels) -> dict[str, float]:
-    """The median seconds of each session on a batch, by name."""
-    return race({name: lambda run=opened.run: run([OUTPUTS[0]], {INPUT: batch}) for name, opened in sessions.items()})  # type: ignore[misc]
+def _bytes(file: Path) -> int:
+    """Of a file and what belongs to it."""
+    return sum(each.stat().st_size for each in file.parent.iterdir() if each.is_file())
 
 
 def objections(found: Verdict, max_drop: float) -> list[str]:

@@ -6,18 +6,19 @@ from collections.abc import Callable
 from typing import Any
 
 SECONDS, ROUNDS = 2.0, 15
+REST = 0.05  # seconds: threads of onnxruntime spin for more than ten milliseconds after a call, on the cores of the next
 
 
 def race(runs: dict[str, Callable[[], Any]], seconds: float = SECONDS, rounds: int = ROUNDS) -> dict[str, float]:
     """The median time of each call, measured in turns, so that what else the machine does meets all of them alike.
 
-    Each is called once unmeasured before: the others' threads still spin, its own are asleep.
+    Each begins when the others' threads have stopped spinning, and is called once unmeasured before, for its own are asleep by then.
     """
     took: dict[str, list[float]] = {name: [] for name in runs}
     end, done = time.perf_counter() + seconds, 0
     while done < rounds or time.perf_counter() < end:
         for name, call in runs.items():
-            time.sleep(0.002)
+            time.sleep(REST)
             call()
             start = time.perf_counter()
             call()

@@ -85,7 +85,8 @@ def test_a_file_that_answers_otherwise_is_not_left_behind(copied: Path, monkeypa
     ("arguments", "part"),
     [
         (["--to", "onxx"], "did you mean 'onnx'"),
-        (["--to", "torch", "--int8"], "--int8 is for --to onnx"),
+        (["--to", "torch", "--int8"], "--int8 is for --to onnx or openvino"),
+        (["--to", "openvino", "--bf16"], "--bf16 is for --to onnx;"),
         (["--to", "onnx", "--int8", "--bf16"], "exclude each other"),
         (["--to", "onnx", "--push", "a/b"], "give --to card"),
         (["--to", "card", "--int8"], "received --to card"),

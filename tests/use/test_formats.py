@@ -136,6 +136,21 @@ def test_the_graph_takes_images_of_any_size_and_resizes_as_decoding_does(to: str
             assert np.abs(got - want).max() < 0.25 * np.abs(naive - want).max(), (height, width)
 
 
+def test_only_images_of_another_size_wait_for_the_resize() -> None:
+    classifier = classifier_of(TINY)
+    model = onnx.load_from_string(to_onnx(classifier))
+    (choice,) = [node for node in model.graph.node if node.op_type == "If"]
+    branches = {attribute.name: attribute.g for attribute in choice.attribute}
+    (resized,) = branches["else_branch"].node
+    assert resized.op_type == "Resize"
+    next(attribute for attribute in resized.attribute if attribute.name == "coordinate_transformation_mode").s = b"asymmetric"
+    run, wrong = answer(to_onnx(classifier)), answer(model.SerializeToString())
+    rng = np.random.default_rng(0)
+    fitting, other = (rng.integers(0, 256, (2, side, side, 3), dtype=np.uint8) for side in (32, 48))
+    assert np.array_equal(run(fitting)[1], wrong(fitting)[1])
+    assert not np.allclose(run(other)[1], wrong(other)[1], atol=1e-2)
+
+
 def test_openvino_loads_without_its_telemetry() -> None:
     pytest.importorskip("openvino")
     code = "import sys; from reslab.use.formats import openvino; openvino(); print(sys.modules.get('openvino_telemetry'))"
