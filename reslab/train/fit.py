@@ -25,6 +25,7 @@ from reslab.data.images import Indices
 from reslab.data.preprocess import Preprocess
 from reslab.data.shards import shuffled
 from reslab.errors import WorkError
+from reslab.host import release_freed_memory
 from reslab.interval import share
 from reslab.nets.torch import ResNet
 from reslab.nets.winograd import use_winograd
@@ -277,6 +278,7 @@ class Training:
         p = self.progress
         train = {"loss": p.loss_sum / p.seen, "top1": p.correct / p.seen}
         started = time.monotonic()
+        self._make_room()
         val = self.evaluate()
         self.plan = replace(self.plan, val_seconds=time.monotonic() - started)
         better = val["top1"] >= p.best_top1  # of equals the later, trained longer
@@ -344,7 +346,13 @@ class Training:
         if not all(torch.isfinite(t).all() for t in self.net.parameters()):
             raise self._diverged("the weights must be finite; some are not", self.optimizer.param_groups[0]["lr"])
         if self.machine.is_writer:
+            self._make_room()
             save_state(self.state_file, self.net, self.optimizer, self.average, self.progress)
+
+    def _make_room(self) -> None:
+        """What follows is no training step, so it was not counted into the memory budget; without the heap's holes there is room for it."""
+        if self.plan.memory is not None and self.machine.device.type == "cpu":
+            release_freed_memory()
 
     def _agree(self, caught: list[int]) -> int:
         """The signal that the writer caught, so that all stop after the same step; 0 when there was none."""
