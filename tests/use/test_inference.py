@@ -59,6 +59,27 @@ def test_folding_is_exact_and_fusing_rounds_only(name: str) -> None:
         assert relative(quick(x), want.float()) < 1e-5
 
 
+@pytest.mark.skipif(not torch._C._has_mkldnn, reason="weights are laid out for oneDNN only")
+@torch.no_grad()
+def test_weights_are_laid_out_once_for_one_image_and_once_for_several(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes: list[int] = []
+    lay_out = torch.ops.mkldnn._reorder_convolution_weight
+
+    def counting(weight: Tensor, *settings: object) -> Tensor:
+        sizes.append(settings[-1][0])  # type: ignore[index]
+        laid: Tensor = lay_out(weight, *settings)
+        return laid
+
+    monkeypatch.setattr(torch.ops.mkldnn, "_reorder_convolution_weight", counting)
+    net = net_of(TINY)
+    quick = lowered(net, torch.float32)
+    x = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    for size in (4, 1, 3, 1, 4, 2):
+        assert relative(quick(x[:size]), net(x[:size])) < 1e-5
+    convolutions = sum(isinstance(module, nn.Conv2d) for module in net.modules())
+    assert sizes == [4] * convolutions + [1] * convolutions
+
+
 def test_no_batch_norm_is_left_behind_a_convolution() -> None:
     assert not any(isinstance(m, nn.BatchNorm2d) for m in folded(net_of(reslab.spec("resnet20"))).modules())
     left = sum(isinstance(m, nn.BatchNorm2d) for m in folded(net_of(reslab.spec("preact20"))).modules())
