@@ -22,7 +22,7 @@ import reslab
 
 SMOKE = "--smoke" in sys.argv
 DEEP, BUDGET, EPOCHS = ("resnet20", "800M", "1") if SMOKE else ("resnet1202", "3G", "2")
-FITTING = {3: "700M"} if SMOKE else {18: "1100M", 36: "1300M"}  # blocks a stage: ResNet-110 and -218
+FITTING = {3: "750M"} if SMOKE else {18: "1100M", 36: "1300M"}  # blocks a stage: ResNet-110 and -218
 ROUNDS, STEPS = (1, 2) if SMOKE else (5, 4)
 OPTIONS = {"batch_size": 128, "recipe": "paper-cifar", "precision": "fp32"}
 

@@ -84,7 +84,7 @@ def to_onnx(classifier: Classifier, any_size: bool = True) -> bytes:
 
 
 def resize_where_needed(graph: Any, canvas: int) -> None:
-    """Puts the Resize of a graph behind a condition: images of the canvas size, the usual ones, need not wait for it (10 ms at 224 px)."""
+    """Puts the Resize of a graph behind a condition: images of the canvas size, the usual ones, need not wait for it (5 % of an int8 ResNet-50 at 224 px)."""
     from onnx import TensorProto, helper
 
     (resize,) = [node for node in graph.node if node.op_type == "Resize"]
