@@ -113,6 +113,7 @@ def test_openvino_computes_in_int8_too(trained: Run, monkeypatch: pytest.MonkeyP
         for op in ov.Core().compile_model(model, "CPU").get_runtime_model().get_ops()
     )
     computed = {precision for (layer, precision) in precisions if layer == "Convolution"}
+    assert computed, precisions
     assert computed <= {"u8", "i8"}, precisions
 
 
