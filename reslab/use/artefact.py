@@ -1,4 +1,4 @@
-"""The artefact of a run: the folder `model/` with spec.json, weights.safetensors, classes.json, preprocess.json, calibration.json, inference.json."""
+"""The artefact of a run: the folder `model/` with FILES."""
 
 import json
 from collections.abc import Iterable
@@ -20,6 +20,8 @@ from reslab.spec import Spec
 from reslab.tensors import read_tensors, write_tensors
 from reslab.use.classifier import Classifier, Logits
 from reslab.use.inference import Quick, weigh
+
+FILES = ("spec.json", "weights.safetensors", "classes.json", "preprocess.json", "calibration.json", "inference.json")
 
 
 @dataclass(frozen=True)
@@ -88,6 +90,11 @@ def model_folder(path: Path) -> Path:
         fix = f"finish it with `reslab train --resume {shown(path)}`" if unfinished else f"give the folder that `reslab train` wrote{own}"
         raise CallError(f"a finished run has model/spec.json; {shown(path)} has not: {fix}")
     return folder
+
+
+def model_files(path: Path) -> list[Path]:
+    """The files of the artefact that there are; older runs have no inference.json. Raises CallError like `model_folder`."""
+    return [file for name in FILES if (file := model_folder(path) / name).is_file()]
 
 
 def read_folder(path: Path) -> tuple[TorchModel, dict[str, Any]]:

@@ -17,12 +17,11 @@ from jinja2 import Environment, PackageLoader, StrictUndefined, UndefinedError
 
 from reslab.errors import CallError, WorkError, needs_extra, shown
 from reslab.run import Record, Run, workplace
-from reslab.use.artefact import model_folder
+from reslab.use.artefact import model_files
 from reslab.use.classifier import Classifier, load
 
 WEAKEST, PAIRS = 5, 5  # classes and confusions that the card names
 MARKDOWN = re.compile(r"([\\`*_\[\]<>|~#&!$])")
-FILES = ("spec.json", "weights.safetensors", "classes.json", "preprocess.json", "calibration.json")
 
 
 def write_card(path: str | Path, out: str | Path | None = None) -> Path:
@@ -39,7 +38,7 @@ def write_card(path: str | Path, out: str | Path | None = None) -> Path:
         raise CallError(f"--out must be a new folder or a card; {shown(target)} is neither: choose another")
     pages = _pages(run, classifier)
     with workplace(target) as folder:
-        for file in [*(model_folder(run.path) / name for name in FILES), *_exports(run)]:
+        for file in [*model_files(run.path), *_exports(run)]:
             shutil.copyfile(file, folder / file.name)
         (folder / "config.json").write_text(json.dumps(_config(classifier), indent=1), "utf-8")
         for name, page in pages.items():

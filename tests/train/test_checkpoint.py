@@ -3,6 +3,7 @@
 import sys
 from contextlib import nullcontext
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -127,14 +128,21 @@ def test_no_other_tail_is_longer_and_the_budget_holds(sizes: list[tuple[int, int
 
 def test_a_run_with_little_memory_has_the_weights_of_one_with_much(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Machine, "held", lambda self: 0)
+    fit, order = sys.modules["reslab.train.fit"], list[str]()
+    save = fit.save_state
+    monkeypatch.setattr(fit, "release_freed_memory", lambda: order.append("trim"))
+    monkeypatch.setattr(fit, "save_state", lambda *state: (order.append("save"), save(*state)))
     given = {"epochs": 1, "batch_size": 256, "seed": 3}
     much = reslab.train("digits", out=tmp_path / "much", **given)
     with pytest.raises(reslab.CallError, match=r"--memory must hold a training step of 256 images, here (\d+\.\d\d) GiB") as caught:
         reslab.train("digits", out=tmp_path / "none", memory="1M", **given)
     assert not (tmp_path / "none").exists()
     need = str(caught.value).split("here ")[1].split(" ")[0]
+    assert set(order) == {"save"}
+    order.clear()
     little = reslab.train("digits", out=tmp_path / "little", memory=f"{need}G", **given)
     assert sum(little.config["plan"]["segments"]) > 0
+    assert [before for before, what in pairwise(order) if what == "save"] == ["trim"] * order.count("save"), "saving was not counted into the budget"
     assert much.config["plan"]["segments"] == []
     ours, theirs = (load_file(run.model / "weights.safetensors") for run in (little, much))
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)

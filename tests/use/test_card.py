@@ -50,6 +50,16 @@ def test_the_folder_is_a_model_and_gives_no_path_and_no_image_away(card: Path, t
         assert b"data:image" not in file.read_bytes()
 
 
+def test_the_precision_that_was_measured_comes_along(trained: Run, tmp_path: Path) -> None:
+    """The test above cannot tell where bf16 was slow or is not there: fp32 is what a folder without a record predicts in."""
+    run, found = tmp_path / "run", {"precision": "bf16", "n": 256, "agreement": 1.0, "gain": 2.0, "processor": "its own"}
+    shutil.copytree(trained.path, run)
+    (run / "model" / "inference.json").write_text(json.dumps(found))
+    assert load(write_card(run)).model.inference == found
+    (run / "model" / "inference.json").unlink()
+    assert load(write_card(run, tmp_path / "older")).model.inference == {}, "of a run from before there was a record"
+
+
 def test_checked_exports_come_along_and_a_card_can_be_written_again(trained: Run, tmp_path: Path) -> None:
     shutil.copytree(trained.path, tmp_path / "run")
     for name in ("model.onnx", "model.onnx.json", "unchecked.onnx"):
