@@ -4,23 +4,21 @@
     python gpu.py --smoke    ResNet-18 at 64 px, also on a CPU; figures that mean nothing
 
 Ours trains by the loop of `reslab.train` on a folder of noise, so that a step includes fetching, normalising and flipping its
-batch, and predicts by `Classifier.predict`'s model from uint8 pixels. timm's net runs in bf16 autocast, channels last, on
-one batch that lies on the card, eager and compiled. Each turn is a process of its own.
+batch, and predicts by `Classifier.predict`'s model from uint8 pixels in main memory. timm's net runs in bf16 autocast, channels
+last, on one batch that lies on the card, eager and compiled. Each is a process that gets ready first, and then takes its turns.
 """
 
-import json
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable
-from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import torch
-from measure import in_turns, keep, oracle, our_steps, ratio
+from measure import Steps, keep, oracle, prepared_in_turns, ratio, turn
 from PIL import Image
 
 import reslab
@@ -28,11 +26,28 @@ from reslab.data.preprocess import Preprocess
 from reslab.use.artefact import TorchModel
 
 SMOKE = "--smoke" in sys.argv
-NET, SIZE, BATCH, FILES = ("resnet18", 64, 4, 120) if SMOKE else ("resnet50", 224, 256, 20_000)
-ROUNDS, FIRST, STEPS = (1, 1, 2) if SMOKE else (5, 20, 40)
+NET, SIZE, BATCH, FILES = ("resnet18", 64, 4, 120) if SMOKE else ("resnet50", 224, 256, 6_000)
+ROUNDS, FIRST, STEPS = (1, 1, 2) if SMOKE else (5, 20, 20)
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-OURS = {"recipe": "paper-imagenet", "batch_size": BATCH, "image_size": SIZE, "crop": "none", "lighting": 0.0, "normalize": "channel", "steps": 1000}
+OURS = {"recipe": "paper-imagenet", "batch_size": BATCH, "image_size": SIZE, "crop": "none", "lighting": 0.0, "normalize": "channel"}
 WAYS = ("ours", "timm") if SMOKE else ("ours", "timm", "timm compiled")
+
+
+class Turns(Steps):
+    """A Show that lets a training wait for its turn after the first steps, and again after each round."""
+
+    def __init__(self) -> None:
+        super().__init__(sys.maxsize)
+
+    def step(self, epoch: int, epochs: int, step: int, steps: int, facts: dict[str, float]) -> None:
+        super().step(epoch, epochs, step, steps, facts)
+        done = len(self.times) - FIRST
+        if done >= 0 and done % STEPS == 0:
+            turn({"seconds": statistics.median(np.diff(self.times[-STEPS - 1 :]))} if done else None)
+            self.times[-1] = time.perf_counter()
+
+    def say(self, text: str) -> None:
+        print(text, file=sys.stderr, flush=True)
 
 
 def noise(root: Path) -> Path:
@@ -48,23 +63,28 @@ def noise(root: Path) -> Path:
     return root
 
 
-def finished(work: Callable[[], object]) -> float:
-    """When the work was done, and the card with it."""
-    work()
-    if DEVICE.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter()
-
-
 def timms(compiled: bool) -> torch.nn.Module:
     net = oracle("timm").create_model(NET).to(DEVICE, memory_format=torch.channels_last)
     return torch.compile(net) if compiled else net
 
 
-def training(who: str, data: str) -> list[float]:
-    """When each step ended."""
+def repeated(work: Callable[[], object]) -> None:
+    """Rounds of steps, each with the card waited for, as our training does."""
+    times: list[float] = []
+    while True:
+        for _ in range(STEPS if times else FIRST):
+            start = time.perf_counter()
+            work()
+            if DEVICE.type == "cuda":
+                torch.cuda.synchronize()
+            times.append(time.perf_counter() - start)
+        turn({"seconds": statistics.median(times[-STEPS:])})
+
+
+def training(who: str, data: str) -> None:
     if who == "ours":
-        return our_steps(FIRST + STEPS, data, net=NET, **OURS).times
+        with tempfile.TemporaryDirectory() as folder:
+            reslab.train(data, net=NET, out=Path(folder) / "run", show=Turns(), **OURS)  # type: ignore[arg-type]
     net = timms("compiled" in who).train()
     optimizer = torch.optim.SGD(net.parameters(), 0.1, 0.9, weight_decay=1e-4)
     x = torch.randn(BATCH, 3, SIZE, SIZE, device=DEVICE).contiguous(memory_format=torch.channels_last)
@@ -77,18 +97,17 @@ def training(who: str, data: str) -> list[float]:
         torch.nn.functional.cross_entropy(logits.float(), y).backward()
         optimizer.step()
 
-    return [finished(step) for _ in range(FIRST + STEPS)]
+    repeated(step)
 
 
 @torch.no_grad()
-def predicting(who: str, data: str) -> list[float]:
-    """When each batch was answered."""
+def predicting(who: str, data: str) -> None:
     if who == "ours":
         net = reslab.build(NET).to(DEVICE, memory_format=torch.channels_last).eval()
         half = np.full(3, 0.5, np.float32)
         pixels = np.random.default_rng(0).integers(0, 256, (BATCH, SIZE, SIZE, 3), dtype=np.uint8)
         model = TorchModel(net, Preprocess(SIZE, SIZE, 3, half, half)).weighed([pixels[: min(16, BATCH)]])
-        return [finished(lambda: model.quick(pixels)) for _ in range(FIRST + STEPS)]
+        repeated(lambda: model.quick(pixels))
     net = timms("compiled" in who).eval()
     x = torch.randn(BATCH, 3, SIZE, SIZE, device=DEVICE).contiguous(memory_format=torch.channels_last)
 
@@ -96,16 +115,10 @@ def predicting(who: str, data: str) -> list[float]:
         with torch.autocast(DEVICE.type, torch.bfloat16):
             net(x)
 
-    return [finished(answer) for _ in range(FIRST + STEPS)]
+    repeated(answer)
 
 
 WORK = {"training": training, "predicting": predicting}
-
-
-def one(what: str, who: str, data: str) -> None:
-    """A process of a round: its median step."""
-    times = WORK[what](who, data)
-    print(json.dumps({"seconds": statistics.median(b - a for a, b in pairwise(times[FIRST - 1 :]))}))
 
 
 def main() -> None:
@@ -119,7 +132,7 @@ def main() -> None:
         data = str(noise(Path(folder) / "noise"))
         for what in WORK:
             jobs = {who: [__file__, "--one", what, who, data, *["--smoke"] * SMOKE] for who in WAYS}
-            took = {who: [found["seconds"] for found in rounds] for who, rounds in in_turns(ROUNDS, jobs).items()}
+            took = {who: [found["seconds"] for found in rounds] for who, rounds in prepared_in_turns(ROUNDS, jobs).items()}
             lines.append(f"{what}: " + ", ".join(f"{who} {BATCH / statistics.median(seconds):.1f} img/s" for who, seconds in took.items()))
             for who in WAYS[1:]:
                 lines.append(f"  ours against {who}: {ratio(took[who], took['ours'])}")
@@ -128,6 +141,6 @@ def main() -> None:
 
 if __name__ == "__main__":
     if "--one" in sys.argv:
-        one(*sys.argv[2:5])
+        WORK[sys.argv[2]](*sys.argv[3:5])
     else:
         main()

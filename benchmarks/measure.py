@@ -107,6 +107,45 @@ def in_turns(rounds: int, jobs: dict[str, list[str]]) -> dict[str, list[dict[str
     return found
 
 
+def prepared_in_turns(rounds: int, jobs: dict[str, list[str]]) -> dict[str, list[dict[str, Any]]]:
+    """As `in_turns`, for commands that take long to get ready: each is one process that does a round when it is told to.
+
+    They get ready one after the other. Such a process calls `turn` before its first round and with what it found after each.
+    """
+    processes: dict[str, subprocess.Popen[str]] = {}
+    found: dict[str, list[dict[str, Any]]] = {name: [] for name in jobs}
+    try:
+        for name, command in jobs.items():
+            processes[name] = subprocess.Popen([sys.executable, *command], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+            _told(processes[name])
+        for _ in range(rounds):
+            for name, process in processes.items():
+                assert process.stdin
+                process.stdin.write("go\n")
+                process.stdin.flush()
+                found[name].append(_told(process))
+    finally:
+        for process in processes.values():
+            process.kill()
+            process.wait()
+    return found
+
+
+def _told(process: "subprocess.Popen[str]") -> Any:
+    """The next line that is an answer of `turn`."""
+    assert process.stdout
+    for line in process.stdout:
+        if line.startswith("turn "):
+            return json.loads(line[5:])
+    sys.exit(f"{' '.join(map(str, process.args))} ended before its turn")  # type: ignore[arg-type]
+
+
+def turn(found: dict[str, Any] | None = None) -> None:
+    """In a process of `prepared_in_turns`: says what a round found, and waits for the next."""
+    print("turn", json.dumps(found), flush=True)
+    sys.stdin.readline()
+
+
 def ratio(a: Sequence[float], b: Sequence[float]) -> str:
     """The median of a / b, round by round, and its range."""
     ratios = [x / y for x, y in zip(a, b, strict=True)]

@@ -1,6 +1,7 @@
 """The main job, end to end: data, check, split, plan, training, artefact, test, report."""
 
 import json
+import math
 import re
 import shutil
 import time
@@ -260,7 +261,7 @@ def _plan(job: Job, net: ResNet, limits: Limits, started: float) -> tuple[Plan, 
     batch = next(job.parts["train"].epoch(recipe.batch_size // job.machine.world or 1))
     x = job.preprocess(batch.pixels, job.machine.device).contiguous(memory_format=torch.channels_last)
     macs = job.spec.cost(recipe.image_size).macs
-    plan = make_plan(net, x, recipe, len(job.parts["train"].items), len(job.parts["val"].items), macs, job.machine, limits.memory)
+    plan = make_plan(net, x, recipe, len(job.parts["train"].items), len(job.parts["val"].items), macs, job.machine, limits.memory, limits.seconds or math.inf)
     deadline = None
     if limits.seconds:
         deadline = started + limits.seconds - _reserve(job, plan)

@@ -20,7 +20,8 @@ from reslab.data.decode import Unreadable
 from reslab.data.images import Images, Indices, read_many
 from reslab.errors import WorkError, shown
 
-MEMORY_SHARE = 0.25  # of the machine's memory, at most, for pixels
+MEMORY_SHARE = 0.25  # of the machine's memory, or a GPU's free one, at most, for pixels
+CPU = torch.device("cpu")
 
 Storage = Literal["memory", "stream"]
 
@@ -52,6 +53,7 @@ class Batches:
         self.workers = workers
         self.dropped: dict[str, str] = {}  # name -> reason, of images that could not be decoded
         self._pixels: Tensor | None = None
+        self._copy: Tensor | None = None  # of the pixels, on a GPU
 
     def load(self, progress: Callable[[int], None] = lambda done: None) -> None:
         """Decodes everything now, where it is to live in memory. Unreadable images are dropped and listed."""
@@ -64,24 +66,35 @@ class Batches:
             array, self.items = np.delete(array, bad, axis=0), np.delete(self.items, bad)
         self._pixels = torch.from_numpy(np.require(array, requirements=["C", "W"]))
 
-    def epoch(self, batch_size: int, order: Indices | None = None, crops: Crops | None = None) -> Iterator[Batch]:
+    def epoch(self, batch_size: int, order: Indices | None = None, crops: Crops | None = None, device: torch.device = CPU) -> Iterator[Batch]:
         """Batches in the given order of positions within this part; by default each once, in their own order.
 
-        With `crops`, what their boxes hold of each image.
+        With `crops`, what their boxes hold of each image. Whole images from memory are cut into batches on `device`: a GPU
+        that has the room gets a copy of them all.
         """
         self.load()
         order = np.arange(len(self.items)) if order is None else order
         chunks = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
         if self._pixels is not None:
+            pixels = self._pixels if crops else self._near(self._pixels, device)
             for number, chunk in enumerate(chunks):
-                yield self._batch(self._held(self._pixels, number, chunk, crops), self.items[chunk])
+                yield self._batch(self._held(pixels, number, chunk, crops), self.items[chunk])
         else:
             yield from self._stream(chunks, crops)
 
     def _held(self, pixels: Tensor, number: int, chunk: Indices, crops: Crops | None) -> Tensor:
         if crops is None:
-            return pixels[torch.from_numpy(chunk)]
+            return pixels[torch.from_numpy(chunk).to(pixels.device)]
         return torch.stack([cut(pixels[position].numpy(), crops.boxes[position], crops.size(number)) for position in chunk])
+
+    def _near(self, pixels: Tensor, device: torch.device) -> Tensor:
+        """The pixels on that device, or as they are where a GPU has too little memory left for them."""
+        if device.type != "cuda":
+            return pixels
+        if self._copy is None:
+            fits = pixels.nbytes <= MEMORY_SHARE * torch.cuda.mem_get_info(device)[0]
+            self._copy = pixels.to(device) if fits else pixels
+        return self._copy
 
     def _batch(self, pixels: Tensor, items: Indices) -> Batch:
         return Batch(pixels, torch.from_numpy(self.images.labels[items]), torch.from_numpy(items))
@@ -94,6 +107,7 @@ class Batches:
             num_workers=self.workers,
             collate_fn=_collate,
             worker_init_fn=_quiet_worker,
+            pin_memory=torch.cuda.is_available(),
         )
         for pixels, items, failed in _alive(loader):
             self.dropped.update({self.images.names[item]: reason for item, reason in failed})

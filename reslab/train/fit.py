@@ -7,7 +7,7 @@ was killed and resumed takes the same steps as one that was not: on a CPU, bit f
 import math
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from types import FrameType
@@ -33,11 +33,11 @@ from reslab.run import Run
 from reslab.seeds import seed_of, seeded
 from reslab.tensors import below, read_tensors, write_tensors
 from reslab.train.board import Board
-from reslab.train.checkpoint import Checkpointed
 from reslab.train.hardware import Machine
 from reslab.train.optim import Average, keep_gradients, lr_at, optimizer, set_lr
+from reslab.train.passes import Pass, ReplayedPass, ReplayedUpdate, Work
 from reslab.train.pieces import RunningStatistics, pieces
-from reslab.train.plan import Plan, low_size
+from reslab.train.plan import Plan, low_size, ready
 from reslab.train.recipe import Recipe, check_shares
 from reslab.train.state import Progress, load_state, save_state
 
@@ -80,7 +80,7 @@ class Training:
         use_winograd(net, plan.winograd, plan.memory is None)
         self.optimizer = optimizer(net, recipe)
         keep_gradients(net)
-        self.shared = machine.share(Checkpointed(net, plan.segments, plan.memory))  # after the optimiser has frozen what is to be frozen
+        self.shared = machine.share(ready(net, plan))  # after the optimiser has frozen what is to be frozen
         self.statistics = RunningStatistics(net)
         self.average = Average(net, recipe.ema) if recipe.ema else None
         self.progress = Progress(steps=plan.steps, gentle=recipe.warmup_lr > 0)
@@ -92,6 +92,9 @@ class Training:
         self.batch_size, self.micro_batch, self.image_size = recipe.batch_size, recipe.micro_batch, recipe.image_size
         check_shares(self.batch_size, self.micro_batch, machine.world)
         self.share = self.batch_size // machine.world  # of a batch, this process's
+        work = Pass(self.shared, recipe, plan.precision, machine, self.share // self.micro_batch, self.class_weights)
+        self.work: Work = ReplayedPass(work) if plan.replayed else work
+        self.update: Callable[[], object] = ReplayedUpdate(self.optimizer.step) if plan.replayed else self.optimizer.step
 
     def resume(self) -> None:
         """Continues where the state file stopped."""
@@ -153,7 +156,7 @@ class Training:
             raise self._diverged(f"the loss must be finite; it was {loss_sum / seen}", lr)
         if recipe.clip:
             nn.utils.clip_grad_norm_(self.net.parameters(), recipe.clip)
-        self.optimizer.step()
+        self.update()
         p.step += 1
         if self.average:
             self.average.update(self.net, p.step)
@@ -172,26 +175,18 @@ class Training:
         for index, part in enumerate(parts):
             if index:
                 self.statistics.rewind(before)
+            number = first + index  # of the micro-batch in the whole batch
+            x, targets = self._augmented(part, number)
+            torch.manual_seed(seed_of(self.recipe.seed, LAYERS, self.progress.step, number))  # dropout and stochastic depth draw from it
             with nullcontext() if part is parts[-1] else self.machine.gather_later(self.shared):
-                loss, right = self._loss(part, first + index)
-                (loss / len(parts)).backward()  # type: ignore[no-untyped-call]
+                loss, right = self.work(x, targets)
             n = len(part.items)
-            told += torch.stack([loss.detach().double() * n, right.double(), torch.tensor(n, dtype=torch.float64, device=told.device)])
+            told += torch.stack([loss.double() * n, right.double(), torch.full_like(loss, n, dtype=torch.float64)])
             if not alone:
                 after += self.statistics.read()
         if not alone:
             self.statistics.write_mean(after, len(parts), self.machine)
         return told
-
-    def _loss(self, part: Batch, number: int) -> tuple[Tensor, Tensor]:
-        """The mean loss of a micro-batch, which has that number in the whole batch, and how many answers are right."""
-        recipe = self.recipe
-        x, targets = self._augmented(part, number)
-        torch.manual_seed(seed_of(recipe.seed, LAYERS, self.progress.step, number))  # dropout and stochastic depth draw from it
-        with self.machine.autocast(self.plan.precision):
-            logits = self.shared(x)
-        loss = cross_entropy(logits.float(), targets, weight=self.class_weights, label_smoothing=recipe.label_smoothing)
-        return loss, (logits.argmax(1) == targets.argmax(1)).sum()
 
     def _diverged(self, what: str, lr: float) -> WorkError:
         if self.machine.is_writer:
@@ -208,7 +203,7 @@ class Training:
         first = epoch * self.plan.steps_per_epoch + done
         boxes = self._boxes(seeded(self.recipe.seed, BOXES, epoch))
         crops = None if boxes is None else Crops(boxes, lambda number: self._size(first + number))
-        yield from self.train.epoch(self.share, order[:, self.machine.rank].reshape(-1), crops)
+        yield from self.train.epoch(self.share, order[:, self.machine.rank].reshape(-1), crops, self.machine.device)
 
     def _boxes(self, generator: Generator) -> Boxes | None:
         """What an epoch's batches show of each training image; None for the whole canvas."""
@@ -320,7 +315,7 @@ class Training:
         sums = torch.zeros(4, dtype=torch.float64)
         positions = np.arange(len(self.val.items))[self.machine.rank :: self.machine.world]
         with torch.no_grad(), self.machine.autocast(self.plan.precision):
-            for batch in self.val.epoch(2 * self.micro_batch, positions):
+            for batch in self.val.epoch(2 * self.micro_batch, positions, device=self.machine.device):
                 logits = self.net(self.preprocess(batch.pixels, self.machine.device)).float().cpu()
                 found = logits.topk(min(5, logits.shape[1]), dim=1).indices == batch.labels[:, None]
                 loss = cross_entropy(logits, batch.labels, reduction="sum")

@@ -14,7 +14,7 @@ def optimizer(net: ResNet, recipe: Recipe) -> torch.optim.Optimizer:
     """The recipe's optimiser. Norms and biases do not decay unless `decay_all`; the trunk learns at `trunk_lr` of the rate.
 
     Beside Muon, norms and head learn at `sgd_lr` times its rate; the trunk's biases at `bias_lr` times what they would. What
-    the recipe freezes gets no gradient from now on.
+    the recipe freezes gets no gradient from now on. On a GPU rates are tensors there, so that a recorded step can follow them.
     """
     muon = recipe.optimizer == "muon"
     groups: dict[tuple[bool, bool, float], list[nn.Parameter]] = {}
@@ -33,11 +33,14 @@ def optimizer(net: ResNet, recipe: Recipe) -> torch.optim.Optimizer:
         {"params": parameters, "muon": by_muon, "weight_decay": recipe.weight_decay if decays and by_muon == muon else 0.0, "scale": share}
         for (by_muon, decays, share), parameters in groups.items()
     ]
+    on_gpu = net.fc.weight.is_cuda
+    for row in rows:
+        row["lr"] = torch.tensor(recipe.lr, device=net.fc.weight.device) if on_gpu else recipe.lr
     if muon:
         return Muon(rows, recipe.lr, recipe.momentum)
     if recipe.optimizer == "sgd":
-        return torch.optim.SGD(rows, recipe.lr, recipe.momentum, nesterov=recipe.nesterov and recipe.momentum > 0)
-    return torch.optim.AdamW(rows, recipe.lr)
+        return torch.optim.SGD(rows, recipe.lr, recipe.momentum, nesterov=recipe.nesterov and recipe.momentum > 0, fused=on_gpu or None)
+    return torch.optim.AdamW(rows, recipe.lr, fused=on_gpu or None, capturable=on_gpu)
 
 
 def keep_gradients(net: nn.Module) -> None:
@@ -60,40 +63,49 @@ class Muon(torch.optim.Optimizer):
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
         """One update from the gradients."""
         for group in self.param_groups:
-            updates: list[tuple[nn.Parameter, Tensor]] = []
-            for parameter in group["params"]:
-                if parameter.grad is not None:
-                    held = self.state[parameter].setdefault("momentum_buffer", torch.zeros_like(parameter))
-                    held.mul_(group["momentum"]).add_(parameter.grad)
-                    updates.append((parameter, parameter.grad.add(held, alpha=group["momentum"])))
+            parameters = [p for p in group["params"] if p.grad is not None]
+            if not parameters:
+                continue
+            gradients = [p.grad for p in parameters]
+            held = [self.state[p].setdefault("momentum_buffer", torch.zeros_like(p)) for p in parameters]
+            torch._foreach_mul_(held, group["momentum"])
+            torch._foreach_add_(held, gradients)
+            updates = list(torch._foreach_add(gradients, held, alpha=group["momentum"]))
             if group["muon"]:
                 updates = orthogonal(updates)
-            for parameter, update in updates:
-                parameter.mul_(1 - group["lr"] * group["weight_decay"]).add_(update, alpha=-group["lr"])
+            torch._foreach_mul_(updates, group["lr"])
+            if group["weight_decay"]:
+                torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
+            torch._foreach_sub_(parameters, updates)
 
 
-def orthogonal(updates: list[tuple[nn.Parameter, Tensor]]) -> list[tuple[nn.Parameter, Tensor]]:
+def orthogonal(updates: list[Tensor]) -> list[Tensor]:
     """Each update's nearest matrix with equal singular values, by five Newton-Schulz steps; equal shapes go together."""
+    found = list(updates)
     shapes: dict[torch.Size, list[int]] = {}
-    for i, (_, update) in enumerate(updates):
+    for i, update in enumerate(updates):
         shapes.setdefault(update.shape, []).append(i)
     for shape, members in shapes.items():
-        x = torch.stack([updates[i][1].reshape(shape[0], -1) for i in members])
+        x = torch.stack([updates[i].reshape(shape[0], -1) for i in members])
         tall = x.shape[1] > x.shape[2]
         x = x.mT if tall else x
         x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
+        x = x.bfloat16() if x.is_cuda else x
         for _ in range(5):
             gram = x @ x.mT
             x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
-        for i, matrix in zip(members, x.mT if tall else x, strict=True):
-            updates[i] = (updates[i][0], matrix.reshape(shape))
-    return updates
+        for i, matrix in zip(members, (x.mT if tall else x).to(updates[0].dtype), strict=True):
+            found[i] = matrix.reshape(shape)
+    return found
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
     """Gives each group its share of `lr`."""
     for group in optimizer.param_groups:
-        group["lr"] = lr * group["scale"]
+        if isinstance(group["lr"], Tensor):
+            group["lr"].fill_(lr * group["scale"])
+        else:
+            group["lr"] = lr * group["scale"]
 
 
 def lr_at(recipe: Recipe, progress: float, drops: int = 0) -> float:

@@ -2,6 +2,7 @@
 
 import copy
 import math
+import os
 import statistics
 import time
 from collections.abc import Callable
@@ -9,21 +10,26 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.nn.functional import cross_entropy, interpolate
+from torch import Tensor, nn
+from torch.nn.functional import interpolate, one_hot
 
-from reslab.errors import CallError
+from reslab.download import cache
+from reslab.errors import CallError, WorkError, shown
 from reslab.host import release_freed_memory
 from reslab.nets.torch import ResNet
 from reslab.nets.winograd import use_winograd
 from reslab.train.checkpoint import Checkpointed, Segments, choose_segments
 from reslab.train.hardware import Machine, synchronise
 from reslab.train.optim import keep_gradients, optimizer
+from reslab.train.passes import Pass, ReplayedPass, ReplayedUpdate, Work
 from reslab.train.recipe import Recipe
 
 BF16_GAIN = 1.3  # bf16 must multiply matrices this much faster to be worth its rounding
 BF16_MACS = 10e6  # and the net must have work enough for that to show
 MATRIX = 1024
+WORTH = 1.05  # a replayed step must be this much faster
+COMPILE_SECONDS = 1.7  # that torch.compile takes a convolution, at one image size (35 s for ResNet-20; docs/log.md)
+TRIAL_SHARE = 0.02  # of the training that finding out may cost
 TIMED = 3
 TIMED_SECONDS = 2.0
 
@@ -42,6 +48,9 @@ class Plan:
     memory: int | None = None  # bytes that a process may hold
     segments: Segments = ()  # the first blocks, grouped, that are computed again in the backward pass
     winograd: bool = False  # wide convolutions by Winograd's algorithm
+    compiled: bool = False  # the net by torch.compile
+    compiling: str = ""  # why, or why not
+    replayed: bool = False  # a step on a GPU is recorded once, as CUDA graphs
 
     @property
     def epochs(self) -> int:
@@ -71,10 +80,13 @@ def low_size(size: int, share: float) -> int:
     return max(1, low // 4 * 4 if size >= 16 else low)
 
 
-def make_plan(net: ResNet, x: Tensor, recipe: Recipe, train: int, val: int, macs: int, machine: Machine, memory: int | None = None) -> Plan:
-    """Chooses precision and segments and times steps on `x`, a normalised batch (N, C, H, W) of this process's share.
+def make_plan(
+    net: ResNet, x: Tensor, recipe: Recipe, train: int, val: int, macs: int, machine: Machine, memory: int | None = None, seconds: float = math.inf
+) -> Plan:  # fmt: skip
+    """Chooses how to compute and times steps on `x`, a normalised batch (N, C, H, W) of this process's share.
 
-    `memory` is what the process may hold, in bytes; CallError says how much it needs at least.
+    `memory` is what the process may hold, in bytes; CallError says how much it needs at least. `seconds` is what the training
+    may take, if that is limited.
     """
     assert recipe.epochs is not None and recipe.batch_size is not None and recipe.micro_batch is not None
     precision, reason = (recipe.precision, "as asked") if recipe.precision != "auto" else _choose_precision(macs, machine)
@@ -83,15 +95,27 @@ def make_plan(net: ResNet, x: Tensor, recipe: Recipe, train: int, val: int, macs
     winograd = recipe.convolution == "auto" and machine.device.type == "cpu" and precision == "fp32" and use_winograd(net, True, memory is None)
     plan = Plan(recipe.steps or recipe.epochs * per_epoch, per_epoch, precision, reason, memory=memory, segments=segments, winograd=winograd)
     pieces, x = len(x) // recipe.micro_batch, x[: recipe.micro_batch]
-    full = low = pieces * _time_step(net, x, recipe, plan, machine)
-    if recipe.low_resolution:
-        small = interpolate(x, size=low_size(x.shape[2], recipe.low_size), mode="bilinear").contiguous(memory_format=torch.channels_last)
-        low = pieces * _time_step(net, small, recipe, plan, machine)
+    low = recipe.low_resolution or 0.0
+    sizes = [x]
+    if low:
+        sizes.append(interpolate(x, size=low_size(x.shape[2], recipe.low_size), mode="bilinear").contiguous(memory_format=torch.channels_last))
+    plan = _timed(plan, net, sizes, recipe, machine, pieces)
+    if machine.device.type == "cuda" and machine.world == 1 and memory is None:
+        plan = _better(plan, _timed(replace(plan, replayed=True), net, sizes, recipe, machine, pieces))
+    plan = _compiled(plan, net, sizes, recipe, machine, pieces, seconds)
     twin = copy.deepcopy(net).eval()
     with torch.no_grad(), machine.autocast(precision):
         forward = _time(lambda: twin(x), x)
     release_freed_memory()
-    return replace(plan, step_seconds=full, low_step_seconds=low, val_seconds=forward / len(x) * val / machine.world)
+    return replace(plan, val_seconds=forward / len(x) * val / machine.world)
+
+
+def ready(net: ResNet, plan: Plan) -> nn.Module:
+    """The net as a step of this plan calls it."""
+    if plan.compiled:
+        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache() / "compiled"))  # kept for the next training, when /tmp is not
+        return torch.compile(net, dynamic=False)  # type: ignore[return-value]
+    return Checkpointed(net, plan.segments, plan.memory)
 
 
 def fit_budget(plan: Plan, recipe: Recipe, seconds: float) -> Plan:
@@ -120,29 +144,64 @@ def _choose_precision(macs: int, machine: Machine) -> tuple[str, str]:
     return ("bf16" if gain > BF16_GAIN else "fp32"), f"bf16 multiplies matrices at {gain:.2g} times the speed of fp32 here"
 
 
+def _timed(plan: Plan, net: ResNet, sizes: list[Tensor], recipe: Recipe, machine: Machine, pieces: int) -> Plan:
+    """The plan with what its steps take, at full size and at the reduced one."""
+    times = [pieces * _time_step(net, x, recipe, plan, machine) for x in sizes]
+    return replace(plan, step_seconds=times[0], low_step_seconds=times[-1])
+
+
+def _better(plan: Plan, other: Plan) -> Plan:
+    return other if other.step_seconds * WORTH < plan.step_seconds else plan
+
+
+def _compiled(plan: Plan, net: ResNet, sizes: list[Tensor], recipe: Recipe, machine: Machine, pieces: int, seconds: float) -> Plan:
+    """The plan with a compiled net where that pays: it is tried when the trial costs little of the training, and kept when it was faster.
+
+    What the compiler made is kept on disk, so that the training itself, and the next one, need less time for it.
+    """
+    low = recipe.low_resolution or 0.0
+    planned = min(seconds, plan.seconds(plan.steps, low))
+    trial = len(sizes) * COMPILE_SECONDS * sum(isinstance(module, nn.Conv2d) for module in net.modules())
+    if recipe.compile == "never" or plan.winograd or plan.memory is not None:
+        return replace(plan, compiling="not with these options")
+    if recipe.compile == "auto" and trial > TRIAL_SHARE * planned:
+        return replace(plan, compiling=f"a trial takes about {trial:.0f} s, the training {planned:.0f}")
+    start = time.perf_counter()
+    try:
+        found = _timed(replace(plan, compiled=True), net, sizes, recipe, machine, pieces)
+    except Exception as error:  # of the compiler, of its own kinds: a machine without a C compiler is one
+        if recipe.compile == "always":
+            raise WorkError(f"the net could not be compiled: {shown(str(error).strip().splitlines()[0])[:200]}; leave out --compile always") from error
+        return replace(plan, compiling=f"the compiler failed: {shown(str(error).strip().splitlines()[0])[:120]}")
+    took, gain = time.perf_counter() - start, plan.step_seconds / found.step_seconds
+    told = f"{gain:.2f} times as fast, tried in {took:.0f} s"
+    return replace(found if recipe.compile == "always" or planned * (1 - 1 / gain) > took else plan, compiling=told)
+
+
 def _time_step(net: ResNet, x: Tensor, recipe: Recipe, plan: Plan, machine: Machine) -> float:
     own = copy.deepcopy(net).train()
-    twin = Checkpointed(own, plan.segments, plan.memory)
     optim = optimizer(own, recipe)
     keep_gradients(own)
-    y = torch.arange(len(x), device=x.device) % 2
+    targets = one_hot(torch.arange(len(x), device=x.device) % net.spec.num_classes, net.spec.num_classes).float()
+    work = Pass(ready(own, plan), recipe, plan.precision, machine)
+    run: Work = ReplayedPass(work) if plan.replayed else work
+    update: Callable[[], object] = ReplayedUpdate(optim.step) if plan.replayed else optim.step
 
     def step() -> None:
-        with machine.autocast(plan.precision):
-            logits = twin(x)
         optim.zero_grad(set_to_none=False)
-        cross_entropy(logits.float(), y).backward()  # type: ignore[no-untyped-call]
-        optim.step()
+        run(x, targets)
+        update()
 
     return _time(step, x)
 
 
 def _time(work: Callable[[], Any], x: Tensor) -> float:
-    """The median of one to a few runs, as many as there is time for, after a first, which pays for new memory and more."""
+    """The median of some runs, as many as there is time for, after the first, which pay for new memory, a compiler, a recording."""
     times: list[float] = []
-    while len(times) < 2 or (len(times) <= TIMED and sum(times) < TIMED_SECONDS):
+    first, timed = (3, 10) if x.is_cuda else (1, TIMED)
+    while len(times) <= first or (len(times) < first + timed and sum(times[first:]) < TIMED_SECONDS):
         start = time.perf_counter()
         work()
         synchronise(x)
         times.append(time.perf_counter() - start)
-    return statistics.median(times[1:])
+    return statistics.median(times[first:])

@@ -23,6 +23,7 @@ Normalize = Literal["channel", "pixel-mean"]
 Keep = Literal["best", "last"]
 Place = Literal["auto", "memory", "stream"]
 Convolution = Literal["auto", "direct"]
+Compile = Literal["auto", "always", "never"]
 
 
 class Help(NamedTuple):
@@ -83,6 +84,7 @@ class Recipe:
     normalize: Annotated[Normalize, Help("mean and deviation of each channel, or the mean image")] = "channel"
     precision: Annotated[Precision, Help("bf16 where it is faster")] = "auto"
     convolution: Annotated[Convolution, Help("Winograd's algorithm for wide ones on a CPU in fp32, or all direct")] = "auto"
+    compile: Annotated[Compile, Help("torch.compile where it is repaid within the training; always, never")] = "auto"
     save_every: Annotated[float, Help("seconds of training that a crash may cost", 0, 1e6)] = 60.0
     storage: Annotated[Place, Help("pixels in memory, or decoded by workers as they are needed")] = "auto"
     seed: Annotated[int, Help("of every random choice", 0, 2**63 - 1)] = 0
