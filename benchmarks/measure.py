@@ -156,7 +156,10 @@ def oracle(module: str) -> Any:
     """torchvision, or a part of it. Its compiled operators do not load beside a CPU build of torch; their schemas are enough."""
     import importlib
 
-    _schemas()
+    import torch
+
+    if torch.version.cuda is None:
+        _schemas()
     return importlib.import_module(module)
 
 
@@ -192,8 +195,12 @@ def hardware() -> str:
 
 
 def commit() -> str:
-    done = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=Path(__file__).parent)
-    return done.stdout.strip() or "no commit"
+    """Of the working tree; a copy without one is told in COMMIT what it was made of."""
+    with contextlib.suppress(OSError):
+        done = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=Path(__file__).parent)
+        if done.stdout.strip():
+            return done.stdout.strip()
+    return os.environ.get("COMMIT", "no commit")
 
 
 def keep(name: str, lines: list[str]) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 from reslab.data.batches import Batches
 from reslab.data.images import Images
-from reslab.data.preprocess import Preprocess
+from reslab.data.preprocess import VIEWS, Preprocess
 from reslab.errors import shown
 from reslab.limits import Limits
 from reslab.spec import Spec
@@ -75,8 +75,10 @@ def _decisions(job: Job) -> list[str]:
     ]
     if recipe.low_resolution:
         lines.append(f"the first {recipe.low_resolution:.0%} of the steps see {low_size(size or 0, recipe.low_size)} px, which costs less")
-    if recipe.tta:
-        lines.append("tested and predicted with mirror images too: the mean of both answers")
+    if recipe.tta != "none":
+        lines.append(
+            f"tested and predicted by {VIEWS[recipe.tta]} views of an image, mirrored{' and shifted' * (recipe.tta == 'shifts')}: the mean of their answers"
+        )
     if recipe.whiten:
         lines.append("the first convolution gives the principal components of the patches; it and its norm are not trained")
     if recipe.dirac:
@@ -99,6 +101,10 @@ def sentence(job: Job, net: str, plan: Plan) -> str:
     )
     if plan.winograd:
         told += "\nwide 3x3 convolutions by Winograd's algorithm (--convolution direct switches it off)"
+    if plan.compiled:
+        told += f"\nthe net is compiled: {plan.compiling} (--compile never switches it off)"
+    if plan.replayed:
+        told += "\nsteps are recorded once as CUDA graphs and replayed"
     if plan.segments:
         told += f"\nto stay within the memory, the first {sum(plan.segments)} of {sum(job.spec.depths)} blocks are computed twice a step"
     return told

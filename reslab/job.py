@@ -17,7 +17,7 @@ from reslab.data.augment import require_kornia
 from reslab.data.batches import Batches, choose_storage, mean_and_std, mean_image, sample
 from reslab.data.check import cheap_check
 from reslab.data.images import Images
-from reslab.data.preprocess import Preprocess
+from reslab.data.preprocess import VIEWS, Preprocess
 from reslab.data.source import open_images
 from reslab.data.split import split, split_record
 from reslab.describe import Job, run_config, sentence
@@ -272,7 +272,7 @@ def _plan(job: Job, net: ResNet, limits: Limits, started: float) -> tuple[Plan, 
 def _reserve(job: Job, plan: Plan) -> float:
     """Seconds for what follows the training: val and test in fp32, and the report."""
     held_out = len(job.parts["test"].items) + len(job.parts["val"].items)
-    passes = 4 if job.recipe.tta else 2  # by the net as it is, which takes up to twice as long as the plan's
+    passes = 2 * VIEWS[job.recipe.tta]  # by the net as it is, which takes up to twice as long as the plan's
     return REPORT_SECONDS + passes * plan.val_seconds * held_out / len(job.parts["val"].items)
 
 

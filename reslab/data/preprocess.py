@@ -14,6 +14,8 @@ from reslab.errors import WorkError
 if TYPE_CHECKING:
     from torch import Tensor, device
 
+VIEWS = {"none": 1, "mirror": 2, "shifts": 6}  # that a classifier looks at of an image
+
 
 @dataclass(frozen=True)
 class Frame:
@@ -34,18 +36,19 @@ class Frame:
 class Preprocess(Frame):
     """Images are decoded to `canvas` pixels a side, and their middle `image_size` is used, as (x / 255 - mean) / std.
 
-    `mean` holds one float32 a channel, or an image (C, H, W) of `image_size`; `std` one a channel. With `mirror` a
-    classifier also looks at the mirror image, and its logits are the mean of both (test-time augmentation).
+    `mean` holds one float32 a channel, or an image (C, H, W) of `image_size`; `std` one a channel. `tta`, test-time
+    augmentation, is a row of VIEWS: a classifier also looks at the mirror image, and its logits are the mean of both; or at the
+    image shifted by a pixel up and left, and down and right, too, which count half (Jordan 2024, 2404.00498, section 3.5).
     """
 
     mean: NDArray[np.float32]
     std: NDArray[np.float32]
-    mirror: bool = False
+    tta: str = "none"
 
     def __post_init__(self) -> None:
         super().__post_init__()
         shapes = (self.channels,), (self.channels, self.image_size, self.image_size)
-        if self.mean.shape not in shapes or self.std.shape != shapes[0] or type(self.mirror) is not bool:
+        if self.mean.shape not in shapes or self.std.shape != shapes[0] or self.tta not in VIEWS:
             raise WorkError("the preprocessing stored with the model is damaged: sizes do not agree")
 
     def unit(self, pixels: "Tensor", device: "device") -> "Tensor":
@@ -74,14 +77,25 @@ class Preprocess(Frame):
         return self.normalise(self.crop(self.unit(pixels, device)))
 
     def views(self, x: "Tensor") -> "Tensor":
-        """What is looked at of prepared images (N, C, H, W): they themselves, and with `mirror` their mirror images after them."""
+        """What is looked at of prepared images (N, C, H, W): one view after the other, VIEWS times N."""
         from torch import cat
+        from torch.nn.functional import pad
 
-        return cat([x, x.flip(3)]) if self.mirror else x
+        if self.tta == "none":
+            return x
+        seen = [x]
+        if self.tta == "shifts":
+            height, width = x.shape[2:]
+            wide = pad(x, (1, 1, 1, 1), mode="reflect")
+            seen += [wide[:, :, :height, :width], wide[:, :, 2:, 2:]]
+        return cat([view for image in seen for view in (image, image.flip(3))])
 
     def answer(self, logits: "Tensor") -> "Tensor":
         """The logits (N, classes) of images from those of their views."""
-        return logits.view(2, -1, logits.shape[1]).mean(0) if self.mirror else logits
+        if self.tta == "none":
+            return logits
+        seen = logits.view(VIEWS[self.tta] // 2, 2, -1, logits.shape[1]).mean(1)
+        return seen[0] if self.tta == "mirror" else 0.5 * seen[0] + 0.5 * seen[1:].mean(0)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain numbers, for JSON."""
@@ -91,7 +105,7 @@ class Preprocess(Frame):
             "channels": self.channels,
             "mean": self.mean.tolist(),
             "std": self.std.tolist(),
-            "mirror": self.mirror,
+            "tta": self.tta,
         }
 
     @classmethod
@@ -99,6 +113,7 @@ class Preprocess(Frame):
         """The inverse of `to_dict`. Raises WorkError for what cannot be."""
         try:
             mean, std = (np.asarray(held[name], dtype=np.float32) for name in ("mean", "std"))
-            return cls(held["image_size"], held["canvas"], held["channels"], mean, std, held.get("mirror", False))
+            tta = held.get("tta", "mirror" if held.get("mirror") else "none")  # as older models say it
+            return cls(held["image_size"], held["canvas"], held["channels"], mean, std, tta)
         except (KeyError, TypeError, ValueError) as error:
             raise WorkError(f"the preprocessing stored with the model is damaged: {error!r}") from error

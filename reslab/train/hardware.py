@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from reslab.download import cache
 from reslab.errors import WorkError
 from reslab.host import cpu_name, keep_freed_memory, release_freed_memory, resident
 
@@ -103,12 +104,14 @@ class Machine:
 def machine() -> Iterator[Machine]:
     """The machine this process is to use. Under torchrun it joins the group, and leaves it at the end."""
     keep_freed_memory()
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache() / "compiled"))  # what torch.compile made is kept; torch's own place is in /tmp
     names = ("RANK", "LOCAL_RANK", "TORCHELASTIC_RESTART_COUNT")
     rank, local, restarts = (int(os.environ.get(name, "0")) for name in names)
     world = int(os.environ.get("WORLD_SIZE", "1"))
     device = torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
     if device.type == "cuda":
         torch.cuda.set_device(device)
+        torch.backends.cudnn.deterministic = True  # so that a seed means the same every time; it cost nothing at ResNet-50 (docs/log.md)
     if world > 1:
         _join("nccl" if device.type == "cuda" else "gloo", restarts)
     try:

@@ -93,7 +93,7 @@ def orthogonal(updates: list[Tensor]) -> list[Tensor]:
         x = x.bfloat16() if x.is_cuda else x
         for _ in range(5):
             gram = x @ x.mT
-            x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
+            x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315), x, beta=3.4445)
         for i, matrix in zip(members, (x.mT if tall else x).to(updates[0].dtype), strict=True):
             found[i] = matrix.reshape(shape)
     return found
@@ -133,9 +133,8 @@ class Average:
     def update(self, net: nn.Module, step: int) -> None:
         """Takes in the weights after `step` steps."""
         decay = min(self.decay, (1 + step) / (10 + step))
-        for name, tensor in net.state_dict().items():
-            mean: Tensor = self.tensors[name]
-            if tensor.is_floating_point():
-                mean.lerp_(tensor, 1 - decay)
-            else:
-                mean.copy_(tensor)
+        tensors = net.state_dict()
+        names = [name for name, tensor in tensors.items() if tensor.is_floating_point()]
+        torch._foreach_lerp_([self.tensors[name] for name in names], [tensors[name] for name in names], 1 - decay)
+        for name in tensors.keys() - set(names):
+            self.tensors[name].copy_(tensors[name])

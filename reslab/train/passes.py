@@ -1,22 +1,15 @@
-"""A micro-batch forward and back, as training and its plan take it: as it is, or recorded on a GPU and replayed.
-
-A small net lets a GPU wait for Python, which launches the hundreds of kernels of a step one by one. A CUDA graph is one
-launch. It reads and writes the same memory every time, so what goes in is copied to where the recording found it, and
-gradients and running statistics are those that the net had then.
-"""
+"""A micro-batch forward and back, as training and its plan take it: as it is, or recorded on a GPU and replayed."""
 
 from collections.abc import Callable
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+from reslab.nets.recording import Recording, warm_up
 from reslab.train.hardware import Machine
 from reslab.train.recipe import Recipe
-
-T = TypeVar("T")
-WARM = 3  # runs before a recording, in which libraries set themselves up
 
 
 class Work(Protocol):
@@ -42,7 +35,10 @@ class Pass:
 
 
 class ReplayedPass:
-    """A Pass recorded once for each shape of its images. What the net draws at random follows torch's seed, recorded or not."""
+    """A Pass recorded once for each shape of its images. The gradients and running statistics that it writes to must stay where they are.
+
+    What the net draws at random follows torch's seed, but the numbers are not those that it draws unrecorded.
+    """
 
     def __init__(self, work: Pass) -> None:
         self.work = work
@@ -63,12 +59,7 @@ class ReplayedPass:
         net, inputs = self.work.net, (x.clone(), targets.clone())
         held = [*net.buffers(), *(p.grad for p in net.parameters() if p.grad is not None)]
         before = [tensor.clone() for tensor in held]
-        aside = torch.cuda.Stream(x.device)  # type: ignore[no-untyped-call]
-        aside.wait_stream(torch.cuda.current_stream(x.device))
-        with torch.cuda.stream(aside):
-            for _ in range(WARM):
-                self.work(*inputs)
-        torch.cuda.current_stream(x.device).wait_stream(aside)
+        warm_up(lambda: self.work(*inputs))
         recording = Recording(lambda: self.work(*inputs), self.pool)
         for tensor, value in zip(held, before, strict=True):
             tensor.copy_(value)
@@ -91,17 +82,3 @@ class ReplayedUpdate:
         if self.recording is None:
             self.recording = Recording(self.step)
         self.recording()
-
-
-class Recording(Generic[T]):
-    """Work on a GPU as one launch. Recording it does not do it."""
-
-    def __init__(self, work: Callable[[], T], pool: Any = None) -> None:
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph, pool=pool, capture_error_mode="thread_local"):  # threads that load data may use the GPU meanwhile
-            self.result = work()
-
-    def __call__(self) -> T:
-        """Does the work; the result is the same tensors every time."""
-        self.graph.replay()
-        return self.result

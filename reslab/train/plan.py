@@ -2,7 +2,6 @@
 
 import copy
 import math
-import os
 import statistics
 import time
 from collections.abc import Callable
@@ -13,7 +12,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import interpolate, one_hot
 
-from reslab.download import cache
 from reslab.errors import CallError, WorkError, shown
 from reslab.host import release_freed_memory
 from reslab.nets.torch import ResNet
@@ -27,9 +25,9 @@ from reslab.train.recipe import Recipe
 BF16_GAIN = 1.3  # bf16 must multiply matrices this much faster to be worth its rounding
 BF16_MACS = 10e6  # and the net must have work enough for that to show
 MATRIX = 1024
-WORTH = 1.05  # a replayed step must be this much faster
-COMPILE_SECONDS = 1.7  # that torch.compile takes a convolution, at one image size (35 s for ResNet-20; docs/log.md)
-TRIAL_SHARE = 0.02  # of the training that finding out may cost
+WORTH = 1.05  # a recorded or compiled step must be this much faster
+COMPILE_SECONDS = {"cpu": 1.7, "cuda": 1.1}  # that torch.compile takes a convolution at one image size, as measured (docs/log.md)
+COMPILE_GAIN = {"cpu": 1.08, "cuda": 1.41}  # of a step: ResNet-20 on a CPU, ResNet-50 on an H100
 TIMED = 3
 TIMED_SECONDS = 2.0
 
@@ -103,17 +101,18 @@ def make_plan(
     if machine.device.type == "cuda" and machine.world == 1 and memory is None:
         plan = _better(plan, _timed(replace(plan, replayed=True), net, sizes, recipe, machine, pieces))
     plan = _compiled(plan, net, sizes, recipe, machine, pieces, seconds)
-    twin = copy.deepcopy(net).eval()
+    net.eval()
     with torch.no_grad(), machine.autocast(precision):
-        forward = _time(lambda: twin(x), x)
+        forward = _time(lambda: net(x), x)
     release_freed_memory()
+    if machine.device.type == "cuda":
+        torch.cuda.empty_cache()
     return replace(plan, val_seconds=forward / len(x) * val / machine.world)
 
 
 def ready(net: ResNet, plan: Plan) -> nn.Module:
     """The net as a step of this plan calls it."""
     if plan.compiled:
-        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache() / "compiled"))  # kept for the next training, when /tmp is not
         return torch.compile(net, dynamic=False)  # type: ignore[return-value]
     return Checkpointed(net, plan.segments, plan.memory)
 
@@ -155,16 +154,17 @@ def _better(plan: Plan, other: Plan) -> Plan:
 
 
 def _compiled(plan: Plan, net: ResNet, sizes: list[Tensor], recipe: Recipe, machine: Machine, pieces: int, seconds: float) -> Plan:
-    """The plan with a compiled net where that pays: it is tried when the trial costs little of the training, and kept when it was faster.
+    """The plan with a compiled net where that pays: tried where the gain measured elsewhere repays the trial twice, kept where this net's does.
 
-    What the compiler made is kept on disk, so that the training itself, and the next one, need less time for it.
+    What the compiler made is kept on disk for the next training.
     """
     low = recipe.low_resolution or 0.0
     planned = min(seconds, plan.seconds(plan.steps, low))
-    trial = len(sizes) * COMPILE_SECONDS * sum(isinstance(module, nn.Conv2d) for module in net.modules())
+    kind = machine.device.type
+    trial = len(sizes) * COMPILE_SECONDS[kind] * sum(isinstance(module, nn.Conv2d) for module in net.modules())
     if recipe.compile == "never" or plan.winograd or plan.memory is not None:
         return replace(plan, compiling="not with these options")
-    if recipe.compile == "auto" and trial > TRIAL_SHARE * planned:
+    if recipe.compile == "auto" and 2 * trial > planned * (1 - 1 / COMPILE_GAIN[kind]):
         return replace(plan, compiling=f"a trial takes about {trial:.0f} s, the training {planned:.0f}")
     start = time.perf_counter()
     try:
@@ -175,15 +175,16 @@ def _compiled(plan: Plan, net: ResNet, sizes: list[Tensor], recipe: Recipe, mach
         return replace(plan, compiling=f"the compiler failed: {shown(str(error).strip().splitlines()[0])[:120]}")
     took, gain = time.perf_counter() - start, plan.step_seconds / found.step_seconds
     told = f"{gain:.2f} times as fast, tried in {took:.0f} s"
-    return replace(found if recipe.compile == "always" or planned * (1 - 1 / gain) > took else plan, compiling=told)
+    return replace(found if recipe.compile == "always" or gain > WORTH else plan, compiling=told)
 
 
 def _time_step(net: ResNet, x: Tensor, recipe: Recipe, plan: Plan, machine: Machine) -> float:
-    own = copy.deepcopy(net).train()
-    optim = optimizer(own, recipe)
-    keep_gradients(own)
+    """Of the net itself, so that what is compiled for it need not be compiled again; afterwards it is as it was."""
+    before = copy.deepcopy(net.state_dict())
+    optim = optimizer(net.train(), recipe)
+    keep_gradients(net)
     targets = one_hot(torch.arange(len(x), device=x.device) % net.spec.num_classes, net.spec.num_classes).float()
-    work = Pass(ready(own, plan), recipe, plan.precision, machine)
+    work = Pass(ready(net, plan), recipe, plan.precision, machine)
     run: Work = ReplayedPass(work) if plan.replayed else work
     update: Callable[[], object] = ReplayedUpdate(optim.step) if plan.replayed else optim.step
 
@@ -192,7 +193,11 @@ def _time_step(net: ResNet, x: Tensor, recipe: Recipe, plan: Plan, machine: Mach
         run(x, targets)
         update()
 
-    return _time(step, x)
+    try:
+        return _time(step, x)
+    finally:
+        net.zero_grad()
+        net.load_state_dict(before)
 
 
 def _time(work: Callable[[], Any], x: Tensor) -> float:

@@ -23,6 +23,7 @@ Normalize = Literal["channel", "pixel-mean"]
 Keep = Literal["best", "last"]
 Place = Literal["auto", "memory", "stream"]
 Convolution = Literal["auto", "direct"]
+Tta = Literal["none", "mirror", "shifts"]
 Compile = Literal["auto", "always", "never"]
 
 
@@ -77,7 +78,7 @@ class Recipe:
     pad: Annotated[int | None, Help("pixels of shift; by default an eighth of the image", 0, 4096)] = None
     flip: Annotated[Flip | None, Help("mirror left to right at random, or every other epoch; by default not for digits and letters")] = None
     cutout: Annotated[int, Help("pixels a side of a square set to zero; 0 is off", 0, 4096)] = 0
-    tta: Annotated[bool, Help("test and predict with mirror images too, where training mirrors: the mean of both answers, at twice the time")] = False
+    tta: Annotated[Tta, Help("test and predict with mirror images too, where training mirrors, or also shifted by a pixel: two or six times the time")] = "none"
     jitter: Annotated[float, Help("strength of colour jitter; 0 is off", 0, 1)] = 0.0
     lighting: Annotated[float, Help("standard deviation of AlexNet's colour shift along the principal components; 0 is off", 0, 10)] = 0.0
     randaugment: Annotated[int, Help("operations of RandAugment; 0 is off", 0, 10)] = 0
@@ -154,7 +155,7 @@ RECIPES["sprint"] = replace(
     label_smoothing=0.2,
     whiten=True,
     dirac=True,
-    tta=True,
+    tta="shifts",
     pad=2,
     low_resolution=0.4,
     low_size=0.5,
@@ -253,7 +254,7 @@ def resolve(recipe: Recipe, train_images: int, image_size: int, upright: bool, p
         low_resolution=(0.5 if size >= 32 else 0.0) if recipe.low_resolution is None else recipe.low_resolution,
         pad=recipe.pad if recipe.pad is not None else (size // 8 if crop == "pad" else 0),
         flip=flip,
-        tta=recipe.tta and flip != "none",
+        tta=recipe.tta if flip != "none" and size > 1 else "none",
     )
 
 

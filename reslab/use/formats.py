@@ -216,11 +216,27 @@ def write_keras(classifier: Classifier, path: Path) -> None:
         x = layers.Cropping2D(((before, canvas - size - before),) * 2)(x)
     x = layers.Normalization((1, 2, 3) if mean.ndim == 3 else -1, mean, np.broadcast_to(preprocess.std**2, mean.shape))(x)
     net = from_torch(classifier.net, size)
-    logits = layers.Average()([net(x), net(keras.ops.flip(x, axis=2))]) if preprocess.mirror else net(x)
+    logits = _keras_views(net, x, preprocess.tta)
     probabilities = layers.Softmax(name=OUTPUTS[0])(layers.Rescaling(1 / classifier.temperature)(logits))
     with quietly():
         keras.Model(images, {OUTPUTS[0]: probabilities, OUTPUTS[1]: logits}).save(path)
     path.with_suffix(f".{METADATA}.json").write_text(metadata(classifier), "utf-8")
+
+
+def _keras_views(net: Any, x: Any, tta: str) -> Any:
+    """Logits as `Preprocess.views` and `answer` make them."""
+    from reslab.keras_backend import keras
+
+    def both(image: Any) -> Any:
+        return keras.layers.Average()([net(image), net(keras.ops.flip(image, axis=2))])
+
+    if tta == "none":
+        return net(x)
+    if tta == "mirror":
+        return both(x)
+    wide = keras.ops.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)), mode="reflect")
+    shifted = keras.layers.Average()([both(wide[:, :-2, :-2]), both(wide[:, 2:, 2:])])
+    return keras.layers.Average()([both(x), shifted])
 
 
 def run_keras(path: Path) -> Runner:

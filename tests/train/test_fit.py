@@ -130,7 +130,7 @@ def test_layers_that_draw_random_numbers_repeat_too(tmp_path: Path) -> None:
 def test_nets_of_every_kind_train_and_load_again(name: str, tmp_path: Path) -> None:
     spec = reslab.spec(name)
     spec = replace(spec, depths=(1,) * len(spec.depths), widths=(8, 16, 32, 64)[: len(spec.widths)], stem_width=0)
-    run = reslab.train("digits", net=spec, out=tmp_path / "run", epochs=2, batch_size=64)
+    run = reslab.train("digits", net=spec, out=tmp_path / "run", epochs=2, batch_size=64, lr=0.02)  # at 0.05 the skip block diverges for one seed in four
     assert list(run.records("epoch"))[-1]["loss"] < 2.3, "a guess among ten"
     assert reslab.load(run.path).spec == reslab.spec(spec).fit(8, 1, 10)
 
@@ -248,7 +248,7 @@ def test_wide_convolutions_take_winograds_algorithm_and_keep_it_when_resumed(tmp
 
 
 def test_a_whitened_stem_is_not_trained_and_mirror_images_are_looked_at_where_training_mirrors(tmp_path: Path) -> None:
-    given = {"epochs": 1, "batch_size": 64, "seed": 7, "whiten": True, "tta": True}
+    given = {"epochs": 1, "batch_size": 64, "seed": 7, "whiten": True, "tta": "mirror"}
     run = reslab.train("digits", "resnet20", tmp_path / "run", flip="random", **given)
     filters = weights(run.path)["conv1.weight"]
     assert torch.equal(filters[8:], -filters[:8]), "components and their negatives, as they were set"
@@ -259,9 +259,9 @@ def test_a_whitened_stem_is_not_trained_and_mirror_images_are_looked_at_where_tr
     both = classifier.logits(images)
     assert np.allclose(both, classifier.logits(images[:, :, ::-1]), atol=1e-5), "a mirror image has the same answer"
     assert np.allclose(both, classifier.model.quick(images), atol=1e-4)
-    assert any("mirror images too" in line for line in run.config["data"]["decisions"])
+    assert any("2 views of an image, mirrored" in line for line in run.config["data"]["decisions"])
     upright = reslab.train("digits", "resnet20", tmp_path / "upright", **given)
-    assert not upright.config["recipe"]["tta"], "digits are not mirrored, neither in training nor in test"
+    assert upright.config["recipe"]["tta"] == "none", "digits are not mirrored, neither in training nor in test"
     with pytest.raises(CallError, match="received --whiten and --weights: leave one out"):
         reslab.train("digits", "resnet20", tmp_path / "both", weights=str(run.model / "weights.safetensors"), **given)
     with pytest.raises(CallError, match="received --dirac and --weights: leave one out"):

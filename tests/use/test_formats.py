@@ -101,18 +101,24 @@ def test_every_format_holds_mean_image_and_crop_also_with_one_channel(to: str, c
     assert np.allclose(run(one)[1], classifier.logits(one), atol=1e-5), "a batch of one"
 
 
+@pytest.mark.parametrize("tta", ["mirror", "shifts"])
 @pytest.mark.parametrize("to", FORMATS)
-def test_every_format_looks_at_mirror_images_where_the_classifier_does(to: str, tmp_path: Path) -> None:
+def test_every_format_looks_at_the_views_that_the_classifier_looks_at(to: str, tta: str, tmp_path: Path) -> None:
     if to == "openvino":
         pytest.importorskip("openvino")
     plain = classifier_of(TINY)
     assert isinstance(plain.model, TorchModel)
-    classifier = replace(plain, model=TorchModel(plain.model.net, replace(plain.model.preprocess, mirror=True)))
+    classifier = replace(plain, model=TorchModel(plain.model.net, replace(plain.model.preprocess, tta=tta)))
     sample = _sample(classifier, None, "")
     pixels, _ = next(iter(sample.batches()))
-    as_it_is, mirrored = plain.logits(pixels), plain.logits(pixels[:, :, ::-1])
-    assert not np.allclose(as_it_is, mirrored, atol=1e-2)
-    assert np.allclose(classifier.logits(pixels), (as_it_is + mirrored) / 2, atol=1e-5)
+    wide = np.pad(pixels, ((0, 0), (1, 1), (1, 1), (0, 0)), mode="reflect")
+    as_it_is, mirrored, up, down = (
+        (plain.logits(image) + plain.logits(image[:, :, ::-1])) / 2 for image in (pixels, pixels[:, :, ::-1], wide[:, :-2, :-2], wide[:, 2:, 2:])
+    )
+    assert np.allclose(as_it_is, mirrored, atol=1e-5)
+    assert not np.allclose(plain.logits(pixels), as_it_is, atol=1e-2)
+    assert not np.allclose(up, as_it_is, atol=1e-3)
+    assert np.allclose(classifier.logits(pixels), as_it_is if tta == "mirror" else as_it_is / 2 + up / 4 + down / 4, atol=1e-5)
     file = tmp_path / f"model{FORMATS[to].suffix}"
     FORMATS[to].write(classifier, file)
     assert check(classifier, FORMATS[to].open(file), sample)["agreement"] == 1.0
@@ -189,7 +195,7 @@ def test_probabilities_are_calibrated_and_exporting_leaves_the_net_as_it_was() -
 def test_features_of_an_image_are_the_mean_of_both_views_where_two_are_looked_at() -> None:
     plain = classifier_of(TINY)
     assert isinstance(plain.model, TorchModel)
-    both = replace(plain, model=TorchModel(plain.model.net, replace(plain.model.preprocess, mirror=True)))
+    both = replace(plain, model=TorchModel(plain.model.net, replace(plain.model.preprocess, tta="mirror")))
     pixels = torch.randint(0, 256, (3, 32, 32, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     found = features(both, pixels)
     assert found.shape == (3, 16)
