@@ -15,11 +15,11 @@ from torch import Generator, Tensor
 from reslab.errors import needs_extra
 
 
-def pad_crop(x: Tensor, pad: int, generator: Generator) -> Tensor:
-    """Each image shifted by up to `pad` pixels in each direction, zeros coming in (He et al. 2015, section 4.2)."""
+def pad_crop(x: Tensor, pad: int, generator: Generator, reflect: bool = False) -> Tensor:
+    """Each image shifted by up to `pad` pixels in each direction; zeros come in (He et al. 2015, section 4.2), or its own mirror image."""
     h, w = x.shape[2:]
     top, left = torch.randint(0, 2 * pad + 1, (2, len(x)), generator=generator).to(x.device)
-    windows = F.pad(x, (pad, pad, pad, pad)).unfold(2, h, 1).unfold(3, w, 1)  # a view: every shift of every image
+    windows = F.pad(x, (pad, pad, pad, pad), mode="reflect" if reflect else "constant").unfold(2, h, 1).unfold(3, w, 1)  # a view: every shift of every image
     return windows[torch.arange(len(x), device=x.device), :, top, left]
 
 

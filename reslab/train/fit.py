@@ -237,7 +237,7 @@ class Training:
             x = augment.randaugment(x, recipe.randaugment, generator)
         x = self.preprocess.normalise(x)
         if recipe.crop == "pad" and recipe.pad:
-            x = augment.pad_crop(x, recipe.pad, generator)
+            x = augment.pad_crop(x, recipe.pad, generator, recipe.edge == "reflect")
         if recipe.lighting:
             x = augment.lighting(x, recipe.lighting, torch.as_tensor(self.preprocess.std, device=device), generator)
         if x.shape[2] != size:
