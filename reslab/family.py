@@ -32,7 +32,7 @@ SQUEEZE = "Hu 2017 (1709.01507)"
 RESNET_RS = "Bello 2021 (2103.07579)"
 BLUR = "Zhang 2019 (1904.11486)"
 KERAS = "Keras Applications"
-AIRBENCH = "reslab's own, after airbench94, Jordan 2024 (2404.00498)"
+AIRBENCH = "reslab's own, widths and pools of airbench94 and 96, Jordan 2024 (2404.00498)"
 SKIPBLOCK = "the SkipBlock teaching network"
 
 
@@ -92,6 +92,7 @@ def _he_2016(top1: float, table: int, **fields: Any) -> Row:
 
 FAMILY: dict[str, Row] = {
     "resnet8": Row(Spec("basic", (1, 1, 1), (64, 256, 256), "conv3", "A", "pool", stem_width=24, num_classes=10), 32, AIRBENCH),
+    "resnet14": Row(Spec("basic", (2, 2, 2), (128, 384, 512), "conv3", "A", "pool", stem_width=24, num_classes=10), 32, AIRBENCH),
     "resnet20": _cifar(3, 0.9125, TABLE_6),
     "resnet32": _cifar(5, 0.9249, TABLE_6),
     "resnet44": _cifar(7, 0.9283, TABLE_6),

@@ -206,7 +206,7 @@ def _prepare(images: Images, spec: Spec, recipe: Recipe, here: Machine, show: Jo
     train_canvas = round(size * 480 / 224) if recipe.crop == "scale" else canvas
     storage, why = choose_storage(images, train_canvas)
     storage = storage if recipe.storage == "auto" else recipe.storage
-    parts = {name: Batches(images, images.split[name], train_canvas if name == "train" else canvas, storage) for name in images.split}
+    parts = {name: Batches(images, images.split[name], train_canvas if name == "train" else canvas, storage, here.decoders) for name in images.split}
     for name in ("train", "val"):
         parts[name].load(lambda done, name=name: show.reading(f"decoding {name}", done, len(images.split[name])))  # type: ignore[misc]
     _check_readable(parts, recipe)

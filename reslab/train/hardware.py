@@ -37,6 +37,12 @@ class Machine:
         """One process writes files and talks."""
         return self.rank == 0
 
+    @property
+    def decoders(self) -> int:
+        """How many processes decode images while this one trains: on a GPU the cores have little else to do."""
+        shared_by = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        return max(2, len(os.sched_getaffinity(0)) // shared_by) if self.device.type == "cuda" else 2
+
     def place(self, net: N) -> N:
         """The net on this device, channels-last."""
         return net.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]

@@ -25,6 +25,16 @@ def test_pad_crop_shifts_whole_images_within_the_padding() -> None:
     assert len(seen) > 15, "the shifts must differ"
 
 
+def test_what_comes_in_at_an_edge_can_be_the_image_reflected() -> None:
+    x = ramp(16, 6)
+    y = augment.pad_crop(x, 2, seeded(), reflect=True)
+    padded = torch.nn.functional.pad(x, (2, 2, 2, 2), mode="reflect")
+    for i in range(16):
+        assert any(torch.equal(y[i], padded[i, :, r : r + 6, c : c + 6]) for r in range(5) for c in range(5))
+    assert y.min() > 0, "no zeros"
+    assert (augment.pad_crop(x, 2, seeded()) == 0).any()
+
+
 def test_flip_mirrors_only_what_it_is_told() -> None:
     x = ramp(4, 5)
     y = augment.flip(x, torch.tensor([True, False, True, False]))

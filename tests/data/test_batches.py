@@ -9,6 +9,7 @@ from reslab.data.boxes import Crops, cut, resized
 from reslab.data.images import Images
 from reslab.data.preprocess import Preprocess
 from reslab.data.source import open_images
+from reslab.errors import WorkError
 
 
 def test_memory_and_stream_give_the_same_batches(folder: Path) -> None:
@@ -77,5 +78,10 @@ def test_preprocess_crops_the_middle_and_survives_json() -> None:
     pixels = torch.arange(64, dtype=torch.uint8).view(1, 8, 8, 1)
     got = preprocess(pixels, torch.device("cpu"))
     assert torch.allclose(got[0, 0], (pixels[0, 2:6, 2:6, 0] / 255 - 0.25) / 0.5)
-    again = Preprocess.from_dict(json.loads(json.dumps(preprocess.to_dict())))
-    assert torch.equal(again(pixels, torch.device("cpu")), got)
+    held = json.loads(json.dumps(preprocess.to_dict()))
+    assert torch.equal(Preprocess.from_dict(held)(pixels, torch.device("cpu")), got)
+    del held["tta"]
+    assert Preprocess.from_dict(held | {"mirror": True}).tta == "mirror", "as models said it before there were shifts"
+    for wrong in ("twice", ["mirror"], None):
+        with pytest.raises(WorkError, match="damaged"):
+            Preprocess.from_dict(held | {"tta": wrong})

@@ -1,11 +1,14 @@
+from collections.abc import Callable
 from itertools import cycle
 
 import pytest
 import torch
 
 import reslab
+from reslab.errors import WorkError
 from reslab.train import plan
 from reslab.train.hardware import machine
+from reslab.train.plan import Plan
 from reslab.train.recipe import Recipe, resolve
 
 
@@ -17,3 +20,49 @@ def test_the_first_step_which_pays_for_new_memory_is_no_estimate_however_long_it
         made = plan.make_plan(reslab.build("resnet20", num_classes=2), torch.randn(8, 3, 16, 16), recipe, train=80, val=16, macs=0, machine=here)
     assert (made.step_seconds, made.low_step_seconds, made.val_seconds) == (2, 2, 4)
     assert made.seconds(made.steps, 0.5) == 60 + 3 * 4
+
+
+def planned(monkeypatch: pytest.MonkeyPatch, took: Callable[[Plan], float], epochs: int = 10_000, seconds: float = float("inf"), **given: object) -> Plan:
+    """The plan of a net whose steps take what `took` says."""
+    monkeypatch.setattr(plan, "_time_step", lambda net, x, recipe, made, here: took(made))
+    recipe = resolve(Recipe(epochs=epochs, batch_size=8, precision="fp32", low_resolution=0.0, **given), 80, 16, upright=False)  # type: ignore[arg-type]
+    with machine() as here:
+        net = reslab.build("resnet20", num_classes=2)
+        return plan.make_plan(net, torch.randn(8, 3, 16, 16), recipe, train=80, val=16, macs=0, machine=here, seconds=seconds)
+
+
+def test_a_net_is_compiled_where_the_training_repays_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    def faster(made: Plan) -> float:
+        return 0.5 if made.compiled else 1.0
+
+    long = planned(monkeypatch, faster)
+    assert (long.compiled, long.step_seconds, long.compiling[:20]) == (True, 0.5, "2.00 times as fast, ")
+    short = planned(monkeypatch, faster, epochs=10)
+    assert (short.compiled, short.step_seconds) == (False, 1.0)
+    assert short.compiling.startswith("a trial takes about 3"), short.compiling
+    assert not planned(monkeypatch, faster, seconds=100.0).compiled, "a budget counts, not what the epochs would take"
+    assert not planned(monkeypatch, faster, compile="never").compiled
+    assert planned(monkeypatch, faster, epochs=10, compile="always").compiled
+    assert not planned(monkeypatch, lambda made: 0.99 if made.compiled else 1.0).compiled, "what was not faster is left"
+
+
+def test_a_compiler_that_fails_is_told_of_and_stops_only_who_asked_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(made: Plan) -> float:
+        if made.compiled:
+            raise RuntimeError("no C++ compiler\nand a long trace")
+        return 1.0
+
+    made = planned(monkeypatch, broken)
+    assert (made.compiled, made.compiling) == (False, "the compiler failed: no C++ compiler")
+    with pytest.raises(WorkError, match=r"could not be compiled: no C\+\+ compiler; leave out --compile always"):
+        planned(monkeypatch, broken, compile="always")
+
+
+def test_planning_leaves_the_net_as_it_was() -> None:
+    net = reslab.build("resnet20", num_classes=2)
+    before = {name: tensor.clone() for name, tensor in net.state_dict().items()}
+    recipe = resolve(Recipe(epochs=3, batch_size=8, low_resolution=0.5), 80, 16, upright=False)
+    with machine() as here:
+        plan.make_plan(net, torch.randn(8, 3, 16, 16), recipe, train=80, val=16, macs=0, machine=here)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in net.state_dict().items())
+    assert all(parameter.grad is None for parameter in net.parameters())

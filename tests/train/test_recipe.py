@@ -112,3 +112,9 @@ def test_recipe_files(tmp_path: Path) -> None:
         find_recipe(str(tmp_path / "none.toml"))
     with pytest.raises(CallError, match="unknown recipe 'quik': did you mean 'quick'"):
         find_recipe("quik")
+
+
+def test_an_image_is_not_reflected_by_more_than_it_has() -> None:
+    assert resolve(Recipe(edge="reflect", pad=7), 1000, 8, upright=False).pad == 7
+    with pytest.raises(CallError, match="received --pad 8 for 8 px: lower it, or leave out --edge reflect"):
+        resolve(Recipe(edge="reflect", pad=8), 1000, 8, upright=False)

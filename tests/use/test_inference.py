@@ -193,3 +193,18 @@ def test_quick_and_exact_logits_agree(tmp_path: Path) -> None:
     classifier = classifier_of(reslab.spec("resnet20"))
     pixels = np.random.default_rng(0).integers(0, 256, (5, 32, 32, 3), dtype=np.uint8)
     assert np.allclose(classifier.model.quick(pixels), classifier.logits(pixels), atol=1e-4)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+@pytest.mark.parametrize("name", ["resnet20", "preact20", "resnext50_32x4d", "resnet18_blur", "resnet8"])
+@torch.no_grad()
+def test_a_gpu_predicts_by_fused_convolutions_and_recordings_what_the_net_does(name: str) -> None:
+    net = net_of(shallow(name)).cuda()
+    x = torch.randn(70, net.spec.in_channels, 64, 64, generator=torch.Generator().manual_seed(0)).cuda()
+    want = net.cpu().double()(x.cpu().double()).float()
+    quick = lowered(net.float().cuda(), torch.float32)
+    for _ in range(2):
+        for size in (3, 1, 70):
+            assert relative(quick(x[:size]).cpu(), want[:size]) < 1e-2, "TF32 rounds to ten bits"
+    assert torch.equal(quick(x[3:6]), quick(x[3:6]))
+    assert not torch.equal(quick(x[3:6]), quick(x[:3])), "a recording is given its images"
