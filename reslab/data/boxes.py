@@ -49,8 +49,8 @@ def cut(square: Pixels, box: Boxes, size: int) -> Tensor:
     left, top, width, height = (round(float(share) * len(square)) for share in box)
     width, height = max(1, width), max(1, height)
     left, top = min(left, len(square) - width), min(top, len(square) - height)
-    part = torch.from_numpy(square[top : top + height, left : left + width].copy())
-    return interpolate(part.permute(2, 0, 1)[None], size=(size, size), mode="bilinear", antialias=True)[0].permute(1, 2, 0)
+    part = torch.from_numpy(square[None, top : top + height, left : left + width].copy())
+    return interpolate(part.permute(0, 3, 1, 2), size=(size, size), mode="bilinear", antialias=True)[0].permute(1, 2, 0)
 
 
 def _placed(width: Tensor, height: Tensor, generator: Generator) -> Boxes:

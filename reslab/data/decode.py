@@ -72,8 +72,11 @@ def decode(data: bytes, size: int, channels: int) -> Pixels:
 
 
 def decode_square(data: bytes, least: int, channels: int) -> Pixels:
-    """The middle square without resampling: uint8 (S, S, channels), S at least `least` where the image has as much. Raises Unreadable."""
-    return middle_square(_upright(data, least, channels))
+    """The middle square without resampling: uint8 (S, S, channels), S at least `least` where the image has as much. Raises Unreadable.
+
+    For training: the decoder takes its quick ways, which change a JPEG's colours by a few levels at edges.
+    """
+    return middle_square(_upright(data, least, channels, quick=True))
 
 
 def middle_square(pixels: Pixels) -> Pixels:
@@ -103,14 +106,16 @@ def resize(pixels: Pixels, size: int) -> Pixels:
     return np.asarray(image).reshape(size, size, pixels.shape[2])
 
 
-def _upright(data: bytes, least: int, channels: int) -> Pixels:
+def _upright(data: bytes, least: int, channels: int, quick: bool = False) -> Pixels:
     """uint8 (H, W, channels), no side shorter than `least` where the image itself has as much."""
     with _open(data) as image:
         orientation = _orientation(image)
         if image.format == "JPEG" and orientation == 1 and image.mode in ("L", "RGB"):
             try:
                 # Only whole halvings: in between, the decoder is slower than at full size
-                array: Pixels = simplejpeg.decode_jpeg(data, "RGB" if channels == 3 else "GRAY", min_height=least, min_width=least, min_factor=2)
+                array: Pixels = simplejpeg.decode_jpeg(
+                    data, "RGB" if channels == 3 else "GRAY", fastdct=quick, fastupsample=quick, min_height=least, min_width=least, min_factor=2
+                )
                 return array
             except ValueError:
                 pass  # simplejpeg is strict; Pillow reads what is merely odd and refuses what is broken

@@ -63,6 +63,10 @@ class Preprocess(Frame):
         mean, std = as_tensor(self.mean, device=x.device), as_tensor(self.std, device=x.device)
         if mean.ndim == 3 and mean.shape[1:] != x.shape[2:]:
             mean = interpolate(mean[None], x.shape[2:], mode="bilinear", align_corners=False)
+        elif mean.ndim == 1 and x.stride(1) == 1:  # channels last: a row at a time, for three numbers are too few for a processor's vectors
+            n, channels, height, width = x.shape
+            rows = x.permute(0, 2, 3, 1).reshape(n, height, width * channels)
+            return (rows - mean.repeat(width)).div_(std.repeat(width)).view(n, height, width, channels).permute(0, 3, 1, 2)
         elif mean.ndim == 1:
             mean = mean.view(1, -1, 1, 1)
         return (x - mean).div_(std.view(1, -1, 1, 1))

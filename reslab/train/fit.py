@@ -93,8 +93,9 @@ class Training:
         check_shares(self.batch_size, self.micro_batch, machine.world)
         self.share = self.batch_size // machine.world  # of a batch, this process's
         work = Pass(self.shared, recipe, plan.precision, machine, self.share // self.micro_batch, self.class_weights)
-        self.work: Work = ReplayedPass(work) if plan.replayed else work
-        self.update: Callable[[], object] = ReplayedUpdate(self.optimizer.step) if plan.replayed else self.optimizer.step
+        replayed = plan.replayed and machine.device.type == "cuda" and machine.world == 1  # a run may resume on another machine
+        self.work: Work = ReplayedPass(work) if replayed else work
+        self.update: Callable[[], object] = ReplayedUpdate(self.optimizer.step) if replayed else self.optimizer.step
 
     def resume(self) -> None:
         """Continues where the state file stopped."""

@@ -241,10 +241,31 @@ def test_wide_convolutions_take_winograds_algorithm_and_keep_it_when_resumed(tmp
     torch.testing.assert_close(ours, theirs, rtol=1e-2, atol=1e-3)
     with pytest.raises(KeyboardInterrupt):
         reslab.train("digits", wide, tmp_path / "cut", save_every=0, show=Cut(), **given)
+    written = (tmp_path / "cut" / "run.toml").read_text()
+    assert "replayed = false" in written
+    (tmp_path / "cut" / "run.toml").write_text(written.replace("replayed = false", "replayed = true"))  # as if a GPU had begun it
     resumed = reslab.train(resume=tmp_path / "cut")
     assert resumed.last("test")["top1"] == whole.last("test")["top1"]
     for name, tensor in weights(whole.path).items():
         assert torch.equal(tensor, weights(resumed.path)[name]), name
+
+
+def test_a_compiled_net_trains_alike_and_is_compiled_again_when_resumed(tmp_path: Path) -> None:
+    class Cut(Silent):
+        def step(self, epoch: int, epochs: int, step: int, steps: int, facts: dict[str, float]) -> None:
+            if step == 4:
+                raise KeyboardInterrupt
+
+    tiny = reslab.spec("resnet20", widths=(8,), depths=(1,))
+    given = {"epochs": 1, "batch_size": 64, "optimizer": "sgd", "lr": 0.01, "seed": 7}
+    as_it_is = weights(reslab.train("digits", tiny, tmp_path / "eager", **given).path)
+    with pytest.raises(KeyboardInterrupt):
+        reslab.train("digits", tiny, tmp_path / "cut", compile="always", save_every=0, show=Cut(), **given)
+    assert Run(tmp_path / "cut").config["plan"]["compiled"]
+    resumed = weights(reslab.train(resume=tmp_path / "cut").path)
+    for name, tensor in as_it_is.items():
+        torch.testing.assert_close(tensor, resumed[name], rtol=1e-2, atol=1e-3)
+    assert not all(torch.equal(tensor, resumed[name]) for name, tensor in as_it_is.items()), "the same to the last bit: was it compiled?"
 
 
 def test_a_whitened_stem_is_not_trained_and_mirror_images_are_looked_at_where_training_mirrors(tmp_path: Path) -> None:
