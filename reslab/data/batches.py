@@ -5,10 +5,12 @@ of the two was chosen changes neither the order nor what an image or a box of it
 own pixels, which may be finer than what memory holds of them.
 """
 
+import atexit
 import os
 import signal
 from collections.abc import Callable, Iterator
 from typing import Any, Literal, NamedTuple
+from weakref import WeakSet
 
 import numpy as np
 import torch
@@ -149,16 +151,35 @@ def _collate(samples: list[tuple[int, Any]]) -> tuple[Tensor, Indices, list[tupl
     return pixels, np.array([item for item, _ in good], dtype=np.int64), failed
 
 
+_running: WeakSet[Any] = WeakSet()  # iterators of loaders, with their workers
+
+
 def _alive(loader: DataLoader[Any]) -> Iterator[Any]:
-    """The loader's batches; that a worker was killed is an error in our words."""
+    """The loader's batches; that a worker was killed is an error in our words. Workers are ended with the epoch, however it ends."""
+    iterator: Any = iter(loader)
+    _running.add(iterator)
     try:
-        yield from loader
+        yield from iterator
     except WorkError as error:  # of a worker: the last line of its traceback is the message
         raise WorkError(str(error).strip().splitlines()[-1].partition("WorkError: ")[2] or str(error)) from error
     except RuntimeError as error:
         if "DataLoader worker" not in str(error):
             raise
         raise WorkError("a process that decodes images was killed, perhaps for want of memory; free some and --resume") from error
+    finally:
+        _end(iterator)
+
+
+def _end(iterator: Any) -> None:
+    if hasattr(iterator, "_shutdown_workers"):  # there are none where the loader works in this process
+        iterator._shutdown_workers()
+
+
+@atexit.register
+def _end_all() -> None:
+    """Of epochs that nobody finished. Their workers ignore the signal by which Python ends its children, and it would wait for them for ever."""
+    for iterator in list(_running):
+        _end(iterator)
 
 
 def _quiet_worker(_: int) -> None:

@@ -1,3 +1,5 @@
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -85,3 +87,15 @@ def test_preprocess_crops_the_middle_and_survives_json() -> None:
     for wrong in ("twice", ["mirror"], None):
         with pytest.raises(WorkError, match="damaged"):
             Preprocess.from_dict(held | {"tta": wrong})
+
+
+def test_an_epoch_that_nobody_finishes_does_not_keep_the_process_from_ending(folder: Path) -> None:
+    script = f"""
+import numpy as np
+from reslab.data.batches import Batches
+from reslab.data.source import open_images
+epoch = Batches(open_images({str(folder)!r}), np.arange(48), 20, "stream").epoch(4)
+print(len(next(epoch).items))
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=True)
+    assert (done.stdout, done.stderr) == ("4\n", "")
