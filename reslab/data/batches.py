@@ -22,7 +22,7 @@ from reslab.data.decode import Unreadable
 from reslab.data.images import Images, Indices, read_many
 from reslab.errors import WorkError, shown
 
-MEMORY_SHARE = 0.25  # of the machine's memory, or a GPU's free one, at most, for pixels
+MEMORY_SHARE = 0.25  # of the machine's memory, at most, for pixels
 CPU = torch.device("cpu")
 
 Storage = Literal["memory", "stream"]
@@ -57,6 +57,11 @@ class Batches:
         self._pixels: Tensor | None = None
         self._copy: Tensor | None = None  # of the pixels, on a GPU
 
+    @property
+    def nbytes(self) -> int:
+        """Of the pixels that are in memory."""
+        return 0 if self._pixels is None else self._pixels.nbytes
+
     def load(self, progress: Callable[[int], None] = lambda done: None) -> None:
         """Decodes everything now, where it is to live in memory. Unreadable images are dropped and listed."""
         if self.storage == "stream" or self._pixels is not None:
@@ -71,8 +76,8 @@ class Batches:
     def epoch(self, batch_size: int, order: Indices | None = None, crops: Crops | None = None, device: torch.device = CPU) -> Iterator[Batch]:
         """Batches in the given order of positions within this part; by default each once, in their own order.
 
-        With `crops`, what their boxes hold of each image. Whole images from memory are cut into batches on `device`: a GPU
-        that has the room gets a copy of them all.
+        With `crops`, what their boxes hold of each image. Whole images from memory are cut into batches on `device`, which gets
+        a copy of them all; those of a stream wait in memory that a GPU reads directly.
         """
         self.load()
         order = np.arange(len(self.items)) if order is None else order
@@ -82,7 +87,7 @@ class Batches:
             for number, chunk in enumerate(chunks):
                 yield self._batch(self._held(pixels, number, chunk, crops), self.items[chunk])
         else:
-            yield from self._stream(chunks, crops)
+            yield from self._stream(chunks, crops, device)
 
     def _held(self, pixels: Tensor, number: int, chunk: Indices, crops: Crops | None) -> Tensor:
         if crops is None:
@@ -90,18 +95,17 @@ class Batches:
         return torch.stack([cut(pixels[position].numpy(), crops.boxes[position], crops.size(number)) for position in chunk])
 
     def _near(self, pixels: Tensor, device: torch.device) -> Tensor:
-        """The pixels on that device, or as they are where a GPU has too little memory left for them."""
-        if device.type != "cuda":
+        """The pixels on that device."""
+        if device.type == pixels.device.type:
             return pixels
         if self._copy is None:
-            fits = pixels.nbytes <= MEMORY_SHARE * torch.cuda.mem_get_info(device)[0]
-            self._copy = pixels.to(device) if fits else pixels
+            self._copy = pixels.to(device)
         return self._copy
 
     def _batch(self, pixels: Tensor, items: Indices) -> Batch:
         return Batch(pixels, torch.from_numpy(self.images.labels[items]), torch.from_numpy(items))
 
-    def _stream(self, chunks: list[Indices], crops: Crops | None) -> Iterator[Batch]:
+    def _stream(self, chunks: list[Indices], crops: Crops | None, device: torch.device) -> Iterator[Batch]:
         images = self.images
         loader: DataLoader[Any] = DataLoader(
             _Files(images),
@@ -109,7 +113,7 @@ class Batches:
             num_workers=self.workers,
             collate_fn=_collate,
             worker_init_fn=_quiet_worker,
-            pin_memory=torch.cuda.is_available(),
+            pin_memory=device.type == "cuda",
         )
         for pixels, items, failed in _alive(loader):
             self.dropped.update({self.images.names[item]: reason for item, reason in failed})

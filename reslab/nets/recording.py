@@ -13,8 +13,13 @@ T = TypeVar("T")
 WARM = 3  # runs before a recording, in which libraries set themselves up
 
 
+def shared_pool() -> Any:
+    """Memory for recordings that never run at once."""
+    return torch.cuda.graph_pool_handle()
+
+
 class Recording(Generic[T]):
-    """Recording work does not do it. Recordings that never run at once can share a `pool` of memory."""
+    """Recording work does not do it. `pool` is a `shared_pool`."""
 
     def __init__(self, work: Callable[[], T], pool: Any = None) -> None:
         self.graph = torch.cuda.CUDAGraph()

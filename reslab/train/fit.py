@@ -91,9 +91,10 @@ class Training:
         assert recipe.batch_size is not None and recipe.micro_batch is not None and recipe.image_size is not None
         self.batch_size, self.micro_batch, self.image_size = recipe.batch_size, recipe.micro_batch, recipe.image_size
         check_shares(self.batch_size, self.micro_batch, machine.world)
+        self.pixels_on = machine.place_of_pixels(train.nbytes + val.nbytes)
         self.share = self.batch_size // machine.world  # of a batch, this process's
         work = Pass(self.shared, recipe, plan.precision, machine, self.share // self.micro_batch, self.class_weights)
-        replayed = plan.replayed and machine.device.type == "cuda" and machine.world == 1  # a run may resume on another machine
+        replayed = plan.replayed and machine.replays  # a run may resume on another machine
         self.work: Work = ReplayedPass(work) if replayed else work
         self.update: Callable[[], object] = ReplayedUpdate(self.optimizer.step) if replayed else self.optimizer.step
 
@@ -204,7 +205,7 @@ class Training:
         first = epoch * self.plan.steps_per_epoch + done
         boxes = self._boxes(seeded(self.recipe.seed, BOXES, epoch))
         crops = None if boxes is None else Crops(boxes, lambda number: self._size(first + number))
-        yield from self.train.epoch(self.share, order[:, self.machine.rank].reshape(-1), crops, self.machine.device)
+        yield from self.train.epoch(self.share, order[:, self.machine.rank].reshape(-1), crops, self.pixels_on)
 
     def _boxes(self, generator: Generator) -> Boxes | None:
         """What an epoch's batches show of each training image; None for the whole canvas."""
@@ -316,7 +317,7 @@ class Training:
         sums = torch.zeros(4, dtype=torch.float64)
         positions = np.arange(len(self.val.items))[self.machine.rank :: self.machine.world]
         with torch.no_grad(), self.machine.autocast(self.plan.precision):
-            for batch in self.val.epoch(2 * self.micro_batch, positions, device=self.machine.device):
+            for batch in self.val.epoch(2 * self.micro_batch, positions, device=self.pixels_on):
                 logits = self.net(self.preprocess(batch.pixels, self.machine.device)).float().cpu()
                 found = logits.topk(min(5, logits.shape[1]), dim=1).indices == batch.labels[:, None]
                 loss = cross_entropy(logits, batch.labels, reduction="sum")

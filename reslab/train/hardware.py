@@ -19,6 +19,8 @@ from reslab.download import cache
 from reslab.errors import WorkError
 from reslab.host import cpu_name, keep_freed_memory, release_freed_memory, resident
 
+PIXEL_SHARE = 0.25  # of a GPU's free memory, at most, for pixels
+
 T = TypeVar("T")
 N = TypeVar("N", bound=nn.Module)
 
@@ -78,12 +80,29 @@ class Machine:
         """The context in which the net runs forward."""
         return torch.autocast(self.device.type, torch.bfloat16, enabled=precision == "bf16")
 
+    @property
+    def replays(self) -> bool:
+        """Whether work can be recorded and replayed: on a GPU, by a process that waits for no other."""
+        return self.device.type == "cuda" and self.world == 1
+
     def held(self) -> int:
         """Bytes that this process holds: resident memory, on a GPU what tensors take there."""
         if self.device.type == "cuda":
             return int(torch.cuda.memory_allocated(self.device))
         release_freed_memory()
         return resident()
+
+    def release(self) -> None:
+        """Gives back memory that was freed."""
+        release_freed_memory()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def place_of_pixels(self, count: int) -> torch.device:
+        """Where so many bytes of images are kept: on a GPU where they take at most a quarter of what is free there."""
+        if self.device.type == "cuda" and count > PIXEL_SHARE * torch.cuda.mem_get_info(self.device)[0]:
+            return torch.device("cpu")
+        return self.device
 
     def has_bf16(self) -> bool:
         """Whether the hardware computes in bf16; elsewhere it is emulated, and slow."""

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from reslab.nets.recording import Recording, warm_up
+from reslab.nets.recording import Recording, shared_pool, warm_up
 from reslab.train.hardware import Machine
 from reslab.train.recipe import Recipe
 
@@ -42,7 +42,7 @@ class ReplayedPass:
 
     def __init__(self, work: Pass) -> None:
         self.work = work
-        self.pool = torch.cuda.graph_pool_handle()  # one, for no two recordings run at once
+        self.pool = shared_pool()
         self.recorded: dict[torch.Size, tuple[tuple[Tensor, Tensor], Recording[tuple[Tensor, Tensor]]]] = {}
 
     def __call__(self, x: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from torch.nn.functional import interpolate, one_hot
 
 from reslab.errors import CallError, WorkError, shown
-from reslab.host import release_freed_memory
 from reslab.nets.torch import ResNet
 from reslab.nets.winograd import use_winograd
 from reslab.train.checkpoint import Checkpointed, Segments, choose_segments
@@ -98,15 +97,13 @@ def make_plan(
     if low:
         sizes.append(interpolate(x, size=low_size(x.shape[2], recipe.low_size), mode="bilinear").contiguous(memory_format=torch.channels_last))
     plan = _timed(plan, net, sizes, recipe, machine, pieces)
-    if machine.device.type == "cuda" and machine.world == 1 and memory is None:
+    if machine.replays and memory is None:
         plan = _better(plan, _timed(replace(plan, replayed=True), net, sizes, recipe, machine, pieces))
     plan = _compiled(plan, net, sizes, recipe, machine, pieces, seconds)
     net.eval()
     with torch.no_grad(), machine.autocast(precision):
         forward = _time(lambda: net(x), x)
-    release_freed_memory()
-    if machine.device.type == "cuda":
-        torch.cuda.empty_cache()
+    machine.release()
     return replace(plan, val_seconds=forward / len(x) * val / machine.world)
 
 

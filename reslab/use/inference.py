@@ -16,7 +16,7 @@ from torch import Tensor, fx, nn
 from reslab.host import cpu_name
 from reslab.interval import share
 from reslab.nets.parts import Add
-from reslab.nets.recording import Recording, warm_up
+from reslab.nets.recording import Recording, shared_pool, warm_up
 from reslab.nets.torch import ResNet
 from reslab.use.race import race
 
@@ -122,7 +122,7 @@ class Recorded:
     def __init__(self, forward: Forward) -> None:
         self.forward = forward
         self.lock = threading.Lock()  # a recording has one place for what goes in
-        self.pool = torch.cuda.graph_pool_handle()
+        self.pool = shared_pool()
         self.recorded: dict[torch.Size, tuple[Tensor, Recording[Tensor]]] = {}
 
     @torch.no_grad()

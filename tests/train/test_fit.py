@@ -250,6 +250,7 @@ def test_wide_convolutions_take_winograds_algorithm_and_keep_it_when_resumed(tmp
         assert torch.equal(tensor, weights(resumed.path)[name]), name
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of the parts of torch that compiling loads
 def test_a_compiled_net_trains_alike_and_is_compiled_again_when_resumed(tmp_path: Path) -> None:
     class Cut(Silent):
         def step(self, epoch: int, epochs: int, step: int, steps: int, facts: dict[str, float]) -> None:
