@@ -106,7 +106,7 @@ def lowered(net: ResNet, dtype: torch.dtype) -> Forward:
     graph = folded(net).to(device, dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]
     if device.type == "cpu" and torch._C._has_mkldnn and dtype in (torch.float32, torch.bfloat16):
         _fuse(graph, FusedConv)
-    elif device.type == "cuda":
+    elif device.type == "cuda" and torch.version.cuda is not None:  # and no other maker's card under that name
         _fuse(graph, CudnnConv)
 
     def forward(x: Tensor) -> Tensor:
