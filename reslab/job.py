@@ -125,7 +125,7 @@ def _start(
     finding = cheap_check(images)
     for line in finding:
         show.say(line)
-    images = split(images, recipe.seed)
+    images = split(images, recipe.seed, recipe.val)
     net = net or ("resnet20" if (recipe.image_size or images.image_size) <= SMALL else "resnet18")
     if recipe.weights:
         spec, size = _spec_of_weights(net, recipe, images)
@@ -178,7 +178,7 @@ def _resume(run: Run, limits: Limits, here: Machine, show: JobShow, started: flo
     except (KeyError, TypeError, CallError) as error:
         raise WorkError(f"{shown(run.path / 'run.toml')} is damaged: {shown(str(error))}") from error
     try:
-        images = split(_in_turn(here, lambda: open_images(source, show.reading)), kept.seed)
+        images = split(_in_turn(here, lambda: open_images(source, show.reading)), kept.seed, kept.val)
     except CallError as error:
         raise WorkError(f"a run resumes on the data it began with; {shown(source)} is gone: move it back, or train into a new --out") from error
     if kept.weights:

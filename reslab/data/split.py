@@ -18,9 +18,10 @@ VAL = 0.1
 MOST_VAL = 2500  # enough for an interval of +-1.2 points at 90 %; the rest is better spent on training
 
 
-def split(images: Images, seed: int) -> Images:
+def split(images: Images, seed: int, val: float | None = None) -> Images:
     """The same images with `split` filled in: sorted indices for train, val and test.
 
+    `val` is the share of the images that a val made here takes; by default a tenth, of which MOST_VAL at most.
     Raises WorkError when a class is too small to be in each part that has to be made.
     """
     parts: dict[str, Indices] = {name: _declared(images, name) for name in SPLITS}
@@ -33,7 +34,8 @@ def split(images: Images, seed: int) -> Images:
     if "test" not in fixed:
         parts["train"], parts["test"] = _take(images, parts["train"], TEST, None, rng)
     if "val" not in fixed:
-        parts["train"], parts["val"] = _take(images, parts["train"], VAL / (1 - TEST) if "test" not in fixed else VAL, MOST_VAL, rng)
+        share = (val or VAL) / (1 if "test" in fixed else 1 - TEST)
+        parts["train"], parts["val"] = _take(images, parts["train"], share, None if val else MOST_VAL, rng)
     return replace(images, split=parts)
 
 

@@ -89,6 +89,7 @@ class Recipe:
     convolution: Annotated[Convolution, Help("Winograd's algorithm for wide ones on a CPU in fp32, or all direct")] = "auto"
     compile: Annotated[Compile, Help("torch.compile where it is repaid within the training; always, never")] = "auto"
     save_every: Annotated[float, Help("seconds of training that a crash may cost", 0, 1e6)] = 60.0
+    val: Annotated[float | None, Help("share of the images held out as val, where none is given; by default a tenth, 2,500 at most", 0.001, 0.5)] = None
     storage: Annotated[Place, Help("pixels in memory, or decoded by workers as they are needed")] = "auto"
     seed: Annotated[int, Help("of every random choice", 0, 2**63 - 1)] = 0
 
@@ -163,6 +164,7 @@ RECIPES["sprint"] = replace(
     low_resolution=0.4,
     low_size=0.5,
     keep="last",
+    val=0.01,
 )
 # For 95 %, on a GPU: a larger net for longer, which sees less of each image
 RECIPES["sprint-95"] = replace(RECIPES["sprint"], epochs=30, lr=0.12, momentum=0.85, pad=4, edge="zero", cutout=12)

@@ -14,11 +14,11 @@ def own_images(run: Run, reading: Progress = silent) -> Images:
     config = run.config
     try:
         source, fingerprint = config["data"]["source"], config["data"]["fingerprint"]
-        seed, channels = config["recipe"]["seed"], config["spec"]["in_channels"]
+        seed, val, channels = config["recipe"]["seed"], config["recipe"].get("val"), config["spec"]["in_channels"]
     except (KeyError, TypeError) as error:
         raise WorkError(f"{shown(run.path / 'run.toml')} is damaged: it lacks {shown(str(error))}") from error
     try:
-        images = split(open_images(source, reading), seed)
+        images = split(open_images(source, reading), seed, val)
     except CallError as error:
         raise WorkError(f"this needs the data that the run was trained on; {shown(source)} is gone: move it back") from error
     if images.fingerprint() != fingerprint:

@@ -49,6 +49,17 @@ def test_declared_test_is_kept_and_only_val_is_made() -> None:
     assert split_record(images, 3)["made_here"] == ["val"]
 
 
+def test_share_of_val_is_of_all_images_but_a_declared_test() -> None:
+    labels, digests = [0, 1] * 150, [str(i) for i in range(300)]
+    for declared, held in (([""] * 300, 30), (["train"] * 200 + ["test"] * 100, 20)):
+        assert len(split(listed(labels, digests, declared), 3, val=0.1).split["val"]) == held
+
+
+def test_share_of_val_that_is_asked_for_has_no_upper_limit() -> None:
+    labels, digests = [0, 1] * 20_000, [str(i) for i in range(40_000)]
+    assert [len(split(listed(labels, digests), 0, val).split["val"]) for val in (None, 0.1, 0.01)] == [2500, 4000, 400]
+
+
 def test_record_names_every_image_by_content() -> None:
     images = split(listed([0, 1] * 20, [f"h{i}" for i in range(40)]), 0)
     record = split_record(images, 0)
