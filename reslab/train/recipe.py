@@ -155,6 +155,7 @@ RECIPES["sprint"] = replace(
     sgd_lr=1.5,
     bias_lr=160.0,
     momentum=0.6,
+    weight_decay=0.03,
     label_smoothing=0.2,
     whiten=True,
     dirac=True,
