@@ -40,11 +40,13 @@ from reslab.train.recipe import from_dict as recipe_from_dict
 from reslab.use.artefact import TorchModel, save
 from reslab.use.classifier import BATCH, Classifier
 from reslab.use.evaluate import fit_temperature, outputs, score, sure_above
+from reslab.use.inference import told
 from reslab.use.second_look import label_suspects, mistakes
 
 T = TypeVar("T")
 REPORT_SECONDS = 10.0  # kept back from a budget for the report and what surrounds it
 FEW = 16  # images in a batch that inference is measured with
+CALIBRATED = 256  # training images that give int8 its ranges
 PATCHED = 500  # images whose patches are whitened
 SMALL = 64  # pixels a side up to which a CIFAR net is the default
 KERNELS = {(3,): "conv3", (7,): "conv7-pool", (3, 3, 3): "deep-pool"}  # of a stem in a weights file: its row in STEMS
@@ -304,7 +306,10 @@ def _finish(job: Job, training: Training, show: JobShow) -> Run:
     for batches in job.parts.values():
         for name, reason in batches.dropped.items():
             run.record("warning", text=f"left out {shown(name)}: {reason}")
-    model = model.weighed(batch.pixels.numpy() for batch in job.parts["val"].epoch(FEW))
+    few = (job.parts[part].epoch(FEW, items) for part, items in (("val", None), ("train", sample(job.parts["train"], CALIBRATED))))
+    model = model.weighed(*((batch.pixels.numpy() for batch in batches) for batches in few))
+    if in_what := told(model.inference):
+        show.say(in_what)
     found = replace(found, model=model)
     save(found, run.model, {"n": len(val.labels), "split": "val", "top1": scores["top1"]})
     run.record("end")

@@ -168,7 +168,7 @@ RECIPES["sprint"] = replace(
     val=0.01,
 )
 # For 95 %, on a GPU: a larger net for longer, which sees less of each image
-RECIPES["sprint-95"] = replace(RECIPES["sprint"], epochs=30, lr=0.12, momentum=0.85, pad=4, edge="zero", cutout=12)
+RECIPES["sprint-95"] = replace(RECIPES["sprint"], epochs=30, lr=0.12, momentum=0.85, pad=4, edge="zero", cutout=12, weight_decay=0.02)
 # The same with lr 0.01 until the training error is below 80 %, as the paper trains 110 layers
 RECIPES["paper-cifar-110"] = replace(RECIPES["paper-cifar"], warmup_lr=0.01)
 

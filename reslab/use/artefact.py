@@ -45,16 +45,16 @@ class TorchModel:
 
     @torch.no_grad()
     def quick(self, pixels: Pixels) -> Logits:
-        """`logits` by the folded net, within rounding; in bf16 where `inference` allows it and it is faster."""
+        """`logits` by the folded net, within rounding; in bf16 or int8 where `inference` allows it and it is faster."""
         return self._answered(self._quick(self._fed(pixels)))
 
     @cached_property
     def _quick(self) -> Quick:
         return Quick(self.net, self.inference)
 
-    def weighed(self, pixels: Iterable[Pixels]) -> "TorchModel":
-        """The same, knowing whether bf16 gives the images in `pixels`, batches of them, the classes that fp32 gives."""
-        return replace(self, inference=weigh(self.net, map(self._fed, pixels)))
+    def weighed(self, pixels: Iterable[Pixels], training: Iterable[Pixels]) -> "TorchModel":
+        """The same, knowing whether bf16 and int8 give the images in `pixels`, batches of them, fp32's classes; int8's ranges are of `training`."""
+        return replace(self, inference=weigh(self.net, map(self._fed, pixels), map(self._fed, training)))
 
     def _fed(self, pixels: Pixels) -> Tensor:
         raw = torch.from_numpy(np.require(pixels, requirements=("C", "W")))  # a copy where torch could not take it
@@ -107,8 +107,9 @@ def read_folder(path: Path) -> tuple[TorchModel, dict[str, Any]]:
     except (CallError, TypeError, ValueError) as error:
         raise WorkError(f"the model in {shown(folder)} is damaged: {shown(str(error))}") from error
     inference = _json(folder / "inference.json") if (folder / "inference.json").exists() else {}  # older runs have none
-    if not isinstance(inference, dict) or not isinstance(inference.get("agreement", 0), (int, float)):
-        raise WorkError(f"the model in {shown(folder)} is damaged: inference.json must hold an agreement")
+    parts = [inference, *(inference.get(name, {}) for name in ("bf16", "int8"))] if isinstance(inference, dict) else [None]
+    if not all(isinstance(part, dict) and all(type(part.get(key, 0)) in (int, float) for key in ("agreement", "agreement_low")) for part in parts):
+        raise WorkError(f"the model in {shown(folder)} is damaged: inference.json must hold agreements as numbers; delete it to predict without it")
     weights, _ = read_tensors(folder / "weights.safetensors")
     try:
         net.load_state_dict(weights)

@@ -1,12 +1,13 @@
 """A net as it predicts: batch norms folded into the convolutions before them, additions and ReLUs computed inside these.
 
 The trained net stays as it is, for explaining, exporting and scoring; what predicts is a second graph that shares nothing
-with it. In which precision is measured, not assumed: in bf16 only where that is faster, and only when its classes of the
-run's val images were those of fp32.
+with it. In which precision is measured, not assumed: in bf16 or int8 only where that is faster, and only when its classes of
+the run's val images were those of fp32.
 """
 
 import copy
 import threading
+import time
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -18,12 +19,16 @@ from reslab.interval import share
 from reslab.nets.parts import Add
 from reslab.nets.recording import Recording, shared_pool, warm_up
 from reslab.nets.torch import ResNet
+from reslab.use.int8 import Int8Conv, Ranges, connect, has_int8, observe
 from reslab.use.race import race
 
-AGREEMENT = 0.995  # of bf16's classes with those of fp32, at least
-GAIN = 1.1  # bf16 must be this much faster to be worth its rounding
-WEIGHED = 256  # val images that the agreement is measured on
+AGREEMENT = 0.995  # of a precision's classes with those of fp32, at least
+SURE = 0.98  # and of int8's, which rounds more, the lower end of the interval: some 200 images without a difference
+GAIN = 1.1  # it must be this much faster to be worth its rounding
+WEIGHED = 256, 1024  # val images that the agreement is measured on: at least, and where they take less than
+WEIGHED_SECONDS = 5.0
 ROUNDS = 3
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 RECORDINGS = 16  # sizes of batches that a GPU's passes are recorded for
 RECORDED_BATCH = 64  # images in the largest of them: beyond, launches no longer count
 
@@ -55,39 +60,68 @@ class Quick:
         return tensors[0].device, tuple(tensor._version for tensor in tensors)
 
     def _choose(self, x: Tensor) -> Forward:
-        """The record's own choice on the processor it was made on; elsewhere the faster, if bf16 keeps the classes."""
-        forward, self.precision = lowered(self.net, torch.float32), "fp32"
-        if not self.record.get("agreement", 0) >= AGREEMENT or not has_bf16(x.device):
-            return forward
-        if self.record.get("processor") == processor(x.device) and self.record.get("precision") == "fp32":
-            return forward
-        half = lowered(self.net, torch.bfloat16)
-        if self.record.get("processor") == processor(x.device) or _gain(forward, half, x) > GAIN:
-            forward, self.precision = half, "bf16"
-        return forward
+        """The record's own choice on the processor it was made on; elsewhere the fastest of those that keep the classes."""
+        kept = [name for name in ("bf16", "int8") if self._keeps(name, x.device)]
+        if self.record.get("processor") == processor(x.device):
+            self.precision = self.record["precision"] if self.record.get("precision") in kept else "fp32"
+            return self._lowered(self.precision)
+        made = {name: self._lowered(name) for name in ("fp32", *kept)}
+        self.precision = _fastest(_gains(made, x)) if kept else "fp32"
+        return made[self.precision]
+
+    def _keeps(self, name: str, device: torch.device) -> bool:
+        """Whether this machine has that precision and the record says that it gives fp32's classes."""
+        facts = self.record.get(name, self.record if name == "bf16" else {})  # older records are flat, and of bf16
+        if name == "int8":  # its ranges are of the weights that the record was made of
+            return has_int8(device) and self.made is None and facts.get("agreement_low", 0) >= SURE and facts.get("agreement", 0) >= AGREEMENT
+        return has_bf16(device) and facts.get("agreement", 0) >= AGREEMENT
+
+    def _lowered(self, name: str) -> Forward:
+        return in_int8(self.net, self.record["int8"].get("ranges")) if name == "int8" else lowered(self.net, DTYPES[name])
 
 
 @torch.no_grad()
-def weigh(net: ResNet, batches: Iterable[Tensor]) -> Record:
-    """Whether bf16 keeps the classes that fp32 gives for these normalised batches, and is faster; {} without the hardware.
+def weigh(net: ResNet, batches: Iterable[Tensor], training: Iterable[Tensor]) -> Record:
+    """Whether bf16 and int8 keep the classes that fp32 gives for these normalised batches, and are faster; {} without the hardware.
 
-    The record says on which processor, on how many images, the agreement with its 95 % interval, the gain in speed, and
-    the precision that follows.
+    The ranges of int8 are those of `training`, other batches. The record says on which processor, on how many images, of each
+    the agreement with its 95 % interval and the gain in speed, and the precision that follows.
     """
-    if not has_bf16(next(net.parameters()).device):
-        return {}
+    device = next(net.parameters()).device
     net.eval()
-    single, half = lowered(net, torch.float32), lowered(net, torch.bfloat16)
-    n = agree = 0
-    gain = 0.0
+    made: dict[str, Forward] = {"fp32": lowered(net, torch.float32)}
+    ranges: Ranges = {}
+    if has_bf16(device):
+        made["bf16"] = lowered(net, torch.bfloat16)
+    if has_int8(device):
+        ranges = observe(_fused(net, FusedConv), FusedConv, training)
+        made["int8"] = in_int8(net, ranges)
+    if len(made) == 1:
+        return {}
+    n, agree, gains, end = 0, dict.fromkeys(made, 0), dict[str, float](), time.perf_counter() + WEIGHED_SECONDS
     for x in batches:
-        gain = gain or _gain(single, half, x)
-        agree += int((half(x).argmax(1) == net(x).argmax(1)).sum())
+        gains = gains or _gains(made, x)
+        want = net(x).argmax(1)
+        for name in gains:
+            agree[name] += int((made[name](x).argmax(1) == want).sum())
         n += len(x)
-        if n >= WEIGHED:
+        if n >= WEIGHED[1] or (n >= WEIGHED[0] and time.perf_counter() > end):
             break
-    precision = "bf16" if gain > GAIN and agree >= AGREEMENT * n else "fp32"
-    return {"precision": precision, "n": n, **share("agreement", agree, n), "gain": round(gain, 3), "processor": processor(x.device)}
+    facts: dict[str, Record] = {name: {**share("agreement", agree[name], n), "gain": round(gain, 3)} for name, gain in gains.items()}
+    if ranges:
+        facts["int8"]["ranges"] = ranges
+    record = {"n": n, **facts, "processor": processor(device)}
+    quick = Quick(net, record)
+    return {"precision": _fastest({name: gain for name, gain in gains.items() if quick._keeps(name, device)}), **record}
+
+
+def told(record: Record) -> str:
+    """What `weigh` chose and why, in a line; nothing for fp32."""
+    name = record.get("precision", "fp32")
+    if name == "fp32":
+        return ""
+    facts = record[name]
+    return f"predicts in {name}: {facts['agreement']:.2%} of {record['n']:,} val images keep their class of fp32, {facts['gain']:.1f} times as fast"
 
 
 def has_bf16(device: torch.device) -> bool:
@@ -103,17 +137,25 @@ def processor(device: torch.device) -> str:
 def lowered(net: ResNet, dtype: torch.dtype) -> Forward:
     """The folded net in that precision, channels last: normalised float32 (N, C, H, W) -> float32 logits."""
     device = next(net.parameters()).device
-    graph = folded(net).to(device, dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    kind: Kind | None = None
     if device.type == "cpu" and torch._C._has_mkldnn and dtype in (torch.float32, torch.bfloat16):
-        _fuse(graph, FusedConv)
+        kind = FusedConv
     elif device.type == "cuda" and torch.version.cuda is not None:  # and no other maker's card under that name
-        _fuse(graph, CudnnConv)
+        kind = CudnnConv
+    graph = _fused(net, kind, dtype)
 
     def forward(x: Tensor) -> Tensor:
         out: Tensor = graph(x.to(dtype, memory_format=torch.channels_last))
         return out.float()
 
     return Recorded(forward) if device.type == "cuda" else forward
+
+
+def in_int8(net: ResNet, ranges: Ranges) -> Forward:
+    """The folded net in 8 bits: normalised float32 (N, C, H, W) -> float32 logits. Raises WorkError when a range is missing or no range."""
+    graph = _fused(net, Int8Conv)
+    connect(graph, ranges)
+    return graph
 
 
 class Recorded:
@@ -228,7 +270,18 @@ class CudnnConv(nn.Module):
         return out if other is None else out + other
 
 
-def _fuse(graph: fx.GraphModule, kind: type[FusedConv] | type[CudnnConv]) -> None:
+Kind = type[FusedConv] | type[CudnnConv] | type[Int8Conv]
+
+
+def _fused(net: ResNet, kind: Kind | None, dtype: torch.dtype = torch.float32) -> fx.GraphModule:
+    """The folded net, channels last, with convolutions of that kind."""
+    graph: fx.GraphModule = folded(net).to(next(net.parameters()).device, dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    if kind is not None:
+        _fuse(graph, kind)
+    return graph
+
+
+def _fuse(graph: fx.GraphModule, kind: Kind) -> None:
     """Every convolution becomes one of that kind with the addition and the ReLU that directly follow it and read nothing else."""
     modules = dict(graph.named_modules())
 
@@ -256,7 +309,13 @@ def _fuse(graph: fx.GraphModule, kind: type[FusedConv] | type[CudnnConv]) -> Non
     graph.recompile()
 
 
-def _gain(single: Forward, half: Forward, x: Tensor) -> float:
-    """How many times faster the second is."""
-    took = race({"fp32": lambda: single(x).cpu(), "bf16": lambda: half(x).cpu()}, seconds=0.0, rounds=ROUNDS)
-    return took["fp32"] / took["bf16"]
+def _gains(made: dict[str, Forward], x: Tensor) -> dict[str, float]:
+    """How many times faster than fp32 each of the others is."""
+    took = race({name: lambda forward=forward: forward(x).cpu() for name, forward in made.items()}, seconds=0.0, rounds=ROUNDS)  # type: ignore[misc]
+    return {name: took["fp32"] / seconds for name, seconds in took.items() if name != "fp32"}
+
+
+def _fastest(gains: dict[str, float]) -> str:
+    """Of fp32 and these."""
+    best = max(gains, key=lambda name: gains[name], default="fp32")
+    return best if gains.get(best, 0) > GAIN else "fp32"

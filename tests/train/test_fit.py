@@ -17,10 +17,12 @@ import torch
 from safetensors.torch import load_file
 
 import reslab
+from reslab.data.images import SPLITS
 from reslab.data.source import open_images
 from reslab.errors import CallError
 from reslab.job import Silent
 from reslab.run import Run
+from reslab.use.own import own_images
 
 SHORT = ("--epochs", "3", "--batch-size", "32", "--seed", "7")
 
@@ -258,12 +260,14 @@ def test_a_compiled_net_trains_alike_and_is_compiled_again_when_resumed(tmp_path
                 raise KeyboardInterrupt
 
     tiny = reslab.spec("resnet20", widths=(8,), depths=(1,))
-    given = {"epochs": 1, "batch_size": 64, "optimizer": "sgd", "lr": 0.01, "seed": 7}
+    given = {"epochs": 1, "batch_size": 64, "optimizer": "sgd", "lr": 0.01, "seed": 7, "val": 0.2}
     as_it_is = weights(reslab.train("digits", tiny, tmp_path / "eager", **given).path)
     with pytest.raises(KeyboardInterrupt):
         reslab.train("digits", tiny, tmp_path / "cut", compile="always", save_every=0, show=Cut(), **given)
     assert Run(tmp_path / "cut").config["plan"]["compiled"]
-    resumed = weights(reslab.train(resume=tmp_path / "cut").path)
+    run = reslab.train(resume=tmp_path / "cut")
+    assert [len(own_images(run).split[name]) for name in SPLITS] == [1079, 359, 359], "val is the share that was asked for, still"
+    resumed = weights(run.path)
     for name, tensor in as_it_is.items():
         torch.testing.assert_close(tensor, resumed[name], rtol=1e-2, atol=1e-3)
     assert not all(torch.equal(tensor, resumed[name]) for name, tensor in as_it_is.items()), "the same to the last bit: was it compiled?"

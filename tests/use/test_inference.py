@@ -108,59 +108,87 @@ def test_the_net_stays_as_it_is_and_its_changes_are_seen() -> None:
     assert relative(quick(x), before + 1) < 1e-5
 
 
-RECORD = {"precision": "bf16", "agreement": 0.998, "processor": "here"}
+BF16 = {"agreement": 0.998}
+INT8 = {"agreement": 0.997, "agreement_low": 0.985}
+RECORD = {"precision": "bf16", "processor": "here", "bf16": BF16, "int8": INT8}
+ELSEWHERE = {**RECORD, "processor": "another"}
 
 
 @pytest.mark.parametrize(
-    ("record", "gain", "precision"),
+    ("record", "gains", "precision"),
     [
-        ({}, 9.0, "fp32"),
-        (RECORD, 0.1, "bf16"),  # measured on this processor: not again
-        ({**RECORD, "precision": "fp32"}, 9.0, "fp32"),
-        ({**RECORD, "agreement": 0.99}, 9.0, "fp32"),
-        ({**RECORD, "processor": "another"}, 2.0, "bf16"),
-        ({**RECORD, "processor": "another", "precision": "fp32"}, 2.0, "bf16"),
-        ({**RECORD, "processor": "another"}, 1.0, "fp32"),
+        ({}, (9.0, 9.0), "fp32"),
+        (RECORD, (0.1, 0.1), "bf16"),  # measured on this processor: not again
+        ({**RECORD, "precision": "int8"}, (0.1, 0.1), "int8"),
+        ({**RECORD, "precision": "fp32"}, (9.0, 9.0), "fp32"),
+        ({**RECORD, "bf16": {"agreement": 0.99}}, (9.0, 9.0), "fp32"),
+        ({"precision": "bf16", "processor": "here", "agreement": 0.998}, (0.1, 0.1), "bf16"),  # an older run's
+        (ELSEWHERE, (2.0, 1.5), "bf16"),
+        (ELSEWHERE, (2.0, 3.0), "int8"),
+        ({**ELSEWHERE, "precision": "fp32"}, (2.0, 1.0), "bf16"),
+        (ELSEWHERE, (1.0, 1.05), "fp32"),
+        ({**ELSEWHERE, "int8": {**INT8, "agreement": 0.99}}, (1.0, 3.0), "fp32"),
+        ({**ELSEWHERE, "int8": {**INT8, "agreement_low": 0.97}}, (1.0, 3.0), "fp32"),  # too few images to know
     ],
 )
-def test_bf16_needs_agreement_on_val_and_speed_on_this_processor(record: dict, gain: float, precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in (("has_bf16", True), ("processor", "here"), ("_gain", gain)):
-        monkeypatch.setattr(inference, name, lambda *_, value=value: value)
-    quick = Quick(net_of(TINY), record)
+@torch.no_grad()
+def test_a_precision_needs_agreement_on_val_and_speed_on_this_processor(
+    record: dict, gains: tuple[float, float], precision: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def raced(made: dict[str, object], x: Tensor) -> dict[str, float]:
+        return {name: gain for name, gain in zip(("bf16", "int8"), gains, strict=True) if name in made}
+
+    net = net_of(TINY)
+    for name, value in (("has_bf16", lambda _: True), ("has_int8", lambda _: True), ("processor", lambda _: "here"), ("_gains", raced)):
+        monkeypatch.setattr(inference, name, value)
+    monkeypatch.setattr(inference, "in_int8", lambda net, ranges: lowered(net, torch.float32))
+    quick = Quick(net, {**record, "int8": {**record["int8"], "ranges": {}}} if "int8" in record else record)
     out = quick(torch.randn(2, 3, 24, 24))
     assert (quick.precision, out.dtype) == (precision, torch.float32)
+    net.fc.bias += 1  # int8's ranges are of other weights
+    quick(torch.randn(2, 3, 24, 24))
+    assert quick.precision == (precision if precision != "int8" else "bf16" if record is ELSEWHERE else "fp32")
 
 
 def test_agreement_is_counted_against_the_classes_of_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(inference, "has_bf16", lambda device: True)
-    monkeypatch.setattr(inference, "_gain", lambda *_: 2.0)
-    net, batches = net_of(TINY), [torch.randn(8, 3, 24, 24) for _ in range(4)]
-    wrong = 0
+    net, batches = net_of(TINY), [torch.randn(64, 3, 24, 24) for _ in range(5)]
+    wrong = {"bf16": 0, "int8": 0}
 
-    def nearly(net: ResNet, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
-        """fp32 whatever was asked for, with the best class of the first `wrong` images made the worst."""
+    def nearly(name: str) -> Callable[[Tensor], Tensor]:
+        """fp32, with the best class of the first images made the worst."""
 
         def forward(x: Tensor) -> Tensor:
-            out = net(x)
-            return torch.cat([-out[:wrong], out[wrong:]]) if x is batches[0] else out
+            out, k = net(x), wrong.get(name, 0)
+            return torch.cat([-out[:k], out[k:]]) if x is batches[0] else out
 
         return forward
 
-    monkeypatch.setattr(inference, "lowered", nearly)
-    found = weigh(net, iter(batches))
-    assert (found["n"], found["agreement"], found["precision"]) == (32, 1.0, "bf16")
-    assert found["agreement_low"] < 1
-    wrong = 1
-    worse = weigh(net, iter(batches))
-    assert (worse["agreement"], worse["precision"]) == (31 / 32, "fp32")
-    monkeypatch.setattr(inference, "has_bf16", lambda device: False)
-    assert weigh(net, iter(batches)) == {}
+    for name, value in (
+        ("has_bf16", lambda _: True),
+        ("has_int8", lambda _: True),
+        ("_gains", lambda made, x: {"bf16": 2.0, "int8": 3.0}),
+        ("lowered", lambda net, dtype: nearly("bf16" if dtype == torch.bfloat16 else "fp32")),
+        ("in_int8", lambda net, ranges: nearly("int8")),
+    ):
+        monkeypatch.setattr(inference, name, value)
+    found = weigh(net, iter(batches), batches[:1])
+    assert (found["n"], found["bf16"]["agreement"], found["int8"]["agreement"], found["precision"]) == (320, 1.0, 1.0, "int8")
+    assert found["int8"]["agreement_low"] < 1 and found["int8"]["ranges"]
+    wrong["int8"] = 2
+    worse = weigh(net, iter(batches), batches[:1])
+    assert (worse["bf16"]["agreement"], worse["int8"]["agreement"], worse["precision"]) == (1.0, 318 / 320, "bf16")
+    wrong["bf16"] = 2
+    assert weigh(net, iter(batches), batches[:1])["precision"] == "fp32"
+    assert weigh(net, iter(batches[1:3]), batches[:1])["precision"] == "bf16", "128 images without a difference are too few for int8"
+    monkeypatch.setattr(inference, "has_bf16", lambda _: False)
+    monkeypatch.setattr(inference, "has_int8", lambda _: False)
+    assert weigh(net, iter(batches), batches[:1]) == {}
 
 
 def test_training_records_what_it_measured_and_predicting_does_not_rewrite_it(trained: Run) -> None:
     file = trained.model / "inference.json"
     before, held = file.read_bytes(), json.loads(file.read_bytes())
-    assert not held or (held["n"] > 0 and held["agreement"] <= 1 and held["processor"])
+    assert not held or (held["n"] > 0 and held["processor"] and all(held[name]["agreement"] <= 1 for name in ("bf16", "int8") if name in held))
     classifier = reslab.load(trained.path)
     assert isinstance(classifier.model, TorchModel)
     assert classifier.model.inference == held
@@ -173,9 +201,10 @@ def test_older_artefacts_predict_and_damaged_ones_say_so(trained: Run, tmp_path:
     (folder / "inference.json").unlink()
     photo = photos_of(trained) / "red" / "1.png"
     assert reslab.load(folder).predict([photo])[0].label == reslab.load(trained.path).predict([photo])[0].label
-    (folder / "inference.json").write_text('{"agreement": "all"}')
-    with pytest.raises(reslab.WorkError, match=r"inference\.json must hold"):
-        reslab.load(folder)
+    for damaged in ('{"agreement": "all"}', '{"int8": {"agreement": 1, "agreement_low": true}}', '{"bf16": []}', "[]"):
+        (folder / "inference.json").write_text(damaged)
+        with pytest.raises(reslab.WorkError, match=r"inference\.json must hold"):
+            reslab.load(folder)
 
 
 @pytest.fixture
