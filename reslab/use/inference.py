@@ -9,6 +9,8 @@ import copy
 import threading
 import time
 from collections.abc import Callable, Iterable
+from contextlib import suppress
+from itertools import chain
 from typing import Any
 
 import torch
@@ -89,26 +91,31 @@ def weigh(net: ResNet, batches: Iterable[Tensor], training: Iterable[Tensor]) ->
     """
     device = next(net.parameters()).device
     net.eval()
+    batches = iter(batches)
+    first = next(batches)
     made: dict[str, Forward] = {"fp32": lowered(net, torch.float32)}
     ranges: Ranges = {}
     if has_bf16(device):
         made["bf16"] = lowered(net, torch.bfloat16)
     if has_int8(device):
         ranges = observe(_fused(net, FusedConv), FusedConv, training)
-        made["int8"] = in_int8(net, ranges)
+        with suppress(RuntimeError):  # oneDNN may lack a kernel, and a training that is done must not fail for that
+            eight = in_int8(net, ranges)
+            eight(first)
+            made["int8"] = eight
     if len(made) == 1:
         return {}
-    n, agree, gains, end = 0, dict.fromkeys(made, 0), dict[str, float](), time.perf_counter() + WEIGHED_SECONDS
-    for x in batches:
-        gains = gains or _gains(made, x)
+    gains, end = _gains(made, first), time.perf_counter() + WEIGHED_SECONDS
+    n, agree = 0, dict.fromkeys(gains, 0)
+    for x in chain([first], batches):
         want = net(x).argmax(1)
-        for name in gains:
+        for name in agree:
             agree[name] += int((made[name](x).argmax(1) == want).sum())
         n += len(x)
         if n >= WEIGHED[1] or (n >= WEIGHED[0] and time.perf_counter() > end):
             break
     facts: dict[str, Record] = {name: {**share("agreement", agree[name], n), "gain": round(gain, 3)} for name, gain in gains.items()}
-    if ranges:
+    if "int8" in facts:
         facts["int8"]["ranges"] = ranges
     record = {"n": n, **facts, "processor": processor(device)}
     quick = Quick(net, record)

@@ -163,10 +163,13 @@ def test_agreement_is_counted_against_the_classes_of_fp32(monkeypatch: pytest.Mo
 
         return forward
 
+    def lacking(x: Tensor) -> Tensor:
+        raise RuntimeError("could not create a primitive descriptor")
+
     for name, value in (
         ("has_bf16", lambda _: True),
         ("has_int8", lambda _: True),
-        ("_gains", lambda made, x: {"bf16": 2.0, "int8": 3.0}),
+        ("_gains", lambda made, x: {kind: gain for kind, gain in (("bf16", 2.0), ("int8", 3.0)) if kind in made}),
         ("lowered", lambda net, dtype: nearly("bf16" if dtype == torch.bfloat16 else "fp32")),
         ("in_int8", lambda net, ranges: nearly("int8")),
     ):
@@ -174,6 +177,9 @@ def test_agreement_is_counted_against_the_classes_of_fp32(monkeypatch: pytest.Mo
     found = weigh(net, iter(batches), batches[:1])
     assert (found["n"], found["bf16"]["agreement"], found["int8"]["agreement"], found["precision"]) == (320, 1.0, 1.0, "int8")
     assert found["int8"]["agreement_low"] < 1 and found["int8"]["ranges"]
+    monkeypatch.setattr(inference, "in_int8", lambda net, ranges: lacking)
+    assert "int8" not in weigh(net, iter(batches), batches[:1])
+    monkeypatch.setattr(inference, "in_int8", lambda net, ranges: nearly("int8"))
     wrong["int8"] = 2
     worse = weigh(net, iter(batches), batches[:1])
     assert (worse["bf16"]["agreement"], worse["int8"]["agreement"], worse["precision"]) == (1.0, 318 / 320, "bf16")
