@@ -23,7 +23,7 @@ from reslab.host import keep_freed_memory
 from reslab.interval import share
 from reslab.run import Run
 from reslab.use.artefact import TorchModel
-from reslab.use.inference import in_int8, lowered
+from reslab.use.inference import Forward, in_int8, lowered
 from reslab.use.own import own_images
 from reslab.use.race import race
 
@@ -58,16 +58,16 @@ def main() -> None:
             if name in record
         ),
     ]
-    others = {"fp32": lowered(model.net, torch.float32), "bf16": lowered(model.net, torch.bfloat16)}
+    others: dict[str, Forward | None] = {"fp32": lowered(model.net, torch.float32), "bf16": lowered(model.net, torch.bfloat16)}
     if "int8" in record:
-        others["int8"] = in_int8(model.net, record["int8"]["ranges"])
+        others["int8"] = in_int8(model.net, record["int8"]["ranges"], x[0])
     for batch in (1, 16):
         pixels, floats = parts[0][:batch], x[0][:batch]
         runs = {
             "torchvision eager fp32": lambda floats=floats: theirs(floats),
             f"predict ({chosen})": lambda pixels=pixels: model.quick(pixels),
             "unfolded, channels last": lambda pixels=pixels: model.logits(pixels),
-            **{f"folded {name}": lambda forward=forward, floats=floats: forward(floats) for name, forward in others.items()},
+            **{f"folded {name}": lambda forward=forward, floats=floats: forward(floats) for name, forward in others.items() if forward},
         }
         took = race(runs, seconds=1 if SMOKE else 60, rounds=3 if SMOKE else 15)
         base = took["torchvision eager fp32"]

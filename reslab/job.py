@@ -14,9 +14,9 @@ import numpy as np
 import torch
 
 from reslab.data.augment import require_kornia
-from reslab.data.batches import Batches, choose_storage, mean_and_std, mean_image, sample
+from reslab.data.batches import Batches, choose_storage, drawn, mean_and_std, mean_image, sample
 from reslab.data.check import cheap_check
-from reslab.data.images import Images
+from reslab.data.images import Images, read_batches
 from reslab.data.preprocess import VIEWS, Preprocess
 from reslab.data.source import open_images
 from reslab.data.split import split, split_record
@@ -40,13 +40,11 @@ from reslab.train.recipe import from_dict as recipe_from_dict
 from reslab.use.artefact import TorchModel, save
 from reslab.use.classifier import BATCH, Classifier
 from reslab.use.evaluate import fit_temperature, outputs, score, sure_above
-from reslab.use.inference import told
+from reslab.use.inference import CALIBRATED, WEIGHED, WEIGHED_BATCH, told, weighing_seconds
 from reslab.use.second_look import label_suspects, mistakes
 
 T = TypeVar("T")
 REPORT_SECONDS = 10.0  # kept back from a budget for the report and what surrounds it
-FEW = 16  # images in a batch that inference is measured with
-CALIBRATED = 256  # training images that give int8 its ranges
 PATCHED = 500  # images whose patches are whitened
 SMALL = 64  # pixels a side up to which a CIFAR net is the default
 KERNELS = {(3,): "conv3", (7,): "conv7-pool", (3, 3, 3): "deep-pool"}  # of a stem in a weights file: its row in STEMS
@@ -272,10 +270,10 @@ def _plan(job: Job, net: ResNet, limits: Limits, started: float) -> tuple[Plan, 
 
 
 def _reserve(job: Job, plan: Plan) -> float:
-    """Seconds for what follows the training: val and test in fp32, and the report."""
-    held_out = len(job.parts["test"].items) + len(job.parts["val"].items)
-    passes = 2 * VIEWS[job.recipe.tta]  # by the net as it is, which takes up to twice as long as the plan's
-    return REPORT_SECONDS + passes * plan.val_seconds * held_out / len(job.parts["val"].items)
+    """Seconds for what follows the training: val and test in fp32, choosing the precision that predicts, and the report."""
+    val, test = len(job.parts["val"].items), len(job.parts["test"].items)
+    an_image = 2 * VIEWS[job.recipe.tta] * plan.val_seconds / val  # by the net as it is, which takes up to twice as long as the plan's
+    return REPORT_SECONDS + an_image * (val + test) + weighing_seconds(val, an_image, job.machine.device)
 
 
 def _finish(job: Job, training: Training, show: JobShow) -> Run:
@@ -306,15 +304,25 @@ def _finish(job: Job, training: Training, show: JobShow) -> Run:
     for batches in job.parts.values():
         for name, reason in batches.dropped.items():
             run.record("warning", text=f"left out {shown(name)}: {reason}")
-    few = (job.parts[part].epoch(FEW, items) for part, items in (("val", None), ("train", sample(job.parts["train"], CALIBRATED))))
-    model = model.weighed(*((batch.pixels.numpy() for batch in batches) for batches in few))
-    if in_what := told(model.inference):
-        show.say(in_what)
-    found = replace(found, model=model)
+    found = replace(found, model=_weighed(model, job, show))
     save(found, run.model, {"n": len(val.labels), "split": "val", "top1": scores["top1"]})
     run.record("end")
     write_report(run)
     return run
+
+
+def _weighed(model: TorchModel, job: Job, show: JobShow) -> TorchModel:
+    """The model, knowing in which precision it may predict, by images in random order: a folder's lie class by class."""
+    val, train, seed = job.parts["val"], job.parts["train"], job.recipe.seed
+    held = (batch.pixels.numpy() for batch in val.epoch(WEIGHED_BATCH, drawn(val, WEIGHED[1], seed)))
+    seen = read_batches(job.images, train.items[drawn(train, CALIBRATED, seed)], model.preprocess.canvas, WEIGHED_BATCH)
+    try:
+        model = model.weighed(held, (pixels for pixels, _, _ in seen))
+    except WorkError as error:  # images that were there before; the training is not lost for them
+        show.say(f"predicts in fp32, for no other precision could be measured: {error}")
+    if in_what := told(model.inference):
+        show.say(in_what)
+    return model
 
 
 def _check_same(run: Run, data: Any, net: Any, out: Any, recipe: str | Recipe, fields: dict[str, Any]) -> None:

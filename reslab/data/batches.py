@@ -199,6 +199,12 @@ def sample(batches: Batches, most: int) -> Indices:
     return np.arange(n) if batches.images.shards is not None else np.unique(np.linspace(0, len(batches.items) - 1, n).astype(np.int64))
 
 
+def drawn(batches: Batches, most: int, seed: int) -> Indices:
+    """Positions of at most `most` images in random order; of shards, which are shuffled when they are made, the first."""
+    n = min(most, len(batches.items))
+    return np.arange(n) if batches.images.shards is not None else np.random.default_rng(seed).permutation(len(batches.items))[:n]
+
+
 def mean_and_std(batches: Batches, most: int = 5000) -> tuple[list[float], list[float]]:
     """Per-channel mean and standard deviation of pixel values in [0, 1], over a `sample`."""
     count, total, squares = 0, torch.zeros(batches.images.channels).double(), torch.zeros(batches.images.channels).double()

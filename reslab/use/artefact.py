@@ -3,7 +3,6 @@
 import json
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, replace
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +30,10 @@ class TorchModel:
     net: ResNet
     preprocess: Preprocess
     inference: dict[str, Any] = field(default_factory=dict)  # what `weigh` found of it
+    _quick: Quick = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "_quick", Quick(self.net, self.inference))  # now, for the record is of the weights as they are
 
     @property
     def spec(self) -> Spec:
@@ -45,12 +48,8 @@ class TorchModel:
 
     @torch.no_grad()
     def quick(self, pixels: Pixels) -> Logits:
-        """`logits` by the folded net, within rounding; in bf16 or int8 where `inference` allows it and it is faster."""
+        """`logits` by the folded net; in bf16 or int8, which round more, where `inference` allows it and it is faster."""
         return self._answered(self._quick(self._fed(pixels)))
-
-    @cached_property
-    def _quick(self) -> Quick:
-        return Quick(self.net, self.inference)
 
     def weighed(self, pixels: Iterable[Pixels], training: Iterable[Pixels]) -> "TorchModel":
         """The same, knowing whether bf16 and int8 give the images in `pixels`, batches of them, fp32's classes; int8's ranges are of `training`."""

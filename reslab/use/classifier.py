@@ -53,7 +53,7 @@ class Model(Protocol):
         """uint8 (N, canvas, canvas, C) -> (N, classes), computed in fp32 unless the file says otherwise."""
 
     def quick(self, pixels: Pixels) -> Logits:
-        """`logits` as fast as this machine gives them: they may differ by rounding, the classes do not."""
+        """`logits` as fast as this machine gives them: they differ by rounding; of the classes on val at least 99.5 % do not."""
 
 
 class Prediction(NamedTuple):

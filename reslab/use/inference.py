@@ -1,15 +1,14 @@
 """A net as it predicts: batch norms folded into the convolutions before them, additions and ReLUs computed inside these.
 
 The trained net stays as it is, for explaining, exporting and scoring; what predicts is a second graph that shares nothing
-with it. In which precision is measured, not assumed: in bf16 or int8 only where that is faster, and only when its classes of
-the run's val images were those of fp32.
+with it. In which precision is measured, not assumed: in bf16 or int8 only where that is faster, and only when it gave at least
+99.5 % of the run's val images the class that fp32 gives them.
 """
 
 import copy
 import threading
 import time
 from collections.abc import Callable, Iterable
-from contextlib import suppress
 from itertools import chain
 from typing import Any
 
@@ -29,6 +28,8 @@ SURE = 0.98  # and of int8's, which rounds more, the lower end of the interval: 
 GAIN = 1.1  # it must be this much faster to be worth its rounding
 WEIGHED = 256, 1024  # val images that the agreement is measured on: at least, and where they take less than
 WEIGHED_SECONDS = 5.0
+WEIGHED_BATCH = 16
+CALIBRATED = 256  # training images that give int8 its ranges
 ROUNDS = 3
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 RECORDINGS = 16  # sizes of batches that a GPU's passes are recorded for
@@ -46,6 +47,7 @@ class Quick:
 
     def __init__(self, net: ResNet, record: Record | None = None) -> None:
         self.net, self.record = net, record or {}
+        self.recorded = self._versions()
         self.precision = "fp32"
         self.made: tuple[Any, Forward] | None = None
 
@@ -58,28 +60,32 @@ class Quick:
         return self.made[1](x)
 
     def _state(self) -> Any:
-        tensors = (*self.net.parameters(), *self.net.buffers())
-        return tensors[0].device, tuple(tensor._version for tensor in tensors)
+        return next(self.net.parameters()).device, self._versions()
+
+    def _versions(self) -> tuple[int, ...]:
+        """They grow with every change in place."""
+        return tuple(tensor._version for tensor in (*self.net.parameters(), *self.net.buffers()))
 
     def _choose(self, x: Tensor) -> Forward:
         """The record's own choice on the processor it was made on; elsewhere the fastest of those that keep the classes."""
-        kept = [name for name in ("bf16", "int8") if self._keeps(name, x.device)]
-        if self.record.get("processor") == processor(x.device):
-            self.precision = self.record["precision"] if self.record.get("precision") in kept else "fp32"
-            return self._lowered(self.precision)
-        made = {name: self._lowered(name) for name in ("fp32", *kept)}
-        self.precision = _fastest(_gains(made, x)) if kept else "fp32"
+        allowed = ["fp32", *(name for name in ("bf16", "int8") if self._keeps(name, x.device))]
+        if self.record.get("processor") == processor(x.device) and self.record.get("precision") in allowed:
+            allowed = [self.record["precision"]]
+        made = {name: forward for name in allowed if (forward := self._lowered(name, x))} or {"fp32": lowered(self.net, torch.float32)}
+        self.precision = _fastest(_gains(made, x)) if len(made) > 1 else next(iter(made))
         return made[self.precision]
 
     def _keeps(self, name: str, device: torch.device) -> bool:
         """Whether this machine has that precision and the record says that it gives fp32's classes."""
         facts = self.record.get(name, self.record if name == "bf16" else {})  # older records are flat, and of bf16
+        if facts.get("agreement", 0) < AGREEMENT:
+            return False
         if name == "int8":  # its ranges are of the weights that the record was made of
-            return has_int8(device) and self.made is None and facts.get("agreement_low", 0) >= SURE and facts.get("agreement", 0) >= AGREEMENT
-        return has_bf16(device) and facts.get("agreement", 0) >= AGREEMENT
+            return has_int8(device) and facts.get("agreement_low", 0) >= SURE and self._versions() == self.recorded
+        return has_bf16(device)
 
-    def _lowered(self, name: str) -> Forward:
-        return in_int8(self.net, self.record["int8"].get("ranges")) if name == "int8" else lowered(self.net, DTYPES[name])
+    def _lowered(self, name: str, x: Tensor) -> Forward | None:
+        return in_int8(self.net, self.record["int8"].get("ranges"), x) if name == "int8" else lowered(self.net, DTYPES[name])
 
 
 @torch.no_grad()
@@ -99,9 +105,7 @@ def weigh(net: ResNet, batches: Iterable[Tensor], training: Iterable[Tensor]) ->
         made["bf16"] = lowered(net, torch.bfloat16)
     if has_int8(device):
         ranges = observe(_fused(net, FusedConv), FusedConv, training)
-        with suppress(RuntimeError):  # oneDNN may lack a kernel, and a training that is done must not fail for that
-            eight = in_int8(net, ranges)
-            eight(first)
+        if eight := in_int8(net, ranges, first):
             made["int8"] = eight
     if len(made) == 1:
         return {}
@@ -120,6 +124,15 @@ def weigh(net: ResNet, batches: Iterable[Tensor], training: Iterable[Tensor]) ->
     record = {"n": n, **facts, "processor": processor(device)}
     quick = Quick(net, record)
     return {"precision": _fastest({name: gain for name, gain in gains.items() if quick._keeps(name, device)}), **record}
+
+
+def weighing_seconds(val: int, an_image: float, device: torch.device) -> float:
+    """About what `weigh` takes at most with so many val images, where the net takes `an_image` seconds for one."""
+    if not (has_bf16(device) or has_int8(device)):
+        return 0.0
+    ready = (CALIBRATED + 6 * ROUNDS * WEIGHED_BATCH) * an_image
+    least, most = (4 * min(n, val) * an_image for n in WEIGHED)
+    return ready + max(least, min(most, WEIGHED_SECONDS))
 
 
 def told(record: Record) -> str:
@@ -158,10 +171,18 @@ def lowered(net: ResNet, dtype: torch.dtype) -> Forward:
     return Recorded(forward) if device.type == "cuda" else forward
 
 
-def in_int8(net: ResNet, ranges: Ranges) -> Forward:
-    """The folded net in 8 bits: normalised float32 (N, C, H, W) -> float32 logits. Raises WorkError when a range is missing or no range."""
+def in_int8(net: ResNet, ranges: Ranges, x: Tensor) -> Forward | None:
+    """The folded net in 8 bits, tried on `x`: normalised float32 (N, C, H, W) -> float32 logits. None where oneDNN lacks a kernel for it.
+
+    Raises WorkError when a range is missing or none.
+    """
     graph = _fused(net, Int8Conv)
     connect(graph, ranges)
+    try:
+        graph(x[:1])
+        graph(x)
+    except RuntimeError:  # of torch, which says no more than that
+        return None
     return graph
 
 

@@ -4,7 +4,6 @@ Activations are unsigned, with a scale and a zero point a tensor from the values
 with a scale a filter (Jacob et al. 2017, 1712.05877). A max-pool keeps the 8 bits, all else computes in float32.
 """
 
-import math
 from collections import defaultdict
 from collections.abc import Iterable
 from typing import Any, NamedTuple
@@ -15,6 +14,7 @@ from torch import Tensor, fx, nn
 from reslab.errors import WorkError, shown
 
 LEVELS = 255
+WIDEST, NARROWEST = 1e30, 1e-30  # spans of values that float32 can scale
 LAID_FOR = 16  # images: weights laid out for these are as fast for one
 PLACES = ("x", "added", "out")  # of a convolution: what goes in, what is added, what comes out
 
@@ -29,20 +29,20 @@ class Levels(NamedTuple):
 
 
 def has_int8(device: torch.device) -> bool:
-    """Whether 8 bits are faster there; a CPU without these instructions has to widen them."""
-    return device.type == "cpu" and torch._C._has_mkldnn and torch.cpu._is_vnni_supported()
+    """Whether it is worth to measure 8 bits: on a CPU with AVX-512 VNNI, and a torch with the calls of oneDNN that are used here."""
+    return device.type == "cpu" and torch._C._has_mkldnn and torch.cpu._is_vnni_supported() and hasattr(torch.ops.onednn, "qconv2d_pointwise")
 
 
 def levels(ranges: Ranges, place: str) -> Levels:
     """256 levels over the range there and zero, which is one of them. Raises WorkError when there is none, for ranges come from a file."""
     try:
         low, high = (float(end) for end in ranges[place])
-        if not -math.inf < low <= high < math.inf:
+        if not low <= high or max(-low, high) > WIDEST:
             raise ValueError
     except (KeyError, TypeError, ValueError, OverflowError):
         raise WorkError(f"the model is damaged: inference.json holds no range of {shown(place)}; delete that file to predict without it") from None
     low, high = min(low, 0.0), max(high, 0.0)
-    scale = (high - low) / LEVELS or 1.0
+    scale = (high - low) / LEVELS if high - low > NARROWEST else 1.0
     return Levels(scale, round(-low / scale))
 
 
@@ -164,6 +164,7 @@ def connect(graph: fx.GraphModule, ranges: Ranges) -> None:
 
 
 def _keep_what_is_needed_again(graph: fx.GraphModule) -> None:
+    """Where what is added has another use, behind this one or in it, the call is given a copy to overwrite."""
     modules, position = dict(graph.named_modules()), {node: i for i, node in enumerate(graph.graph.nodes)}
     for node in graph.graph.nodes:
         module = modules.get(str(node.target)) if node.op == "call_module" else None

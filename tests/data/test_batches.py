@@ -1,12 +1,13 @@
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from reslab.data.batches import Batches, choose_storage, mean_and_std, mean_image
+from reslab.data.batches import Batches, choose_storage, drawn, mean_and_std, mean_image
 from reslab.data.boxes import Crops, cut, resized
 from reslab.data.images import Images
 from reslab.data.preprocess import Preprocess
@@ -99,3 +100,17 @@ print(len(next(epoch).items))
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=True)
     assert (done.stdout, done.stderr) == ("4\n", "")
+
+
+def test_images_are_drawn_from_all_classes_of_a_folder_and_of_shards_in_their_order(folder: Path) -> None:
+    images = open_images(folder)
+    items = np.argsort(images.labels, kind="stable")  # class by class, as a folder lists them
+    batches = Batches(images, items, 20, "memory")
+    positions = drawn(batches, 24, 0)
+    assert len(set(positions.tolist())) == 24
+    assert len(np.unique(images.labels[items[positions]])) == len(images.classes)
+    assert np.array_equal(positions, drawn(batches, 24, 0))
+    assert not np.array_equal(positions, drawn(batches, 24, 1))
+    assert sorted(drawn(batches, 10**6, 0)) == list(range(len(items)))
+    sharded = Batches(replace(images, shards=np.zeros(len(images), np.int32)), items, 20, "memory")
+    assert drawn(sharded, 24, 0).tolist() == list(range(24))

@@ -115,39 +115,52 @@ ELSEWHERE = {**RECORD, "processor": "another"}
 
 
 @pytest.mark.parametrize(
-    ("record", "gains", "precision"),
+    ("record", "gains", "precision", "changed"),
     [
-        ({}, (9.0, 9.0), "fp32"),
-        (RECORD, (0.1, 0.1), "bf16"),  # measured on this processor: not again
-        ({**RECORD, "precision": "int8"}, (0.1, 0.1), "int8"),
-        ({**RECORD, "precision": "fp32"}, (9.0, 9.0), "fp32"),
-        ({**RECORD, "bf16": {"agreement": 0.99}}, (9.0, 9.0), "fp32"),
-        ({"precision": "bf16", "processor": "here", "agreement": 0.998}, (0.1, 0.1), "bf16"),  # an older run's
-        (ELSEWHERE, (2.0, 1.5), "bf16"),
-        (ELSEWHERE, (2.0, 3.0), "int8"),
-        ({**ELSEWHERE, "precision": "fp32"}, (2.0, 1.0), "bf16"),
-        (ELSEWHERE, (1.0, 1.05), "fp32"),
-        ({**ELSEWHERE, "int8": {**INT8, "agreement": 0.99}}, (1.0, 3.0), "fp32"),
-        ({**ELSEWHERE, "int8": {**INT8, "agreement_low": 0.97}}, (1.0, 3.0), "fp32"),  # too few images to know
+        ({}, (9.0, 9.0), "fp32", "fp32"),
+        (RECORD, (0.1, 0.1), "bf16", "bf16"),  # measured on this processor: not again
+        ({**RECORD, "precision": "int8"}, (0.1, 0.1), "int8", "fp32"),
+        ({**RECORD, "precision": "fp32"}, (9.0, 9.0), "fp32", "fp32"),
+        ({**RECORD, "bf16": {"agreement": 0.99}}, (9.0, 9.0), "int8", "fp32"),
+        ({"precision": "bf16", "processor": "here", "agreement": 0.998}, (0.1, 0.1), "bf16", "bf16"),  # an older run's
+        (ELSEWHERE, (2.0, 1.5), "bf16", "bf16"),
+        (ELSEWHERE, (2.0, 3.0), "int8", "bf16"),
+        ({**ELSEWHERE, "precision": "fp32"}, (2.0, 1.0), "bf16", "bf16"),
+        (ELSEWHERE, (1.0, 1.05), "fp32", "fp32"),
+        ({**ELSEWHERE, "int8": {**INT8, "agreement": 0.99}}, (1.0, 3.0), "fp32", "fp32"),
+        ({**ELSEWHERE, "int8": {**INT8, "agreement_low": 0.97}}, (1.0, 3.0), "fp32", "fp32"),  # too few images to know
     ],
 )
+@pytest.mark.parametrize("asked_first", [True, False])
 @torch.no_grad()
-def test_a_precision_needs_agreement_on_val_and_speed_on_this_processor(
-    record: dict, gains: tuple[float, float], precision: str, monkeypatch: pytest.MonkeyPatch
+def test_a_precision_needs_agreement_on_val_and_speed_on_this_processor_and_int8_the_weights_of_its_ranges(
+    record: dict, gains: tuple[float, float], precision: str, changed: str, asked_first: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def raced(made: dict[str, object], x: Tensor) -> dict[str, float]:
         return {name: gain for name, gain in zip(("bf16", "int8"), gains, strict=True) if name in made}
 
-    net = net_of(TINY)
+    net, x = net_of(TINY), torch.randn(2, 3, 24, 24)
     for name, value in (("has_bf16", lambda _: True), ("has_int8", lambda _: True), ("processor", lambda _: "here"), ("_gains", raced)):
         monkeypatch.setattr(inference, name, value)
-    monkeypatch.setattr(inference, "in_int8", lambda net, ranges: lowered(net, torch.float32))
-    quick = Quick(net, {**record, "int8": {**record["int8"], "ranges": {}}} if "int8" in record else record)
-    out = quick(torch.randn(2, 3, 24, 24))
-    assert (quick.precision, out.dtype) == (precision, torch.float32)
-    net.fc.bias += 1  # int8's ranges are of other weights
-    quick(torch.randn(2, 3, 24, 24))
-    assert quick.precision == (precision if precision != "int8" else "bf16" if record is ELSEWHERE else "fp32")
+    monkeypatch.setattr(inference, "in_int8", lambda net, ranges, x: lowered(net, torch.float32))
+    quick = Quick(net, record)
+    if asked_first:
+        out = quick(x)
+        assert (quick.precision, out.dtype) == (precision, torch.float32)
+    net.fc.bias += 1
+    quick(x)
+    assert quick.precision == changed
+
+
+@torch.no_grad()
+def test_a_machine_that_lacks_a_kernel_predicts_in_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(inference, "has_int8", lambda _: True)
+    monkeypatch.setattr(inference, "in_int8", lambda net, ranges, x: None)
+    net, x = net_of(TINY), torch.randn(2, 3, 24, 24)
+    for made_on in (inference.processor(x.device), "another"):
+        quick = Quick(net, {"precision": "int8", "processor": made_on, "int8": INT8})
+        assert relative(quick(x), net(x)) < 1e-5
+        assert quick.precision == "fp32"
 
 
 def test_agreement_is_counted_against_the_classes_of_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -163,23 +176,20 @@ def test_agreement_is_counted_against_the_classes_of_fp32(monkeypatch: pytest.Mo
 
         return forward
 
-    def lacking(x: Tensor) -> Tensor:
-        raise RuntimeError("could not create a primitive descriptor")
-
     for name, value in (
         ("has_bf16", lambda _: True),
         ("has_int8", lambda _: True),
         ("_gains", lambda made, x: {kind: gain for kind, gain in (("bf16", 2.0), ("int8", 3.0)) if kind in made}),
         ("lowered", lambda net, dtype: nearly("bf16" if dtype == torch.bfloat16 else "fp32")),
-        ("in_int8", lambda net, ranges: nearly("int8")),
+        ("in_int8", lambda net, ranges, x: nearly("int8")),
     ):
         monkeypatch.setattr(inference, name, value)
     found = weigh(net, iter(batches), batches[:1])
     assert (found["n"], found["bf16"]["agreement"], found["int8"]["agreement"], found["precision"]) == (320, 1.0, 1.0, "int8")
     assert found["int8"]["agreement_low"] < 1 and found["int8"]["ranges"]
-    monkeypatch.setattr(inference, "in_int8", lambda net, ranges: lacking)
+    monkeypatch.setattr(inference, "in_int8", lambda net, ranges, x: None)
     assert "int8" not in weigh(net, iter(batches), batches[:1])
-    monkeypatch.setattr(inference, "in_int8", lambda net, ranges: nearly("int8"))
+    monkeypatch.setattr(inference, "in_int8", lambda net, ranges, x: nearly("int8"))
     wrong["int8"] = 2
     worse = weigh(net, iter(batches), batches[:1])
     assert (worse["bf16"]["agreement"], worse["int8"]["agreement"], worse["precision"]) == (1.0, 318 / 320, "bf16")
