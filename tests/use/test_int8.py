@@ -50,11 +50,12 @@ class Twice(nn.Module):
 
     def __init__(self, again: bool) -> None:
         super().__init__()
-        self.again, self.a, self.b, self.add = again, nn.Conv2d(3, 16, 3, padding=1), nn.Conv2d(16, 16, 3, padding=1), Add()
+        self.again, self.a, self.add = again, nn.Conv2d(3, 16, 3, padding=1), Add()
+        self.b, self.c = (nn.Conv2d(16, 16, 3, padding=1) for _ in range(2))
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.a(x)
-        z = self.add(self.b(y), y)
+        z = self.add(self.c(self.b(y)), y)
         return torch.cat([z, y if self.again else z], 1)
 
 
