@@ -116,9 +116,13 @@ def ece(confidence: Floats, right: NDArray[np.bool_]) -> float:
 
 
 def _bootstrap(name: str, resamples: Ints, figure: Callable[[Ints], float]) -> dict[str, float]:
-    values = [figure(rows) for rows in resamples]
-    low, high = np.percentile(values, [2.5, 97.5])
-    return {name: figure(np.arange(resamples.shape[1])), f"{name}_low": float(low), f"{name}_high": float(high)}
+    """A figure that cannot be negative, with the interval of its resamples about it.
+
+    They are moved to have it as their mean: a calibration error adds up what is noise in its bins, of which a resample has more.
+    """
+    found, values = figure(np.arange(resamples.shape[1])), np.array([figure(rows) for rows in resamples])
+    low, high = np.maximum(0, np.percentile(values, [2.5, 97.5]) - values.mean() + found)
+    return {name: found, f"{name}_low": float(low), f"{name}_high": float(high)}
 
 
 def _per_class(labels: Ints, predicted: Ints, classes: tuple[str, ...], resamples: Ints) -> list[dict[str, Any]]:
