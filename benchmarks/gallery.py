@@ -16,8 +16,8 @@ DOCS = Path(__file__).parents[1] / "docs"
 FIGURES = 2  # of each study
 HEAD = """# Studies
 
-`reslab study` asks questions about residual networks and answers them by measuring, on your machine and within a time that
-you state. Each answer is a page that puts what a paper says beside what was measured, with n, intervals and a verdict:
+`reslab study` asks questions about residual networks and answers them by measuring, on your machine and in about the
+time that you state. Each answer is a page that puts what a paper says beside what was measured, with n, intervals and a verdict:
 agrees, disagrees, or not decided at this budget. Below is what real runs gave; this page was written by
 `python benchmarks/gallery.py` from their records, which lie in [docs/studies](studies).
 """

@@ -39,6 +39,11 @@ def through(module: nn.Module | None, x: Tensor) -> Tensor:
     return x if module is None else module(x)
 
 
+def every(stride: int, x: Tensor) -> Tensor:
+    """Every `stride`-th pixel, as a pool of one: what a slice gives back as gradient is not channels-last, and all behind it is slow."""
+    return x if stride == 1 else F.avg_pool2d(x, 1, stride)
+
+
 class NarrowPointwise(nn.Conv2d):
     """A strided 1x1 convolution as one of every `stride`-th pixel.
 
@@ -47,8 +52,7 @@ class NarrowPointwise(nn.Conv2d):
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        s = self.stride[0]
-        return F.conv2d(x[:, :, ::s, ::s], self.weight, self.bias)
+        return F.conv2d(every(self.stride[0], x), self.weight, self.bias)
 
 
 class Add(nn.Module):
@@ -89,7 +93,7 @@ class PadShortcut(nn.Module):
         self.pad = (0, 0, 0, 0, before, outputs - inputs - before)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.pad(x[:, :, :: self.stride, :: self.stride], self.pad)
+        return F.pad(every(self.stride, x), self.pad)
 
 
 class Duplicate(nn.Module):

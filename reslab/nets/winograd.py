@@ -1,34 +1,34 @@
 """3x3 convolutions by Winograd's algorithm, F(4x4, 3x3) of Lavin & Gray 2015 (1509.09308): a quarter of the multiplications.
 
 The image is cut into overlapping tiles of 6x6 pixels; tiles and filters are transformed, multiplied point by point, which
-for all channels together is 36 matrix products, and transformed back to 4x4 pixels of output. On a CPU in fp32 it pays for
-wide layers, where those products outweigh the transforms, and as long as what lies between two steps stays in the cache: the
-images go through a few at a time. Rounding differs from the direct convolution's: about 4e-6
-relative, forward and backward (benchmarks/winograd.py).
+for all channels together is 36 matrix products, and transformed back to 4x4 pixels of output. On a CPU it pays for wide
+layers, where those products outweigh the transforms, and as long as what lies between two steps stays in the cache: the
+images go through a few at a time. Rounding differs from the direct convolution's: forward and backward about 2e-6
+relative in fp32, 0.015 in bf16 (benchmarks/winograd.py).
 """
 
 from functools import cache
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-WIDE = 128  # channels in and out, below which the transforms cost what the products save
+WIDE = 128  # channels in and out, their geometric mean, below which the transforms cost what the products save
+NARROWEST = 64
 FEW_TILES = 64  # below so many, reading the transformed filters takes longest
 WASTE = 1.8  # of tiles that reach over the edge
-CACHED = 1 << 15  # numbers at one of a tile's 36 points that go through at a time: 4.5 MiB for all points
+CACHED = 1 << 17  # bytes at one of a tile's 36 points that go through at a time: 4.5 MiB for all points
 TALL = 128  # tiles at a time that a matrix product needs to be fast
 
-INPUT = ((4, 0, -5, 0, 1, 0), (0, -4, -4, 1, 1, 0), (0, 4, -4, -1, 1, 0), (0, -2, -1, 2, 1, 0), (0, 2, -1, -2, 1, 0), (0, 4, 0, -5, 0, 1))
-FILTER = ((1 / 4, 0, 0), (-1 / 6, -1 / 6, -1 / 6), (-1 / 6, 1 / 6, -1 / 6), (1 / 24, 1 / 12, 1 / 6), (1 / 24, -1 / 12, 1 / 6), (0, 0, 1))
-OUTPUT = ((1, 1, 1, 1, 1, 0), (0, 1, -1, 2, -2, 0), (0, 1, 1, 4, 4, 0), (0, 1, -1, 8, -8, 1))
+POINTS = (0, 3 / 4, -3 / 4, 3 / 2, -3 / 2)  # where polynomials are evaluated, infinity beside; half the rounding of the usual 0, 1, -1, 2, -2
 
 
 class WideConv(nn.Conv2d):
     """A padded 3x3 convolution with stride 1 that can be done by Winograd's algorithm; it is not unless `winograd` is set.
 
-    Where it would not pay (few or small images, bf16, another device) the convolution is direct all the same. `keep` spends
+    Where it would not pay (few or small images, another device) the convolution is direct all the same. `keep` spends
     memory for time: the transformed tiles, 2.25 times as large as the input or more, wait for the backward pass.
     """
 
@@ -37,8 +37,9 @@ class WideConv(nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.winograd and pays(x):
-            y: Tensor = Winograd.apply(x, self.weight, self.keep)  # type: ignore[no-untyped-call]
-            return y if self.bias is None else y + self.bias[:, None, None]
+            dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
+            y: Tensor = Winograd.apply(x.to(dtype), self.weight, self.keep)  # type: ignore[no-untyped-call]
+            return y if self.bias is None else y + self.bias.to(dtype)[:, None, None]
         return super().forward(x)
 
 
@@ -52,15 +53,15 @@ def use_winograd(net: nn.Module, on: bool, keep: bool = True) -> bool:
 
 def suits(inputs: int, outputs: int, kernel: int, stride: int, groups: int) -> bool:
     """Whether a convolution is one that Winograd's algorithm makes faster."""
-    return (kernel, stride, groups) == (3, 1, 1) and min(inputs, outputs) >= WIDE
+    return (kernel, stride, groups) == (3, 1, 1) and min(inputs, outputs) >= NARROWEST and inputs * outputs >= WIDE**2
 
 
 def pays(x: Tensor) -> bool:
     """Whether images (N, C, H, W) are as many and as large as it takes."""
     n, _, height, width = x.shape
     down, across = _tiles(height), _tiles(width)
-    plain = x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64) and not torch.is_autocast_enabled("cpu")
-    return plain and n * down * across >= FEW_TILES and 16 * down * across <= WASTE * height * width
+    known = x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64, torch.bfloat16)
+    return known and n * down * across >= FEW_TILES and 16 * down * across <= WASTE * height * width
 
 
 def _tiles(pixels: int) -> int:
@@ -78,79 +79,100 @@ class _Shape(NamedTuple):
     down: int
     across: int
 
-    @property
-    def stretches(self) -> list[slice]:
+    def stretches(self, dtype: torch.dtype) -> list[slice]:
         """The images, as many at a time as the cache holds."""
-        tiles = max(TALL, CACHED // max(self.inputs, self.outputs))
+        tiles = max(TALL, CACHED // dtype.itemsize // max(self.inputs, self.outputs))
         step = max(1, round(tiles / (self.down * self.across)))
         return [slice(first, min(first + step, self.n)) for first in range(0, self.n, step)]
 
 
 class Winograd(torch.autograd.Function):
-    """(N, C, H, W) and filters (O, C, 3, 3) -> (N, O, H, W) channels-last, zero-padded by one pixel. Once differentiable."""
+    """(N, C, H, W) and filters (O, C, 3, 3) -> (N, O, H, W) channels-last, zero-padded by one pixel. Once differentiable.
+
+    The output has the images' dtype. In bf16, filters and their gradients are transformed and added up in fp32.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, keep: bool = True) -> Tensor:
-        n, inputs, height, width = x.shape
-        s = _Shape(n, inputs, len(weight), height, width, _tiles(height), _tiles(width))
-        _, to_filters, to_output = _transforms(x.dtype)
-        filters = (to_filters @ weight.permute(2, 3, 1, 0).reshape(9, -1)).view(36, inputs, s.outputs)
-        padded, kept = _padded(x, s), []
-        y = x.new_empty(n, s.down, 4, s.across, 4, s.outputs)
-        for part in s.stretches:
-            tiles = _transformed(padded[part], s)
-            products = torch.bmm(tiles, filters)
-            cells = (to_output @ products.view(36, -1)).view(4, 4, -1, s.down, s.across, s.outputs)
-            y[part] = cells.permute(2, 3, 0, 4, 1, 5)
-            if keep and ctx.needs_input_grad[1]:
-                kept.append(tiles)
-        ctx.save_for_backward(filters, *(kept or [x]))
-        ctx.shape, ctx.kept = s, bool(kept)
-        return y.view(n, 4 * s.down, 4 * s.across, s.outputs)[:, :height, :width].permute(0, 3, 1, 2)
+        with torch.autocast("cpu", enabled=False):  # which else would transform the filters in bf16
+            n, inputs, height, width = x.shape
+            s = _Shape(n, inputs, len(weight), height, width, _tiles(height), _tiles(width))
+            exact = torch.promote_types(weight.dtype, torch.float32)
+            filters = (_transforms(exact).filter @ weight.to(exact).permute(2, 3, 1, 0).reshape(9, -1)).view(36, inputs, s.outputs).to(x.dtype)
+            y, kept = x.new_empty(n, s.down, 4, s.across, 4, s.outputs), []
+            for part in s.stretches(x.dtype):
+                tiles = _transformed(x[part], s)
+                products = torch.bmm(tiles, filters)
+                cells = (_transforms(x.dtype).output @ products.view(36, -1)).view(4, 4, -1, s.down, s.across, s.outputs)
+                y[part] = cells.permute(2, 3, 0, 4, 1, 5)
+                if keep and ctx.needs_input_grad[1]:
+                    kept.append(tiles)
+            ctx.save_for_backward(filters, *(kept or [x]))
+            ctx.shape, ctx.kept, ctx.exact, ctx.dtype = s, bool(kept), exact, weight.dtype
+            return y.view(n, 4 * s.down, 4 * s.across, s.outputs)[:, :height, :width].permute(0, 3, 1, 2)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         filters, *held = ctx.saved_tensors
         s: _Shape = ctx.shape
-        to_tiles, to_filters, to_output = _transforms(dy.dtype)
+        by = _transforms(dy.dtype)
         for_x, for_weight = ctx.needs_input_grad[:2]
-        padded = _padded(held[0], s) if for_weight and not ctx.kept else None
-        cells = F.pad(dy.permute(0, 2, 3, 1), (0, 0, 0, 4 * s.across - s.width, 0, 4 * s.down - s.height))
-        cells = cells.reshape(s.n, s.down, 4, s.across, 4, s.outputs)
+        below, right = 4 * s.down - s.height, 4 * s.across - s.width
         dx = dy.new_empty(s.n, s.height, s.width, s.inputs) if for_x else None
-        d_filters = torch.zeros_like(filters)
-        for number, part in enumerate(s.stretches):
-            g = cells[part].permute(2, 4, 0, 1, 3, 5).reshape(16, -1)
-            d_products = (to_output.T @ g).view(36, -1, s.outputs)
+        d_filters = torch.zeros_like(filters, dtype=ctx.exact)
+        for number, part in enumerate(s.stretches(dy.dtype)):
+            cells = dy[part].permute(0, 2, 3, 1)
+            cells = F.pad(cells, (0, 0, 0, right, 0, below)) if below or right else cells
+            cells = cells.reshape(-1, s.down, 4, s.across, 4, s.outputs).permute(2, 4, 0, 1, 3, 5)
+            d_products = (by.output.T @ cells.reshape(16, -1)).view(36, -1, s.outputs)
             if dx is not None:
                 d_tiles = torch.bmm(d_products, filters.transpose(1, 2)).view(36, -1)
-                dx[part] = _overlapped((to_tiles.T @ d_tiles).view(6, 6, -1, s.down, s.across, s.inputs), s)
+                dx[part] = _overlapped((by.input.T @ d_tiles).view(6, 6, -1, s.down, s.across, s.inputs), s)
             if for_weight:
-                tiles = held[number] if padded is None else _transformed(padded[part], s)
-                d_filters.baddbmm_(tiles.transpose(1, 2), d_products)
-        dw = (to_filters.T @ d_filters.view(36, -1)).view(3, 3, s.inputs, s.outputs).permute(3, 2, 0, 1) if for_weight else None
+                tiles = held[number] if ctx.kept else _transformed(held[0][part], s)
+                if dy.dtype == ctx.exact:
+                    d_filters.baddbmm_(tiles.transpose(1, 2), d_products)
+                else:
+                    d_filters += torch.bmm(tiles.transpose(1, 2), d_products)
+        back = _transforms(ctx.exact).filter.T @ d_filters.view(36, -1)
+        dw = back.view(3, 3, s.inputs, s.outputs).permute(3, 2, 0, 1).to(ctx.dtype) if for_weight else None
         return None if dx is None else dx.permute(0, 3, 1, 2), dw, None
 
 
+class _Transforms(NamedTuple):
+    """Of both axes at once: tiles (36, 36), filters (36, 9), what comes out (16, 36)."""
+
+    input: Tensor
+    filter: Tensor
+    output: Tensor
+
+
 @cache
-def _transforms(dtype: torch.dtype) -> list[Tensor]:
-    """Both axes of each transform at once: (36, 36), (36, 9), (16, 36)."""
-    matrices = (torch.tensor(rows, dtype=torch.float64) for rows in (INPUT, FILTER, OUTPUT))
-    return [torch.kron(m, m).to(dtype) for m in matrices]
+def _transforms(dtype: torch.dtype) -> _Transforms:
+    """By Toom and Cook: two polynomials' values at the points are multiplied, and the product is found from its values.
+
+    A filter as a polynomial has 3 coefficients, a row of output 4, their product 6; what correlates is the transpose of that.
+    """
+    filters, output, product = (_values(count) for count in (3, 4, 6))
+    matrices = (np.linalg.inv(product).T, filters, output.T)
+    return _Transforms(*(torch.kron(m, m).to(dtype) for m in map(torch.from_numpy, matrices)))
 
 
-def _padded(x: Tensor, s: _Shape) -> Tensor:
-    """(N, height, width, C) with a pixel of zeros around it, and as many more as whole tiles take."""
-    return F.pad(x.permute(0, 2, 3, 1), (0, 0, 1, 4 * s.across - s.width + 1, 1, 4 * s.down - s.height + 1))
+def _values(count: int) -> "np.ndarray[Any, np.dtype[np.float64]]":
+    """What gives a polynomial's values at the points, and its highest coefficient as that at infinity, from its coefficients."""
+    return np.vstack([np.vander(POINTS, count, increasing=True), np.eye(count)[-1]])
 
 
-def _transformed(padded: Tensor, s: _Shape) -> Tensor:
-    """The tiles of 6x6 pixels, four pixels apart, transformed: (36, tiles, C)."""
+def _transformed(x: Tensor, s: _Shape) -> Tensor:
+    """Tiles of 6x6 pixels, four pixels apart, of images with a pixel of zeros around them and as many more as whole tiles take, transformed.
+
+    (images, C, height, width) -> (36, tiles, C).
+    """
+    padded = F.pad(x.permute(0, 2, 3, 1), (0, 0, 1, 4 * s.across - s.width + 1, 1, 4 * s.down - s.height + 1))
     image, row, pixel, _ = padded.stride()
-    strides = (row, pixel, image, 4 * row, 4 * pixel, 1)
-    tiles = padded.as_strided((6, 6, len(padded), s.down, s.across, s.inputs), strides, padded.storage_offset())
-    return (_transforms(padded.dtype)[0] @ tiles.reshape(36, -1)).view(36, -1, s.inputs)
+    tiles = padded.as_strided((6, 6, len(padded), s.down, s.across, s.inputs), (row, pixel, image, 4 * row, 4 * pixel, 1))
+    return (_transforms(x.dtype).input @ tiles.reshape(36, -1)).view(36, -1, s.inputs)
 
 
 def _overlapped(tiles: Tensor, s: _Shape) -> Tensor:

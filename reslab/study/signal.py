@@ -21,7 +21,7 @@ smaller than those of shallower ones (He et al. 2015, 1512.03385, figure 7).
 import math
 from collections.abc import Iterator
 from dataclasses import replace
-from statistics import fmean
+from statistics import fmean, geometric_mean
 
 import numpy as np
 import torch
@@ -194,7 +194,7 @@ def _figure_7(records: list[Record]) -> list[Claim]:
 def answer(records: list[Record]) -> str:
     """The shares at the last block with and without norm, and the responses after training."""
     normed, bare = (_start(records, norm) for norm in (True, False))
-    shares = [f"{fmean(map(last_share, rows)):.2g}" if rows else "unknown" for rows in (normed, bare)]
+    shares = [f"{geometric_mean(map(last_share, rows)):.2g}" if rows else "unknown" for rows in (normed, bare)]
     said = f"At the start the branch of the last block is {shares[0]} of the shortcut with norm, {shares[1]} without."
     deep = max((r["layers"] for r in records if r["kind"] == "response"), default=0)
     apart, _ = _between(records, ("residual", deep), ("plain", deep))

@@ -78,7 +78,7 @@ class Training:
         self.board: Board | None = None
         self.logged = 0.0  # when the last `step` record was written
         use_winograd(net, plan.winograd, plan.memory is None)
-        self.optimizer = optimizer(net, recipe)
+        self.optimizer = optimizer(net, recipe, plan.precision)
         keep_gradients(net)
         self.shared = machine.share(ready(net, plan))  # after the optimiser has frozen what is to be frozen
         self.statistics = RunningStatistics(net)

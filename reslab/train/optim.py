@@ -10,11 +10,12 @@ from reslab.nets.torch import ResNet
 from reslab.train.recipe import Recipe
 
 
-def optimizer(net: ResNet, recipe: Recipe) -> torch.optim.Optimizer:
+def optimizer(net: ResNet, recipe: Recipe, precision: str = "fp32") -> torch.optim.Optimizer:
     """The recipe's optimiser. Norms and biases do not decay unless `decay_all`; the trunk learns at `trunk_lr` of the rate.
 
     Beside Muon, norms and head learn at `sgd_lr` times its rate; the trunk's biases at `bias_lr` times what they would. What
     the recipe freezes gets no gradient from now on. On a GPU rates are tensors there, so that a recorded step can follow them.
+    Muon makes its matrices orthogonal in bf16 where the net's `precision` is that, and on a GPU; weights and momentum stay fp32.
     """
     muon = recipe.optimizer == "muon"
     groups: dict[tuple[bool, bool, float], list[nn.Parameter]] = {}
@@ -37,7 +38,7 @@ def optimizer(net: ResNet, recipe: Recipe) -> torch.optim.Optimizer:
     for row in rows:
         row["lr"] = torch.tensor(recipe.lr, device=net.fc.weight.device) if on_gpu else recipe.lr
     if muon:
-        return Muon(rows, recipe.lr, recipe.momentum)
+        return Muon(rows, recipe.lr, recipe.momentum, torch.bfloat16 if on_gpu or precision == "bf16" else torch.float32)
     if recipe.optimizer == "sgd":
         return torch.optim.SGD(rows, recipe.lr, recipe.momentum, nesterov=recipe.nesterov and recipe.momentum > 0, fused=on_gpu or None)
     return torch.optim.AdamW(rows, recipe.lr, fused=on_gpu or None, capturable=on_gpu)
@@ -53,11 +54,12 @@ def keep_gradients(net: nn.Module) -> None:
 class Muon(torch.optim.Optimizer):
     """Momentum whose matrix is made orthogonal before it is applied (Jordan et al. 2024), to convolutions as (out, in x k x k).
 
-    Groups with `muon` False get SGD with Nesterov momentum. Weight decay is decoupled.
+    Groups with `muon` False get SGD with Nesterov momentum. Weight decay is decoupled. `dtype` is what matrices are multiplied in.
     """
 
-    def __init__(self, rows: list[dict[str, Any]], lr: float, momentum: float) -> None:
+    def __init__(self, rows: list[dict[str, Any]], lr: float, momentum: float, dtype: torch.dtype) -> None:
         super().__init__(rows, {"lr": lr, "momentum": momentum, "weight_decay": 0.0})
+        self.dtype = dtype
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
@@ -72,14 +74,14 @@ class Muon(torch.optim.Optimizer):
             torch._foreach_add_(held, gradients)
             updates = list(torch._foreach_add(gradients, held, alpha=group["momentum"]))
             if group["muon"]:
-                updates = orthogonal(updates)
+                updates = orthogonal(updates, self.dtype)
             torch._foreach_mul_(updates, group["lr"])
             if group["weight_decay"]:
                 torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
             torch._foreach_sub_(parameters, updates)
 
 
-def orthogonal(updates: list[Tensor]) -> list[Tensor]:
+def orthogonal(updates: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
     """Each update's nearest matrix with equal singular values, by five Newton-Schulz steps; equal shapes go together."""
     found = list(updates)
     shapes: dict[torch.Size, list[int]] = {}
@@ -90,7 +92,7 @@ def orthogonal(updates: list[Tensor]) -> list[Tensor]:
         tall = x.shape[1] > x.shape[2]
         x = x.mT if tall else x
         x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
-        x = x.bfloat16() if x.is_cuda else x
+        x = x.to(dtype)
         for _ in range(5):
             gram = x @ x.mT
             x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315), x, beta=3.4445)

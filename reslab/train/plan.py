@@ -89,18 +89,20 @@ def make_plan(
     precision, reason = (recipe.precision, "as asked") if recipe.precision != "auto" else _choose_precision(macs, machine)
     per_epoch = train // recipe.batch_size
     segments = choose_segments(net.spec, recipe, precision, memory, machine)
-    winograd = recipe.convolution == "auto" and machine.device.type == "cpu" and precision == "fp32" and use_winograd(net, True, memory is None)
-    plan = Plan(recipe.steps or recipe.epochs * per_epoch, per_epoch, precision, reason, memory=memory, segments=segments, winograd=winograd)
+    wide = recipe.convolution == "auto" and machine.device.type == "cpu" and use_winograd(net, True)
+    plan = Plan(recipe.steps or recipe.epochs * per_epoch, per_epoch, precision, reason, memory=memory, segments=segments)
     pieces, x = len(x) // recipe.micro_batch, x[: recipe.micro_batch]
     low = recipe.low_resolution or 0.0
     sizes = [x]
     if low:
         sizes.append(interpolate(x, size=low_size(x.shape[2], recipe.low_size), mode="bilinear").contiguous(memory_format=torch.channels_last))
     plan = _timed(plan, net, sizes, recipe, machine, pieces)
+    if wide:  # how fast direct convolutions are, next to matrix products, differs between machines
+        plan = _better(plan, _timed(replace(plan, winograd=True), net, sizes, recipe, machine, pieces))
     if machine.replays and memory is None:
         plan = _better(plan, _timed(replace(plan, replayed=True), net, sizes, recipe, machine, pieces))
     plan = _compiled(plan, net, sizes, recipe, machine, pieces, seconds)
-    net.eval()
+    use_winograd(net.eval(), plan.winograd, memory is None)
     with torch.no_grad(), machine.autocast(precision):
         forward = _time(lambda: net(x), x)
     machine.release()
@@ -178,7 +180,8 @@ def _compiled(plan: Plan, net: ResNet, sizes: list[Tensor], recipe: Recipe, mach
 def _time_step(net: ResNet, x: Tensor, recipe: Recipe, plan: Plan, machine: Machine) -> float:
     """Of the net itself, so that what is compiled for it need not be compiled again; afterwards it is as it was."""
     before = copy.deepcopy(net.state_dict())
-    optim = optimizer(net.train(), recipe)
+    use_winograd(net, plan.winograd, plan.memory is None)
+    optim = optimizer(net.train(), recipe, plan.precision)
     keep_gradients(net)
     targets = one_hot(torch.arange(len(x), device=x.device) % net.spec.num_classes, net.spec.num_classes).float()
     work = Pass(ready(net, plan), recipe, plan.precision, machine)

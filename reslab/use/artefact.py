@@ -53,7 +53,7 @@ class TorchModel:
 
     def weighed(self, pixels: Iterable[Pixels], training: Iterable[Pixels]) -> "TorchModel":
         """The same, knowing whether bf16 and int8 give the images in `pixels`, batches of them, fp32's classes; int8's ranges are of `training`."""
-        return replace(self, inference=weigh(self.net, map(self._fed, pixels), map(self._fed, training)))
+        return replace(self, inference=weigh(self.net, map(self._fed, pixels), map(self._fed, training), self.preprocess.answer))
 
     def _fed(self, pixels: Pixels) -> Tensor:
         raw = torch.from_numpy(np.require(pixels, requirements=("C", "W")))  # a copy where torch could not take it

@@ -89,11 +89,12 @@ class Quick:
 
 
 @torch.no_grad()
-def weigh(net: ResNet, batches: Iterable[Tensor], training: Iterable[Tensor]) -> Record:
+def weigh(net: ResNet, batches: Iterable[Tensor], training: Iterable[Tensor], answer: Forward) -> Record:
     """Whether bf16 and int8 keep the classes that fp32 gives for these normalised batches, and are faster; {} without the hardware.
 
-    The ranges of int8 are those of `training`, other batches. The record says on which processor, on how many images, of each
-    the agreement with its 95 % interval and the gain in speed, and the precision that follows.
+    `answer` makes an image's logits of those of its views. The ranges of int8 are those of `training`, other batches. The
+    record says on which processor, on how many images, of each the agreement with its 95 % interval and the gain in speed, and
+    the precision that follows.
     """
     device = next(net.parameters()).device
     net.eval()
@@ -112,10 +113,10 @@ def weigh(net: ResNet, batches: Iterable[Tensor], training: Iterable[Tensor]) ->
     gains, end = _gains(made, first), time.perf_counter() + WEIGHED_SECONDS
     n, agree = 0, dict.fromkeys(gains, 0)
     for x in chain([first], batches):
-        want = net(x).argmax(1)
+        want = answer(net(x)).argmax(1)
         for name in agree:
-            agree[name] += int((made[name](x).argmax(1) == want).sum())
-        n += len(x)
+            agree[name] += int((answer(made[name](x)).argmax(1) == want).sum())
+        n += len(want)
         if n >= WEIGHED[1] or (n >= WEIGHED[0] and time.perf_counter() > end):
             break
     facts: dict[str, Record] = {name: {**share("agreement", agree[name], n), "gain": round(gain, 3)} for name, gain in gains.items()}

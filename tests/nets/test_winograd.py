@@ -31,20 +31,42 @@ def test_outputs_and_gradients_are_those_of_the_direct_convolution(shape: tuple[
 
 
 def test_one_wrong_number_of_a_transform_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    wrong = [list(row) for row in winograd.OUTPUT]
-    wrong[3][4] = 8
-    monkeypatch.setattr(winograd, "OUTPUT", wrong)
-    winograd._transforms.cache_clear()
+    right = winograd._transforms(torch.float64)
+    wrong = right.output.clone()
+    wrong[3, 4] += 1
+    monkeypatch.setattr(winograd, "_transforms", lambda dtype: right._replace(output=wrong))
     x, weight = torch.randn(1, 3, 8, 8, dtype=torch.float64), torch.randn(3, 3, 3, 3, dtype=torch.float64)
     assert (of(x, weight) - conv2d(x, weight, padding=1)).abs().max() > 0.1
-    winograd._transforms.cache_clear()
 
 
-def test_in_fp32_rounding_stays_near_that_of_the_direct_convolution() -> None:
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 3e-6), (torch.bfloat16, 0.03)])
+def test_rounding_stays_small_forward_and_backward(dtype: torch.dtype, bound: float) -> None:
     torch.manual_seed(2)
-    x, weight = torch.randn(4, 128, 16, 16), torch.randn(128, 128, 3, 3)
-    exact = conv2d(x.double(), weight.double(), padding=1)
-    assert ((of(x, weight) - exact).norm() / exact.norm()).item() < 1e-5
+    x = torch.randn(20, 128, 16, 16).to(dtype).requires_grad_()  # in bf16 in more than one stretch
+    weight = (torch.randn(128, 128, 3, 3) / 34).requires_grad_()
+    dy = torch.randn(20, 128, 16, 16).to(dtype)
+    exact = [tensor.detach().double().requires_grad_() for tensor in (x, weight)]
+    ours, direct = of(x, weight), conv2d(*exact, padding=1)
+    assert ours.dtype == dtype
+    found = [ours, *torch.autograd.grad(ours, (x, weight), dy)]
+    for one, other in zip(found, [direct, *torch.autograd.grad(direct, exact, dy.double())], strict=True):
+        assert ((one - other).norm() / other.norm()).item() < bound
+
+
+def test_under_autocast_it_computes_in_bf16_and_the_gradient_of_a_weight_is_as_exact_as_the_weight() -> None:
+    torch.manual_seed(4)
+    conv = WideConv(128, 128, 3, padding=1)
+    x = torch.randn(16, 128, 8, 8)
+    with torch.autocast("cpu", torch.bfloat16):
+        direct = conv(x)
+        conv.winograd = True
+        ours = conv(x)
+    assert ours.dtype == direct.dtype == torch.bfloat16
+    assert not torch.equal(ours, direct)
+    assert ((ours - direct).norm() / direct.norm()).item() < 0.03
+    ours.sum().backward()
+    assert conv.weight.grad is not None
+    assert conv.weight.grad.dtype == torch.float32
 
 
 def test_it_is_used_where_asked_for_and_worth_it() -> None:
@@ -53,6 +75,9 @@ def test_it_is_used_where_asked_for_and_worth_it() -> None:
     assert wide == {f"layer{n}.{b}.conv{c}" for n in (2, 3, 4) for b in (0, 1) for c in (1, 2)} - {f"layer{n}.0.conv1" for n in (2, 3, 4)}
     assert not any(module.winograd for module in net.modules() if isinstance(module, WideConv))
     assert not use_winograd(reslab.build("resnet20"), True), "a narrow net has none"
+    assert [name for name, module in reslab.build("resnet8").named_modules() if isinstance(module, WideConv)] == [
+        "layer2.0.conv1", "layer2.0.conv2", "layer3.0.conv1", "layer3.0.conv2",
+    ], "64 channels to 256 are wide enough"  # fmt: skip
     x = torch.randn(16, 3, 64, 64).contiguous(memory_format=torch.channels_last)
     direct = net.eval()(x)
     assert use_winograd(net, True)
@@ -68,9 +93,8 @@ def test_few_small_and_other_images_are_left_to_the_direct_convolution() -> None
     assert pays(torch.randn(16, 128, 8, 8))
     assert not pays(torch.randn(15, 128, 8, 8)), "60 tiles"
     assert not pays(torch.randn(64, 128, 5, 5)), "most of a tile reaches over the edge"
-    assert not pays(torch.randn(16, 128, 8, 8).bfloat16())
-    with torch.autocast("cpu", torch.bfloat16):
-        assert not pays(torch.randn(16, 128, 8, 8))
+    assert pays(torch.randn(16, 128, 8, 8).bfloat16())
+    assert not pays(torch.randn(16, 128, 8, 8).half())
 
 
 def test_what_is_not_kept_for_the_backward_pass_is_made_again_to_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:

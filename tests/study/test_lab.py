@@ -259,7 +259,9 @@ def test_study_from_the_command_line_to_the_page(tmp_path: Path, cli) -> None:  
     assert "://" not in page.replace("http://www.w3.org", ""), "it opens offline"
     told = json.loads((tmp_path / "s" / "study.json").read_text())
     assert told["answer"] in page
-    assert {claim["verdict"] for claim in told["claims"]} == {"not decided at this budget"}, "one seed decides nothing"
+    verdicts = [(claim["n"], claim["verdict"]) for claim in told["claims"]]
+    assert verdicts[:3] == [(1, "not decided at this budget")] * 3, "one seed decides nothing about seeds"
+    assert all(n > 100 for n, _ in verdicts[3:]), "only what it says of its own nets, over the test images, may be decided"
     for number in range(1, 1 + len(told["figures"])):
         ElementTree.parse(tmp_path / "s" / "figures" / f"{number}.svg")
         assert (tmp_path / "s" / "figures" / f"{number}.csv").read_text().startswith("twin,layers,seed,")

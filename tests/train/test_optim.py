@@ -48,16 +48,23 @@ def test_beside_muon_norms_and_head_have_their_own_rate_and_biases_a_multiple_of
     assert [rates[id(p)] for p in (net.conv1.weight, net.bn1.weight, net.bn1.bias, net.fc.weight, net.fc.bias)] == [0.5, 1.0, 10.0, 1.0, 1.0]
 
 
-def test_orthogonal_updates_have_nearly_equal_singular_values() -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_orthogonal_updates_have_nearly_equal_singular_values(dtype: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(0)
     shapes = [(16, 3, 3, 3), (32, 16, 3, 3), (32, 16, 3, 3), (64, 32, 1, 1), (8, 64, 1, 1)]
     updates = [torch.randn(s, generator=generator) for s in shapes]
-    for before, after in zip(updates, orthogonal(updates), strict=True):
+    for before, after in zip(updates, orthogonal(updates, dtype), strict=True):
         values = torch.linalg.svdvals(after.reshape(len(after), -1))
-        assert after.shape == before.shape
+        assert (after.shape, after.dtype) == (before.shape, torch.float32)
         assert 0.5 < values.min() <= values.max() < 1.3
         u, _, v = torch.linalg.svd(before.reshape(len(before), -1), full_matrices=False)
         assert torch.nn.functional.cosine_similarity(after.flatten(), (u @ v).flatten(), dim=0) > 0.97
+
+
+def test_muon_multiplies_in_bf16_where_the_net_does() -> None:
+    net = reslab.build("resnet20", num_classes=4)
+    dtypes = [optimizer(net, Recipe(), precision).dtype for precision in ("fp32", "bf16")]  # type: ignore[attr-defined]
+    assert dtypes == [torch.float32, torch.bfloat16]
 
 
 @pytest.mark.parametrize("name", ["sgd", "adamw", "muon"])

@@ -22,13 +22,14 @@ def test_the_first_step_which_pays_for_new_memory_is_no_estimate_however_long_it
     assert made.seconds(made.steps, 0.5) == 60 + 3 * 4
 
 
-def planned(monkeypatch: pytest.MonkeyPatch, took: Callable[[Plan], float], epochs: int = 10_000, seconds: float = float("inf"), **given: object) -> Plan:
+def planned(
+    monkeypatch: pytest.MonkeyPatch, took: Callable[[Plan], float], epochs: int = 10_000, seconds: float = float("inf"), net: str = "resnet20", **given: object
+) -> Plan:  # fmt: skip
     """The plan of a net whose steps take what `took` says."""
     monkeypatch.setattr(plan, "_time_step", lambda net, x, recipe, made, here: took(made))
-    recipe = resolve(Recipe(epochs=epochs, batch_size=8, precision="fp32", low_resolution=0.0, **given), 80, 16, upright=False)  # type: ignore[arg-type]
+    recipe = resolve(Recipe(epochs=epochs, batch_size=8, **{"precision": "fp32", "low_resolution": 0.0, **given}), 80, 16, upright=False)  # type: ignore[arg-type]
     with machine() as here:
-        net = reslab.build("resnet20", num_classes=2)
-        return plan.make_plan(net, torch.randn(8, 3, 16, 16), recipe, train=80, val=16, macs=0, machine=here, seconds=seconds)
+        return plan.make_plan(reslab.build(net, num_classes=2), torch.randn(8, 3, 16, 16), recipe, train=80, val=16, macs=0, machine=here, seconds=seconds)
 
 
 def test_a_net_is_compiled_where_the_training_repays_it(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -66,3 +67,14 @@ def test_planning_leaves_the_net_as_it_was() -> None:
         plan.make_plan(net, torch.randn(8, 3, 16, 16), recipe, train=80, val=16, macs=0, machine=here)
     assert all(torch.equal(tensor, before[name]) for name, tensor in net.state_dict().items())
     assert all(parameter.grad is None for parameter in net.parameters())
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_winograds_algorithm_is_taken_where_it_was_faster(monkeypatch: pytest.MonkeyPatch, precision: str) -> None:
+    def winograd(seconds: float, **given: object) -> bool:
+        took = lambda made: seconds if made.winograd else 1.0  # noqa: E731
+        return planned(monkeypatch, took, **{"net": "resnet8", "compile": "never", "precision": precision, **given}).winograd  # type: ignore[arg-type]
+
+    assert (winograd(0.5), winograd(0.99)) == (True, False)
+    assert not winograd(0.5, convolution="direct")
+    assert not winograd(0.5, net="resnet20"), "a narrow net has no wide convolutions"

@@ -184,21 +184,23 @@ def test_agreement_is_counted_against_the_classes_of_fp32(monkeypatch: pytest.Mo
         ("in_int8", lambda net, ranges, x: nearly("int8")),
     ):
         monkeypatch.setattr(inference, name, value)
-    found = weigh(net, iter(batches), batches[:1])
+    found = weigh(net, iter(batches), batches[:1], nn.Identity())
     assert (found["n"], found["bf16"]["agreement"], found["int8"]["agreement"], found["precision"]) == (320, 1.0, 1.0, "int8")
     assert found["int8"]["agreement_low"] < 1 and found["int8"]["ranges"]
     monkeypatch.setattr(inference, "in_int8", lambda net, ranges, x: None)
-    assert "int8" not in weigh(net, iter(batches), batches[:1])
+    assert "int8" not in weigh(net, iter(batches), batches[:1], nn.Identity())
     monkeypatch.setattr(inference, "in_int8", lambda net, ranges, x: nearly("int8"))
     wrong["int8"] = 2
-    worse = weigh(net, iter(batches), batches[:1])
+    worse = weigh(net, iter(batches), batches[:1], nn.Identity())
     assert (worse["bf16"]["agreement"], worse["int8"]["agreement"], worse["precision"]) == (1.0, 318 / 320, "bf16")
     wrong["bf16"] = 2
-    assert weigh(net, iter(batches), batches[:1])["precision"] == "fp32"
-    assert weigh(net, iter(batches[1:3]), batches[:1])["precision"] == "bf16", "128 images without a difference are too few for int8"
+    assert weigh(net, iter(batches), batches[:1], nn.Identity())["precision"] == "fp32"
+    assert weigh(net, iter(batches[1:3]), batches[:1], nn.Identity())["precision"] == "bf16", "128 images without a difference are too few for int8"
+    of_pairs = weigh(net, iter(batches), batches[:1], lambda logits: (logits[:32] + logits[32:]) / 2)
+    assert of_pairs["n"] == 160, "an image is counted once, however many views it has"
     monkeypatch.setattr(inference, "has_bf16", lambda _: False)
     monkeypatch.setattr(inference, "has_int8", lambda _: False)
-    assert weigh(net, iter(batches), batches[:1]) == {}
+    assert weigh(net, iter(batches), batches[:1], nn.Identity()) == {}
 
 
 def test_training_records_what_it_measured_and_predicting_does_not_rewrite_it(trained: Run) -> None:
