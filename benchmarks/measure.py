@@ -195,11 +195,14 @@ def hardware() -> str:
 
 
 def commit() -> str:
-    """Of the working tree; a copy without one is told in COMMIT what it was made of."""
+    """Of the working tree, "-dirty" when more than kept results differs from it; a copy without one is told in COMMIT what it was made of."""
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(["git", *arguments], capture_output=True, text=True, cwd=Path(__file__).parent).stdout.strip()
+
     with contextlib.suppress(OSError):
-        done = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=Path(__file__).parent)
-        if done.stdout.strip():
-            return done.stdout.strip()
+        if found := git("rev-parse", "--short", "HEAD"):
+            return found + "-dirty" * bool(git("status", "--porcelain", "--untracked-files=no", ":/", ":!results"))
     return os.environ.get("COMMIT", "no commit")
 
 
