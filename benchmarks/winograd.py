@@ -1,6 +1,6 @@
 """3x3 convolutions, forward and backward: Winograd's algorithm against torch's direct one. In turns, medians.
 
-python winograd.py            about a minute
+python winograd.py            about two minutes
 python winograd.py --smoke    seconds; figures that mean nothing
 """
 
@@ -18,20 +18,21 @@ from reslab.nets.winograd import Winograd
 
 SMOKE = "--smoke" in sys.argv
 ROUNDS = 1 if SMOKE else 9
+DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16"}
 SHAPES = ((2, 128, 128, 8),) if SMOKE else (
     (128, 64, 64, 16), (128, 64, 256, 16), (128, 128, 128, 16), (128, 256, 256, 8),
     (32, 64, 64, 56), (32, 128, 128, 28), (32, 256, 256, 14), (32, 512, 512, 7), (32, 512, 512, 8),
 )  # fmt: skip
 
 
-def one(n: int, channels: int, outputs: int, size: int) -> str:
+def one(dtype: torch.dtype, n: int, channels: int, outputs: int, size: int) -> str:
     torch.manual_seed(0)
-    x = torch.randn(n, channels, size, size).contiguous(memory_format=torch.channels_last).requires_grad_()
-    weight = (torch.randn(outputs, channels, 3, 3) / math.sqrt(9 * channels)).contiguous(memory_format=torch.channels_last).requires_grad_()
-    dy = torch.randn(n, outputs, size, size).contiguous(memory_format=torch.channels_last)
+    x = torch.randn(n, channels, size, size).to(dtype, memory_format=torch.channels_last).requires_grad_()
+    weight = (torch.randn(outputs, channels, 3, 3) / math.sqrt(9 * channels)).to(dtype, memory_format=torch.channels_last).requires_grad_()
+    dy = torch.randn(n, outputs, size, size).to(dtype, memory_format=torch.channels_last)
     ways = (lambda: conv2d(x, weight, padding=1), lambda: Winograd.apply(x, weight))  # type: ignore[no-untyped-call]
     direct, ours = ([y, *torch.autograd.grad(y, (x, weight), dy)] for y in (way() for way in ways))
-    off = max(((a - b).norm() / a.norm()).item() for a, b in zip(direct, ours, strict=True))
+    off = max(((a - b).float().norm() / a.float().norm()).item() for a, b in zip(direct, ours, strict=True))
     forward: list[list[float]] = [[], []]
     whole: list[list[float]] = [[], []]
     for _ in range(ROUNDS):
@@ -43,11 +44,11 @@ def one(n: int, channels: int, outputs: int, size: int) -> str:
             forward[number].append(between - start)
             whole[number].append(time.perf_counter() - start)
     (a, b), (c, d) = ([1000 * statistics.median(times) for times in pair] for pair in (forward, whole))
-    shape = f"{n} x {channels} x {size} x {size} to {outputs}"
+    shape = f"{DTYPES[dtype]} {n} x {channels} x {size} x {size} to {outputs}"
     return f"{shape}: forward {a:.1f} / {b:.1f} ms, {a / b:.2f}x; with backward {c:.1f} / {d:.1f} ms, {c / d:.2f}x; relative difference {off:.1e}"
 
 
 if __name__ == "__main__":
     keep_freed_memory()
-    lines = [f"3x3 convolution, fp32, channels-last: torch direct / ours, medians of {ROUNDS} in turns"]
-    keep("winograd", lines + [one(*shape) for shape in SHAPES])
+    lines = [f"3x3 convolution, channels-last: torch direct / ours, medians of {ROUNDS} in turns"]
+    keep("winograd", lines + [one(dtype, *shape) for dtype in DTYPES for shape in SHAPES])

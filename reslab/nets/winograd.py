@@ -135,8 +135,10 @@ class Winograd(torch.autograd.Function):
                     d_filters.baddbmm_(tiles.transpose(1, 2), d_products)
                 else:
                     d_filters += torch.bmm(tiles.transpose(1, 2), d_products)
-        back = _transforms(ctx.exact).filter.T @ d_filters.view(36, -1)
-        dw = back.view(3, 3, s.inputs, s.outputs).permute(3, 2, 0, 1).to(ctx.dtype) if for_weight else None
+        dw = None
+        if for_weight:
+            dw = _transforms(ctx.exact).filter.T @ d_filters.view(36, -1)
+            dw = dw.view(3, 3, s.inputs, s.outputs).permute(3, 2, 0, 1).to(ctx.dtype)
         return None if dx is None else dx.permute(0, 3, 1, 2), dw, None
 
 
