@@ -155,20 +155,20 @@ RECIPES["sprint"] = replace(
     sgd_lr=1.5,
     bias_lr=160.0,
     momentum=0.6,
-    weight_decay=0.03,
+    weight_decay=0.04,
     label_smoothing=0.2,
     whiten=True,
     dirac=True,
     tta="shifts",
     pad=2,
     edge="reflect",
-    low_resolution=0.35,
+    low_resolution=0.4,
     low_size=0.5,
     keep="last",
     val=0.01,
 )
 # For 95 %, on a GPU: a larger net for longer, which sees less of each image
-RECIPES["sprint-95"] = replace(RECIPES["sprint"], epochs=30, lr=0.12, momentum=0.85, pad=4, edge="zero", cutout=12, weight_decay=0.02, low_resolution=0.4)
+RECIPES["sprint-95"] = replace(RECIPES["sprint"], epochs=30, lr=0.12, momentum=0.85, pad=4, edge="zero", cutout=12, weight_decay=0.02)
 # The same with lr 0.01 until the training error is below 80 %, as the paper trains 110 layers
 RECIPES["paper-cifar-110"] = replace(RECIPES["paper-cifar"], warmup_lr=0.01)
 
