@@ -6,8 +6,8 @@
 Seconds count from starting Python to its exit: reading the data, choosing a plan, training, the test over 10,000 images and the
 report. Between the seeds the peer's net, airbench94's written anew, takes steps of its own on the same machine, in fp32 and in
 bf16; its published 9.9 epochs at the better of the two are what its training alone would take here. Every seed is kept as soon
-as it is measured (results/RECIPE.jsonl), and a later call goes on with those that are missing; those of a recipe that has changed
-since do not count.
+as it is measured (results/RECIPE.jsonl), and a later call, on whichever machine, goes on with those that are missing; those of a
+recipe that has changed since do not count.
 """
 
 import json
@@ -18,7 +18,7 @@ from itertools import pairwise
 from typing import Any
 
 import torch
-from measure import RESULTS, commit, keep, train
+from measure import RESULTS, commit, hardware, keep, train
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -94,7 +94,8 @@ def measured(seed: int) -> dict[str, Any]:
     """The peer's pace, then a whole training."""
     paces = [pace(bf16) for bf16 in (False, True)]
     run = train("cifar10", "--recipe", RECIPE, "--seed", seed, *SHORT)
-    return {"seed": seed, "top1": run.last("test")["top1"], "seconds": run.seconds, "fp32": paces[0], "bf16": paces[1], "commit": commit(), "recipe": CALL}
+    told = {"seed": seed, "top1": run.last("test")["top1"], "seconds": run.seconds, "fp32": paces[0], "bf16": paces[1]}
+    return {**told, "commit": commit(), "hardware": hardware(), "recipe": CALL}
 
 
 def main() -> None:
@@ -109,7 +110,7 @@ def main() -> None:
     peers = [EPOCHS * IMAGES / max(one["fp32"], one["bf16"]) for one in found]
     lines = [
         f"seed {one['seed']}: {100 * one['top1']:.2f} % in {one['seconds']:.0f} s; the peer's net, fp32 {one['fp32']:.0f}, bf16 {one['bf16']:.0f} img/s, "
-        f"so {peer:.0f} s for its training alone; commit {one['commit']}"
+        f"so {peer:.0f} s for its training alone; commit {one['commit']}, {one['hardware'].split(',')[0]}"
         for one, peer in zip(found, peers, strict=True)
     ]
     keep(

@@ -149,13 +149,13 @@ RECIPES: dict[str, Recipe] = {
 # (Jordan 2024, 2404.00498), Muon's large steps, and half the resolution for the first part
 RECIPES["sprint"] = replace(
     QUICK,
-    epochs=12,
+    epochs=16,
     batch_size=500,
     lr=0.2,
     sgd_lr=1.5,
     bias_lr=160.0,
     momentum=0.6,
-    weight_decay=0.04,
+    weight_decay=0.03,
     label_smoothing=0.2,
     whiten=True,
     dirac=True,
