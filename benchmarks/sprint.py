@@ -113,16 +113,13 @@ def main() -> None:
         f"so {peer:.0f} s for its training alone; commit {one['commit']}, {one['hardware'].split(',')[0]}"
         for one, peer in zip(found, peers, strict=True)
     ]
-    keep(
-        NAME,
-        [
-            f"CIFAR-10, recipe {RECIPE}: whole process, test of 10,000 images included",
-            *lines,
-            told("accuracy, %", [100 * one["top1"] for one in found], 2),
-            told("seconds", [one["seconds"] for one in found], 0),
-            told("seconds as a share of the peer's training", [one["seconds"] / peer for one, peer in zip(found, peers, strict=True)], 2),
-        ],
-    )
+    lines.append(told("accuracy, %", [100 * one["top1"] for one in found], 2))
+    for machine in sorted({one["hardware"] for one in found}):
+        there = [(one["seconds"], peer) for one, peer in zip(found, peers, strict=True) if one["hardware"] == machine]
+        name = machine.split(",")[0]
+        lines.append(told(f"{name}: seconds", [seconds for seconds, _ in there], 0))
+        lines.append(told(f"{name}: seconds as a share of the peer's training", [seconds / peer for seconds, peer in there], 2))
+    keep(NAME, [f"CIFAR-10, recipe {RECIPE}: whole process, test of 10,000 images included", *lines])
 
 
 if __name__ == "__main__":

@@ -82,9 +82,14 @@ def _kept(layers: list[Layer]) -> set[str]:
             kept.add(layer.name)
         elif layer.kind == "add-gated":
             kept.add(layer.inputs[1])
-        elif layer.kind in READ and not _reads_padded(layer):
+        elif (layer.kind in READ and not _reads_padded(layer)) or _subsamples(layer):
             kept.update(layer.inputs)
     return kept
+
+
+def _subsamples(layer: Layer) -> bool:
+    """Whether a shortcut takes every other pixel, as a pool of one."""
+    return layer.kind == "pad" and layer.conv is not None and layer.conv.stride > 1
 
 
 def _reads_padded(layer: Layer) -> bool:

@@ -129,14 +129,15 @@ def test_wrong_calls_are_one_line_and_leave_nothing(run: Run, photos: Path, here
 
 def test_the_nearest_training_image_of_a_training_image_is_itself(run: Run, photos: Path, here: Callable, tmp_path: Path) -> None:
     named = [name for _, name in json.loads((run.path / "split.json").read_text())["train"]][:3]
-    done = here("explain", run.path, *(photos / name for name in named), "--neighbours", "4", "--json")
+    done = here("explain", run.path, *(photos / name for name in named), "--neighbours", "40", "--json")
     assert done.returncode == 0, done.stderr
     for row, name in zip(json.loads(done.stdout)["images"], named, strict=True):
-        assert row["neighbours"][0]["name"] == name
         similarities = [near["similarity"] for near in row["neighbours"]]
-        assert len(similarities) == 4
+        assert len(similarities) == 40
         assert similarities == sorted(similarities, reverse=True)
-        assert similarities[0] == pytest.approx(1, abs=1e-5)
+        own = next(near["similarity"] for near in row["neighbours"] if near["name"] == name)
+        assert own == pytest.approx(1, abs=1e-6)
+        assert similarities[0] - own < 1e-6, "in another batch its features are rounded otherwise, and its twins are nearly as near"
     copied = tmp_path / "copied"
     shutil.copytree(run.path, copied)
     text = (copied / "run.toml").read_text("utf-8")
