@@ -3,8 +3,8 @@
 The image is cut into overlapping tiles of 6x6 pixels; tiles and filters are transformed, multiplied point by point, which
 for all channels together is 36 matrix products, and transformed back to 4x4 pixels of output. On a CPU it pays for wide
 layers, where those products outweigh the transforms, and as long as what lies between two steps stays in the cache: the
-images go through a few at a time. Rounding differs from the direct convolution's: forward and backward about 1e-6
-relative in fp32, 0.014 in bf16 (docs/log.md; bounds in tests/nets/test_winograd.py).
+images go through a few at a time. Rounding differs from the direct convolution's: forward and backward at most 2e-6
+relative in fp32, 0.017 in bf16 (benchmarks/results/winograd-amd.txt).
 """
 
 from functools import cache
