@@ -12,6 +12,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -174,6 +175,16 @@ def openvino() -> Any:
     return openvino
 
 
+@cache
+def openvino_core() -> Any:
+    """The process's one OpenVINO core.
+
+    Each core moves the signal stack of the thread that compiles first, and of two, the one that goes last leaves the thread a stack that
+    the other has unmapped: the process ends at its next signal (OpenVINO 2026.4). One that stays takes nothing away.
+    """
+    return openvino().Core()
+
+
 def write_openvino(classifier: Classifier, path: Path) -> None:
     """A .xml file and the .bin of its weights, both in fp32; the metadata are the runtime information `reslab`."""
     openvino()  # where it is missing, nothing else is done first
@@ -182,16 +193,14 @@ def write_openvino(classifier: Classifier, path: Path) -> None:
 
 def store_openvino(graph: bytes, text: str, path: Path) -> None:
     """An ONNX graph, with weights as precise as it has them, as a .xml and a .bin file."""
-    ov = openvino()
-    model = ov.Core().read_model(graph, b"")
+    model = openvino_core().read_model(graph, b"")
     model.set_rt_info(text, [METADATA])
-    ov.save_model(model, str(path), compress_to_fp16=False)
+    openvino().save_model(model, str(path), compress_to_fp16=False)
 
 
 def run_openvino(path: Path) -> Runner:
     """The files in OpenVINO on the CPU; what is not in int8 is computed in fp32 also where the hardware prefers bf16."""
-    ov = openvino()
-    compiled = ov.Core().compile_model(str(path), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    compiled = openvino_core().compile_model(str(path), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
 
     def run(pixels: Pixels) -> Answer:
         found = compiled(pixels)

@@ -164,6 +164,24 @@ def test_openvino_loads_without_its_telemetry() -> None:
     assert openvino().__name__ == "openvino"
 
 
+def test_a_signal_behind_two_openvino_models_is_handled(tmp_path: Path) -> None:
+    pytest.importorskip("openvino")
+    file = tmp_path / "model.xml"
+    FORMATS["openvino"].write(classifier_of(TINY), file)
+    code = """if True:
+        import os, signal, sys
+        from pathlib import Path
+        from reslab.use.formats import run_openvino
+        signal.signal(signal.SIGUSR1, lambda *_: print("handled"))
+        first, second = (run_openvino(Path(sys.argv[1])) for _ in range(2))
+        del first
+        del second
+        os.kill(os.getpid(), signal.SIGUSR1)
+    """
+    done = subprocess.run([sys.executable, "-c", code, file], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (0, "handled\n"), done.stderr
+
+
 def test_files_hold_metadata_but_no_path_of_this_machine_and_no_pickle(tmp_path: Path) -> None:
     classifier = classifier_of(TINY)
     FORMATS["onnx"].write(classifier, tmp_path / "model.onnx")

@@ -15,7 +15,7 @@ from reslab.run import Run
 from reslab.use import quantize, race
 from reslab.use.classifier import Classifier
 from reslab.use.export import export, find_images, in_words
-from reslab.use.formats import to_onnx
+from reslab.use.formats import openvino_core, to_onnx
 from reslab.use.onnx import session
 
 
@@ -98,7 +98,7 @@ def test_what_is_faster_and_as_right_is_kept_with_its_numbers(trained: Run, monk
 
 
 def test_openvino_computes_in_int8_too(trained: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    ov = pytest.importorskip("openvino")
+    pytest.importorskip("openvino")
     monkeypatch.setattr(quantize, "race", _timed(0.006))
     monkeypatch.setattr(quantize, "METHODS", ("MinMax",))
     found = export(trained.path, "openvino", tmp_path / "m.xml", precision="int8", max_drop=100)
@@ -106,11 +106,11 @@ def test_openvino_computes_in_int8_too(trained: Run, monkeypatch: pytest.MonkeyP
     assert found.facts["verdict"]["bytes"]["converted"] == found.facts["bytes"] == sum((tmp_path / name).stat().st_size for name in ("m.bin", "m.xml"))
     weights = (tmp_path / "m.bin").stat().st_size
     assert weights < 0.5 * export(trained.path, "openvino", tmp_path / "fp32.xml").facts["bytes"]
-    model = ov.Core().read_model(tmp_path / "m.xml")
+    model = openvino_core().read_model(tmp_path / "m.xml")
     assert json.loads(model.get_rt_info("reslab").astype(str))["precision"] == "int8"
     precisions = Counter(
         (op.get_rt_info()["layerType"].astype(str), op.get_rt_info()["runtimePrecision"].astype(str))
-        for op in ov.Core().compile_model(model, "CPU").get_runtime_model().get_ops()
+        for op in openvino_core().compile_model(model, "CPU").get_runtime_model().get_ops()
     )
     computed = {precision for (layer, precision) in precisions if layer == "Convolution"}
     assert computed, precisions
