@@ -11,12 +11,13 @@ M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
 
 
 def cpu_name() -> str:
-    """The model of the processor and how many cores this process may use."""
+    """The model of the processor and how many cores this process may use; with AMX, which virtual machines of one model name may have or lack."""
     try:
         lines = Path("/proc/cpuinfo").read_text("utf-8").splitlines()
-        names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-        return f"{names[0]}, {len(os.sched_getaffinity(0))} cores"
-    except (OSError, IndexError):
+        facts = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
+        amx = " with AMX" if "amx_tile" in facts.get("flags", "").split() else ""
+        return f"{facts['model name']}{amx}, {len(os.sched_getaffinity(0))} cores"
+    except (OSError, KeyError):
         return platform.processor() or platform.machine()
 
 
