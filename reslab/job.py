@@ -270,7 +270,7 @@ def _plan(job: Job, net: ResNet, limits: Limits, started: float) -> tuple[Plan, 
 
 
 def _reserve(job: Job, plan: Plan) -> float:
-    """Seconds for what follows the training: val and test in fp32, choosing the precision that predicts, and the report."""
+    """Seconds for what follows the training: val and test, choosing the precision that predicts, which takes fp32 too, and the report."""
     val, test = len(job.parts["val"].items), len(job.parts["test"].items)
     an_image = 2 * VIEWS[job.recipe.tta] * plan.val_seconds / val  # by the net as it is, which takes up to twice as long as the plan's
     return REPORT_SECONDS + an_image * (val + test) + weighing_seconds(val, an_image, job.machine.device)
@@ -286,16 +286,19 @@ def _finish(job: Job, training: Training, show: JobShow) -> Run:
     show.say("testing")
     model = TorchModel(net.eval(), job.preprocess)
     found = Classifier(model, job.images.classes)
-    val = outputs(found, job.parts["val"].epoch(BATCH))
+    precision = training.plan.precision  # it is tested as it was trained
+    with job.machine.autocast(precision):
+        val = outputs(found, job.parts["val"].epoch(BATCH))
     temperature = fit_temperature(val)
     found = replace(found, temperature=temperature, sure=sure_above(val, temperature))
     job.parts["test"].load()
-    test = outputs(found, job.parts["test"].epoch(BATCH))
+    with job.machine.autocast(precision):
+        test = outputs(found, job.parts["test"].epoch(BATCH))
     seed, classes = job.recipe.seed, job.images.classes
     # The artefact is written last: a run with model/ is a finished run.
     scores = score(val, classes, found.temperature, seed)
-    run.record("calibration", split="val", epoch=training.progress.best_epoch, sure=found.sure, **scores)
-    run.record("test", **score(test, classes, found.temperature, seed))
+    run.record("calibration", split="val", epoch=training.progress.best_epoch, sure=found.sure, precision=precision, **scores)
+    run.record("test", precision=precision, **score(test, classes, found.temperature, seed))
     for entry in mistakes(found, test, job.parts["test"]):
         run.record("mistake", split="test", **entry)
     for part, out in (("val", val), ("test", test)):

@@ -112,7 +112,8 @@ def print_scores(scores: dict[str, Any]) -> None:
     parts = [line("top-1", "top1", "{:.2%}".format)]
     parts += [line("top-5", "top5", "{:.2%}".format)] if "top5" in scores else []
     parts += [line("loss", "loss", "{:.3f}".format), line("calibration error", "ece", "{:.2%}".format)]
-    print(f"test, n = {scores['n']:,}: " + "\n  ".join(parts))
+    how = "" if scores.get("precision", "fp32") == "fp32" else f" in {scores['precision']}, as it was trained"
+    print(f"test{how}, n = {scores['n']:,}: " + "\n  ".join(parts))
 
 
 def print_checkup(name: str, n: int, found: "Checkup") -> None:

@@ -88,7 +88,7 @@ def orthogonal(updates: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
     for i, update in enumerate(updates):
         shapes.setdefault(update.shape, []).append(i)
     for shape, members in shapes.items():
-        x = torch.stack([updates[i].reshape(shape[0], -1) for i in members])
+        x = torch.stack([updates[i].movedim(1, -1).flatten(1) for i in members])  # in the order in which a channels-last filter lies in memory
         tall = x.shape[1] > x.shape[2]
         x = x.mT if tall else x
         x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
@@ -97,7 +97,7 @@ def orthogonal(updates: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
             gram = x @ x.mT
             x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315), x, beta=3.4445)
         for i, matrix in zip(members, (x.mT if tall else x).to(updates[0].dtype), strict=True):
-            found[i] = matrix.reshape(shape)
+            found[i] = matrix.view(shape[0], *shape[2:], shape[1]).movedim(-1, 1)
     return found
 
 
