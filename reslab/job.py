@@ -286,14 +286,12 @@ def _finish(job: Job, training: Training, show: JobShow) -> Run:
     show.say("testing")
     model = TorchModel(net.eval(), job.preprocess)
     found = Classifier(model, job.images.classes)
-    precision = training.plan.precision  # it is tested as it was trained
-    with job.machine.autocast(precision):
-        val = outputs(found, job.parts["val"].epoch(BATCH))
+    job.parts["test"].load()
+    precision = training.plan.precision
+    with job.machine.autocast(precision):  # it is tested as it was trained
+        val, test = (outputs(found, job.parts[part].epoch(BATCH)) for part in ("val", "test"))
     temperature = fit_temperature(val)
     found = replace(found, temperature=temperature, sure=sure_above(val, temperature))
-    job.parts["test"].load()
-    with job.machine.autocast(precision):
-        test = outputs(found, job.parts["test"].epoch(BATCH))
     seed, classes = job.recipe.seed, job.images.classes
     # The artefact is written last: a run with model/ is a finished run.
     scores = score(val, classes, found.temperature, seed)

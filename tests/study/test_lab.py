@@ -251,18 +251,18 @@ def test_runs_that_a_study_cannot_use_are_one_line(tmp_path: Path, cli) -> None:
 def test_study_from_the_command_line_to_the_page(tmp_path: Path, cli) -> None:  # type: ignore[no-untyped-def]
     listed = cli("study")
     assert all(name in listed.stdout for name in STUDIES)
-    done = cli("study", "degradation", "--budget", "12s", "--seeds", "1", "--out", tmp_path / "s")
-    assert done.returncode == 0, done.stderr
+    for _ in range(2):  # where a busy machine left the budget no time for a net, the second call makes it
+        done = cli("study", "degradation", "--budget", "12s", "--seeds", "1", "--out", tmp_path / "s")
+        assert done.returncode == 0, done.stderr
     page = (tmp_path / "s" / "study.html").read_text()
     assert "Does a plain net train worse" in page
     assert page.count("<svg") == page.count('href="data:text/csv;base64,') == 2
     assert "://" not in page.replace("http://www.w3.org", ""), "it opens offline"
     told = json.loads((tmp_path / "s" / "study.json").read_text())
     assert told["answer"] in page
-    first = told["claims"][:3]
-    assert [claim["verdict"] for claim in first] == ["not decided at this budget"] * 3, "one seed decides nothing about seeds"
-    assert all(claim["n"] <= 1 for claim in first), "and a busy machine may leave it a net short"
-    assert all(claim["n"] > 100 for claim in told["claims"][3:]), "only what it says of its own nets, over the test images, may be decided"
+    verdicts = [(claim["n"], claim["verdict"]) for claim in told["claims"]]
+    assert verdicts[:3] == [(1, "not decided at this budget")] * 3, "one seed decides nothing about seeds"
+    assert all(n > 100 for n, _ in verdicts[3:]), "only what it says of its own nets, over the test images, may be decided"
     for number in range(1, 1 + len(told["figures"])):
         ElementTree.parse(tmp_path / "s" / "figures" / f"{number}.svg")
         assert (tmp_path / "s" / "figures" / f"{number}.csv").read_text().startswith("twin,layers,seed,")

@@ -115,8 +115,12 @@ def test_every_option_of_a_step_trains(tmp_path: Path) -> None:
         optimizer="adamw", lr=0.003, schedule="cosine", low_resolution=0.5, patience=4, precision="bf16", zero_init=True,
     )  # fmt: skip
     assert run.last("test")["top1"] > 0.3
+    assert run.last("test")["precision"] == run.last("calibration")["precision"] == "bf16"
+    assert "bf16 (as asked); tested in bf16" in (run.path / "report.html").read_text()
     sampled = reslab.train("digits", out=tmp_path / "sampled", epochs=1, balance="sampling", normalize="pixel-mean", crop="resized", keep="last")
     assert sampled.last("test")["n"] == 359
+    assert sampled.last("test")["precision"] == "fp32"
+    assert "; tested in fp32" in (sampled.path / "report.html").read_text()
 
 
 def test_layers_that_draw_random_numbers_repeat_too(tmp_path: Path) -> None:
