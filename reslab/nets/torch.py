@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from reslab.family import spec as find_spec
 from reslab.layout import SHORTCUT_DROPOUT, Unit, has_bias, is_normed, squeezed, stages
+from reslab.nets.fused import MaxPool, norm_add_relu, norm_relu
 from reslab.nets.initialise import initialise
 from reslab.nets.parts import (
     Add,
@@ -101,7 +102,7 @@ class ResNet(nn.Module):
 
     def stem(self, x: Tensor) -> Tensor:
         """What the first block sees of the images."""
-        return through(self.maxpool, through(self.relu, through(self.bn1, self.conv1(x))))
+        return through(self.maxpool, norm_relu(self.bn1, self.relu, self.conv1(x)))
 
     def head(self, x: Tensor) -> Tensor:
         """The last block's output, or another of its shape -> logits."""
@@ -134,7 +135,7 @@ def _pool(spec: Spec, width: int) -> nn.Module | None:
     kernel, stride, padding, fill, _ = stem.pool
     if spec.antialias:
         return nn.Sequential(nn.MaxPool2d(kernel, 1, padding), BlurPool(stride))
-    return ZeroPaddedMaxPool(kernel, stride, padding) if fill == "zero" else nn.MaxPool2d(kernel, stride, padding)
+    return ZeroPaddedMaxPool(kernel, stride, padding) if fill == "zero" else MaxPool(kernel, stride, padding)
 
 
 class Block(nn.Module):
@@ -158,7 +159,7 @@ class Block(nn.Module):
             self.add_module(f"relu{number}", None if free else nn.ReLU())
             inputs = each.outputs
         self.blur = BlurPool(2) if unit.blur else None
-        self.pool = nn.MaxPool2d(2, ceil_mode=True) if unit.pool else None
+        self.pool = MaxPool(2, ceil_mode=True) if unit.pool else None
         self.dropout = nn.Dropout(spec.dropout) if spec.dropout else None
         self.se = SqueezeExcite(inputs, squeezed(spec, inputs)) if spec.squeeze else None
         self.scale = Scale() if spec.init in ("skipinit", "rezero") else None
@@ -171,6 +172,10 @@ class Block(nn.Module):
 
     def part(self, name: str, number: int, x: Tensor) -> Tensor:
         return through(self._modules[f"{name}{number}"], x)
+
+    def activated(self, number: int, x: Tensor) -> Tensor:
+        """x through the norm and the ReLU of that number."""
+        return norm_relu(self._modules[f"bn{number}"], self._modules[f"relu{number}"], x)
 
     def convolve(self, number: int, x: Tensor) -> Tensor:
         """The convolution of that number, and what directly surrounds it."""
@@ -195,11 +200,20 @@ class Original(Block):
     def forward(self, x: Tensor) -> Tensor:
         y = x
         for number in range(1, self.count):
-            y = self.part("relu", number, self.part("bn", number, self.convolve(number, y)))
+            y = self.activated(number, self.convolve(number, y))
             if number == self.blurred:
                 y = through(self.blur, y)
-        y = self.part("bn", self.count, self.convolve(self.count, y))
-        return self.part("relu", self.count, self.join(y, x))
+        return self.finish(self.convolve(self.count, y), x)
+
+    def finish(self, y: Tensor, x: Tensor) -> Tensor:
+        """The last norm, the addition and ReLU, at once where nothing else stands between them."""
+        norm, relu = self._modules[f"bn{self.count}"], self._modules[f"relu{self.count}"]
+        if isinstance(self.add, Add) and not any((self.se, self.scale, self.drop_path, self.carry)):
+            carried = through(self.downsample, x)
+            assert relu is not None
+            out = norm_add_relu(norm, self.add, relu, y, carried)
+            return relu(self.add(through(norm, y), carried)) if out is None else out
+        return through(relu, self.join(through(norm, y), x))
 
 
 class BNAfterAdd(Block):
@@ -208,9 +222,9 @@ class BNAfterAdd(Block):
     def forward(self, x: Tensor) -> Tensor:
         y = x
         for number in range(1, self.count):
-            y = self.part("relu", number, self.part("bn", number, self.convolve(number, y)))
+            y = self.activated(number, self.convolve(number, y))
         y = self.join(self.convolve(self.count, y), x)
-        return self.part("relu", self.count, self.part("bn", self.count, y))
+        return self.activated(self.count, y)
 
 
 class ReLUBeforeAdd(Block):
@@ -219,7 +233,7 @@ class ReLUBeforeAdd(Block):
     def forward(self, x: Tensor) -> Tensor:
         y = x
         for number in range(1, self.count + 1):
-            y = self.part("relu", number, self.part("bn", number, self.convolve(number, y)))
+            y = self.activated(number, self.convolve(number, y))
         return self.join(y, x)
 
 
@@ -238,9 +252,9 @@ class Preact(Block):
     """BN-ReLU-conv ... BN-ReLU-conv, addition: figure 4e. A projection sees the activated input."""
 
     def forward(self, x: Tensor) -> Tensor:
-        y = activated = self.part("relu", 1, self.part("bn", 1, x))
+        y = activated = self.activated(1, x)
         for number in range(1, self.count + 1):
-            y = self.part("relu", number, self.part("bn", number, y)) if number > 1 else y
+            y = self.activated(number, y) if number > 1 else y
             y = self.convolve(number, y)
         return self.join(y, activated if isinstance(self.downsample, nn.Sequential) else x)
 
@@ -264,8 +278,8 @@ class SkipBlock(nn.Module):
         self.add = Add() if unit.carrier != "none" else None
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.relu1(through(self.bn1, self.conv1(x)))
-        y = through(self.halve, self.relu2(through(self.bn2, self.conv2(y))))
+        y = norm_relu(self.bn1, self.relu1, self.conv1(x))
+        y = through(self.halve, norm_relu(self.bn2, self.relu2, self.conv2(y)))
         if self.add is None:
             return y
         out: Tensor = self.add(y, through(self.duplicate, through(self.downsample, x)))

@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from reslab.nets import few_pixels
+
 WIDE = 128  # channels in and out, their geometric mean, below which the transforms cost what the products save
 NARROWEST = 64
 FEW_TILES = 64  # below so many, reading the transformed filters takes longest
@@ -34,12 +36,15 @@ class WideConv(nn.Conv2d):
 
     winograd = False
     keep = True
+    fused = False  # the net may use what fused.py and few_pixels.py have
 
     def forward(self, x: Tensor) -> Tensor:
         if self.winograd and pays(x):
             dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
             y: Tensor = Winograd.apply(x.to(dtype), self.weight, self.keep)  # type: ignore[no-untyped-call]
             return y if self.bias is None else y + self.bias.to(dtype)[:, None, None]
+        if self.fused and self.training and self.bias is None and few_pixels.pays(x, self.weight):
+            return few_pixels.conv3x3(x, self.weight)
         return super().forward(x)
 
 

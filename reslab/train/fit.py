@@ -27,6 +27,7 @@ from reslab.data.shards import shuffled
 from reslab.errors import WorkError
 from reslab.host import release_freed_memory
 from reslab.interval import share
+from reslab.nets.fused import use_fused
 from reslab.nets.torch import ResNet
 from reslab.nets.winograd import use_winograd
 from reslab.run import Run
@@ -77,7 +78,6 @@ class Training:
         self.deadline = deadline  # time.monotonic() at which the training is to end, if it has a budget
         self.board: Board | None = None
         self.logged = 0.0  # when the last `step` record was written
-        use_winograd(net, plan.winograd, plan.memory is None)
         self.optimizer = optimizer(net, recipe, plan.precision)
         keep_gradients(net)
         self.shared = machine.share(ready(net, plan))  # after the optimiser has frozen what is to be frozen
@@ -134,6 +134,7 @@ class Training:
         if self._is_stale():
             self.show.say(f"stopped early: {p.stale_epochs} epochs without a better val top-1")
         use_winograd(self.net, False)
+        use_fused(self.net, False)
         self._take_weights()
 
     def _epochs(self) -> int:

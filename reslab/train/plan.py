@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.functional import interpolate, one_hot
 
 from reslab.errors import CallError, WorkError, shown
+from reslab.nets.fused import reason_against, use_fused
 from reslab.nets.torch import ResNet
 from reslab.nets.winograd import use_winograd
 from reslab.train.checkpoint import Checkpointed, Segments, choose_segments
@@ -45,6 +46,8 @@ class Plan:
     memory: int | None = None  # bytes that a process may hold
     segments: Segments = ()  # the first blocks, grouped, that are computed again in the backward pass
     winograd: bool = False  # wide convolutions by Winograd's algorithm
+    fused: bool = False  # norm, addition and ReLU in one pass, unless the net is compiled
+    fusing: str = ""  # why not, where that could have been
     compiled: bool = False  # the net by torch.compile
     compiling: str = ""  # why, or why not
     replayed: bool = False  # a step on a GPU is recorded once, as CUDA graphs
@@ -90,7 +93,11 @@ def make_plan(
     per_epoch = train // recipe.batch_size
     segments = choose_segments(net.spec, recipe, precision, memory, machine)
     wide = recipe.convolution == "auto" and machine.device.type == "cpu" and use_winograd(net, True)
-    plan = Plan(recipe.steps or recipe.epochs * per_epoch, per_epoch, precision, reason, memory=memory, segments=segments)
+    fuses = recipe.fuse == "auto" and machine.device.type == "cpu"
+    against = reason_against() if fuses else ""
+    plan = Plan(
+        recipe.steps or recipe.epochs * per_epoch, per_epoch, precision, reason, memory=memory, segments=segments, fused=fuses and not against, fusing=against
+    )
     pieces, x = len(x) // recipe.micro_batch, x[: recipe.micro_batch]
     low = recipe.low_resolution or 0.0
     sizes = [x]
@@ -111,6 +118,8 @@ def make_plan(
 
 def ready(net: ResNet, plan: Plan) -> nn.Module:
     """The net as a step of this plan calls it."""
+    use_winograd(net, plan.winograd, plan.memory is None)
+    use_fused(net, plan.fused and not plan.compiled)
     if plan.compiled:
         return torch.compile(net, dynamic=False)  # type: ignore[return-value]
     return Checkpointed(net, plan.segments, plan.memory)
@@ -180,7 +189,6 @@ def _compiled(plan: Plan, net: ResNet, sizes: list[Tensor], recipe: Recipe, mach
 def _time_step(net: ResNet, x: Tensor, recipe: Recipe, plan: Plan, machine: Machine) -> float:
     """Of the net itself, so that what is compiled for it need not be compiled again; afterwards it is as it was."""
     before = copy.deepcopy(net.state_dict())
-    use_winograd(net, plan.winograd, plan.memory is None)
     optim = optimizer(net.train(), recipe, plan.precision)
     keep_gradients(net)
     targets = one_hot(torch.arange(len(x), device=x.device) % net.spec.num_classes, net.spec.num_classes).float()

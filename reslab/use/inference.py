@@ -17,6 +17,7 @@ from torch import Tensor, fx, nn
 
 from reslab.host import cpu_name
 from reslab.interval import share
+from reslab.nets.fused import MaxPool, Norm
 from reslab.nets.parts import Add
 from reslab.nets.recording import Recording, shared_pool, warm_up
 from reslab.nets.torch import ResNet
@@ -235,10 +236,10 @@ def folded(net: ResNet) -> fx.GraphModule:
 
 
 class _Tracer(fx.Tracer):
-    """Sees convolutions and skip additions as one node each, ours included."""
+    """Sees convolutions, norms, pools and skip additions as one node each, ours included."""
 
     def is_leaf_module(self, module: nn.Module, name: str) -> bool:
-        return isinstance(module, (nn.Conv2d, Add)) or super().is_leaf_module(module, name)
+        return isinstance(module, (nn.Conv2d, Norm, MaxPool, Add)) or super().is_leaf_module(module, name)
 
 
 @torch.no_grad()

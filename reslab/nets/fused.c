@@ -1,0 +1,363 @@
+/* Batch norm, the skip addition and ReLU as one pass over memory, forward and back, and max-pools that note where in one byte.
+
+   Images are channels-last: `rows` = N x H x W pixels of C channels each, C a multiple of LANES; a caller with fewer lays
+   several pixels side by side (`fold`). T is the type in memory; all arithmetic is in fp32, and sums of many rows go on
+   in fp64. What lies between the two passes of batch norm is one barrier. Compiled once a type by fused.py. */
+
+#include <math.h>
+#include <omp.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+#if defined(__AVX512BF16__)
+#include <immintrin.h>
+#endif
+
+#define LANES 16
+#define WIDE 4 /* vectors of channels that go through registers together */
+#define TALL 16 /* rows at a time, which stay in the first cache between two groups of channels */
+#define PAST ((size_t)1 << 24) /* bytes; what is larger is not in a cache when it is read again */
+#define BLOCK 256 /* rows whose sums are added up in fp32 */
+#define ALWAYS inline __attribute__((always_inline))
+
+typedef float Floats __attribute__((vector_size(4 * LANES)));
+typedef int32_t Ints __attribute__((vector_size(4 * LANES)));
+typedef uint32_t Bits __attribute__((vector_size(4 * LANES)));
+typedef uint16_t Halves __attribute__((vector_size(2 * LANES)));
+typedef uint8_t Bytes __attribute__((vector_size(LANES)));
+
+#if defined(BF16)
+typedef uint16_t T;
+
+static inline Floats load(const T *p) {
+    Halves h;
+    memcpy(&h, p, sizeof h);
+    return (Floats)(__builtin_convertvector(h, Bits) << 16);
+}
+
+static inline void store(T *p, Floats x) {
+#if defined(__AVX512BF16__)
+    __m256bh h = _mm512_cvtneps_pbh((__m512)x);
+    memcpy(p, &h, sizeof h);
+#else
+    Bits bits = (Bits)x, rounded = bits + 0x7fff + ((bits >> 16) & 1); /* to the nearest, of two to the even */
+    Bits nan = (Bits)((bits & 0x7fffffff) > 0x7f800000);
+    Halves h = __builtin_convertvector((nan & 0x7fc00000) >> 16 | (~nan & rounded) >> 16, Halves);
+    memcpy(p, &h, sizeof h);
+#endif
+}
+#else
+typedef float T;
+
+static inline Floats load(const T *p) {
+    Floats x;
+    memcpy(&x, p, sizeof x);
+    return x;
+}
+
+static inline void store(T *p, Floats x) { memcpy(p, &x, sizeof x); }
+#endif
+
+static ALWAYS void stream(T *p, Floats x) {
+#if defined(BF16) && defined(__AVX512BF16__)
+    _mm256_stream_si256((void *)p, (__m256i)_mm512_cvtneps_pbh((__m512)x));
+#elif defined(__AVX512F__)
+    _mm512_stream_ps((void*)p, (__m512)x);
+#else
+    store(p, x);
+#endif
+}
+
+static inline Floats floats(const float *p) {
+    Floats x;
+    memcpy(&x, p, sizeof x);
+    return x;
+}
+
+static inline Floats chosen(Ints where, Floats x) { return (Floats)(where & (Ints)x); } /* x or zero */
+
+static inline Floats relu(Floats x) { return chosen(~(x < 0), x); } /* a NaN stays one */
+
+static int64_t share(int64_t rows, int part, int parts) { return rows * part / parts; }
+
+/* What is added up over the rows of a channel, in pairs. */
+enum { MOMENTS, LINEAR, RECTIFIED, JOINED };
+
+/* What the sums are taken of. `middle` is what x is measured from; of the others each kind takes what it needs. */
+typedef struct {
+    const T *x, *dy, *y;
+    T *d_added;
+    const float *middle, *scale, *shift;
+} Pixels;
+
+static ALWAYS void add(int kind, const Pixels *p, int64_t at, int64_t c, Floats *first, Floats *second) {
+    Floats in = load(p->x + at), d = in - floats(p->middle + c), g = d;
+    if (kind == LINEAR) g = load(p->dy + at);
+    if (kind == RECTIFIED) g = chosen(d * floats(p->scale + c) + floats(p->shift + c) > 0, load(p->dy + at));
+    if (kind == JOINED) {
+        g = chosen(load(p->y + at) > 0, load(p->dy + at));
+        store(p->d_added + at, g);
+    }
+    *first += g;
+    *second += g * d;
+}
+
+static ALWAYS void group(int kind, int width, const Pixels *p, int64_t begin, int64_t end, int64_t C, int64_t c, float *near) {
+    Floats first[WIDE], second[WIDE];
+    for (int v = 0; v < width; v++) {
+        first[v] = floats(near + c + v * LANES);
+        second[v] = floats(near + C + c + v * LANES);
+    }
+    for (int64_t row = begin; row < end; row++)
+        for (int v = 0; v < width; v++) add(kind, p, row * C + c + v * LANES, c + v * LANES, first + v, second + v);
+    for (int v = 0; v < width; v++) {
+        memcpy(near + c + v * LANES, first + v, sizeof *first);
+        memcpy(near + C + c + v * LANES, second + v, sizeof *second);
+    }
+}
+
+/* Adds both sums over rows from `begin` to `end` to `totals`, C of the one and then C of the other. */
+static ALWAYS void sum(int kind, const Pixels *p, int64_t begin, int64_t end, int64_t C, float *near, double *totals) {
+    for (int64_t block = begin; block < end; block += BLOCK) {
+        int64_t until = block + BLOCK < end ? block + BLOCK : end;
+        memset(near, 0, 2 * C * sizeof *near);
+        for (int64_t tile = block; tile < until; tile += TALL) {
+            int64_t last = tile + TALL < until ? tile + TALL : until, c = 0;
+            for (; c + WIDE * LANES <= C; c += WIDE * LANES) group(kind, WIDE, p, tile, last, C, c, near);
+            for (; c < C; c += LANES) group(kind, 1, p, tile, last, C, c, near);
+        }
+        for (int64_t c = 0; c < 2 * C; c++) totals[c] += near[c];
+    }
+}
+
+/* y = relu(norm(x) + added), `added` may be NULL. Leaves mean and 1 / standard deviation, and moves the running statistics
+   unless running_mean is NULL. x, added, y: rows x C; everything else: channels = C / fold. Returns 0, or 1 without memory. */
+int norm_forward(const T *x, const T *added, T *y, int64_t rows, int64_t C, int64_t fold, const float *weight, const float *bias, float eps,
+                 float momentum, float *running_mean, float *running_var, float *mean, float *invstd, int rectify, int parts) {
+    int failed = 0, past = rows * C * sizeof(T) > PAST;
+    int64_t channels = C / fold;
+    double *sums = calloc(parts * 2 * C, sizeof(double));
+    float *factors = malloc(3 * C * sizeof(float)), *scale = factors, *shift = factors + C, *middle = factors + 2 * C;
+    if (!sums || !factors) {
+        free(sums);
+        free(factors);
+        return 1;
+    }
+    for (int64_t c = 0; c < C; c += LANES) { /* sums are taken about the first pixel, so that a large mean costs no digits */
+        Floats v = load(x + c);
+        memcpy(middle + c, &v, sizeof v);
+    }
+    for (int64_t c = 0; c < C; c++) middle[c] = isfinite(middle[c % channels]) ? middle[c % channels] : 0;
+#pragma omp parallel num_threads(parts)
+    {
+        int part = omp_get_thread_num(), count = omp_get_num_threads();
+        int64_t begin = share(rows, part, count), end = share(rows, part + 1, count);
+        float *near = malloc(2 * C * sizeof(float));
+        double *own = sums + part * 2 * C;
+        if (near)
+            sum(MOMENTS, &(Pixels){.x = x, .middle = middle}, begin, end, C, near, own);
+        else
+            failed = 1;
+        free(near);
+#pragma omp barrier
+#pragma omp single
+        {
+            double n = (double)rows * fold;
+            for (int64_t c = 0; c < channels; c++) {
+                double total = 0, squares = 0;
+                for (int p = 0; p < count; p++)
+                    for (int64_t f = c; f < C; f += channels) {
+                        total += sums[p * 2 * C + f];
+                        squares += sums[p * 2 * C + C + f];
+                    }
+                double from = total / n, var = squares / n - from * from;
+                var = var < 0 ? 0 : var;
+                mean[c] = (float)(middle[c] + from);
+                invstd[c] = (float)(1 / sqrt(var + eps));
+                if (running_mean) {
+                    running_mean[c] += momentum * (mean[c] - running_mean[c]);
+                    running_var[c] += momentum * ((float)(var * n / (n - 1)) - running_var[c]);
+                }
+            }
+            for (int64_t c = 0; c < C; c++) {
+                scale[c] = weight[c % channels] * invstd[c % channels];
+                shift[c] = bias[c % channels];
+                middle[c] = mean[c % channels];
+            }
+        }
+        for (int64_t row = begin; row < end; row++) {
+            const T *from = x + row * C, *plus = added ? added + row * C : NULL;
+            T *to = y + row * C;
+            for (int64_t c = 0; c < C; c += LANES) {
+                Floats v = (load(from + c) - floats(middle + c)) * floats(scale + c) + floats(shift + c);
+                if (plus) v += load(plus + c);
+                if (past) stream(to + c, rectify ? relu(v) : v); else store(to + c, rectify ? relu(v) : v);
+            }
+        }
+    }
+    free(sums);
+    free(factors);
+    return failed;
+}
+
+/* From dy the gradients of x, of what was added (d_added; NULL if nothing was), of weight and bias. y is read only where
+   something was added; else what ReLU let through is told by x. dx may be NULL. Returns 0, or 1 without memory. */
+int norm_backward(const T *dy, const T *x, const T *y, T *dx, T *d_added, int64_t rows, int64_t C, int64_t fold, const float *weight,
+                  const float *bias, const float *mean, const float *invstd, float *d_weight, float *d_bias, int rectify, int parts) {
+    int failed = 0, past = rows * C * sizeof(T) > PAST;
+    int64_t channels = C / fold;
+    double *sums = calloc(parts * 2 * C, sizeof(double));
+    float *factors = malloc(5 * C * sizeof(float)), *scale = factors, *shift = factors + C, *middle = factors + 2 * C, *level = factors + 3 * C,
+          *slope = factors + 4 * C;
+    if (!sums || !factors) {
+        free(sums);
+        free(factors);
+        return 1;
+    }
+    for (int64_t c = 0; c < C; c++) {
+        middle[c] = mean[c % channels];
+        scale[c] = weight[c % channels] * invstd[c % channels];
+        shift[c] = bias[c % channels];
+    }
+#pragma omp parallel num_threads(parts)
+    {
+        int part = omp_get_thread_num(), count = omp_get_num_threads();
+        int64_t begin = share(rows, part, count), end = share(rows, part + 1, count);
+        float *near = malloc(2 * C * sizeof(float));
+        double *own = sums + part * 2 * C;
+        Pixels p = {x, dy, y, d_added, middle, scale, shift};
+        if (!near)
+            failed = 1;
+        else if (!rectify)
+            sum(LINEAR, &p, begin, end, C, near, own);
+        else if (d_added)
+            sum(JOINED, &p, begin, end, C, near, own);
+        else
+            sum(RECTIFIED, &p, begin, end, C, near, own);
+        free(near);
+#pragma omp barrier
+#pragma omp single
+        {
+            double n = (double)rows * fold;
+            for (int64_t c = 0; c < channels; c++) {
+                double total = 0, along = 0;
+                for (int p = 0; p < count; p++)
+                    for (int64_t f = c; f < C; f += channels) {
+                        total += sums[p * 2 * C + f];
+                        along += sums[p * 2 * C + C + f];
+                    }
+                d_bias[c] = (float)total;
+                d_weight[c] = (float)(along * invstd[c]);
+                for (int64_t f = c; f < C; f += channels) {
+                    level[f] = (float)(total / n);
+                    slope[f] = (float)(along * invstd[c] * invstd[c] / n);
+                }
+            }
+        }
+        if (dx)
+            for (int64_t row = begin; row < end; row++) {
+                const T *from = x + row * C, *by = (d_added ? d_added : dy) + row * C;
+                T *to = dx + row * C;
+                for (int64_t c = 0; c < C; c += LANES) {
+                    Floats in = load(from + c), g = load(by + c);
+                    if (rectify && !d_added) g = chosen((in - floats(middle + c)) * floats(scale + c) + floats(shift + c) > 0, g);
+                    Floats out = floats(scale + c) * (g - floats(level + c) - (in - floats(middle + c)) * floats(slope + c));
+                    if (past) stream(to + c, out); else store(to + c, out);
+                }
+            }
+    }
+    free(sums);
+    free(factors);
+    return failed;
+}
+
+/* How a max-pool walks: images, pixels in and out, the side of its square window, stride and padding. */
+typedef struct {
+    int64_t images, height, width, C, down, across, side, stride, padding;
+} Pool;
+
+/* y = the largest of each window, and which of its side x side pixels that was, the first of equals; padding never wins. */
+void pool_forward(const T *x, T *y, uint8_t *where, const Pool *p, int parts) {
+#pragma omp parallel for schedule(static) num_threads(parts)
+    for (int64_t line = 0; line < p->images * p->down; line++) {
+        int64_t image = line / p->down, top = line % p->down * p->stride - p->padding;
+        for (int64_t column = 0; column < p->across; column++) {
+            int64_t left = column * p->stride - p->padding, to = (line * p->across + column) * p->C;
+            for (int64_t c = 0; c < p->C; c += LANES) {
+                Floats best = {0};
+                Ints at = (Ints){0} - 1;
+                for (int64_t i = 0; i < p->side; i++)
+                    for (int64_t j = 0; j < p->side; j++) {
+                        int64_t row = top + i, pixel = left + j;
+                        if (row < 0 || row >= p->height || pixel < 0 || pixel >= p->width) continue;
+                        Floats v = load(x + ((image * p->height + row) * p->width + pixel) * p->C + c);
+                        Ints wins = (v > best) | (v != v) | (at < 0); /* a NaN stays one */
+                        best = (Floats)((wins & (Ints)v) | (~wins & (Ints)best));
+                        at = (wins & (int)(i * p->side + j)) | (~wins & at);
+                    }
+                store(y + to + c, best);
+                Bytes found = __builtin_convertvector(at, Bytes);
+                memcpy(where + to + c, &found, sizeof found);
+            }
+        }
+    }
+}
+
+/* A line of dx where no two windows overlap: every pixel has one. */
+static void apart_backward(const T *dy, const uint8_t *where, T *line, const Pool *p, int64_t image, int64_t y) {
+    int64_t i = y / p->side, C = p->C, covered = i < p->down ? p->across : 0;
+    if (covered * p->side < p->width) memset(line, 0, p->width * C * sizeof *line);
+    for (int64_t j = 0; j < covered; j++) {
+        int64_t from = ((image * p->down + i) * p->across + j) * C, left = j * p->side;
+        int64_t last = left + p->side > p->width ? p->width - left : p->side;
+        for (int64_t c = 0; c < C; c += LANES) {
+            Floats g = load(dy + from + c);
+            Bytes found;
+            memcpy(&found, where + from + c, sizeof found);
+            Ints tap = __builtin_convertvector(found, Ints) - (int)(y % p->side * p->side);
+            for (int64_t t = 0; t < last; t++) store(line + (left + t) * C + c, chosen(tap == (int)t, g));
+        }
+    }
+}
+
+/* dx from dy and where the largest were. Returns 0, or 1 without memory. */
+int pool_backward(const T *dy, const uint8_t *where, T *dx, const Pool *p, int parts) {
+    int failed = 0, apart = p->stride == p->side && !p->padding;
+    int64_t C = p->C, wide = p->width * C;
+#pragma omp parallel reduction(| : failed) num_threads(parts)
+    {
+        float *sums = malloc(wide * sizeof *sums);
+        failed = !sums;
+#pragma omp for schedule(static)
+        for (int64_t line = 0; line < p->images * p->height; line++) {
+            if (failed) continue;
+            int64_t image = line / p->height, y = line % p->height + p->padding;
+            int64_t top = y < p->side ? 0 : (y - p->side) / p->stride + 1, bottom = y / p->stride < p->down ? y / p->stride : p->down - 1;
+            if (apart) {
+                apart_backward(dy, where, dx + line * wide, p, image, y);
+                continue;
+            }
+            memset(sums, 0, wide * sizeof *sums);
+            for (int64_t i = top; i <= bottom; i++)
+                for (int64_t j = 0; j < p->across; j++) {
+                    int64_t left = j * p->stride - p->padding, first = left < 0 ? -left : 0;
+                    int64_t last = left + p->side > p->width ? p->width - left : p->side;
+                    int64_t from = ((image * p->down + i) * p->across + j) * C;
+                    for (int64_t c = 0; c < C; c += LANES) {
+                        Floats g = load(dy + from + c);
+                        Bytes found;
+                        memcpy(&found, where + from + c, sizeof found);
+                        Ints tap = __builtin_convertvector(found, Ints) - (int)((y - i * p->stride) * p->side);
+                        for (int64_t t = first; t < last; t++) {
+                            float *at = sums + (left + t) * C + c;
+                            Floats sum = floats(at) + chosen(tap == (int)t, g);
+                            memcpy(at, &sum, sizeof sum);
+                        }
+                    }
+                }
+            for (int64_t c = 0; c < wide; c += LANES) store(dx + line * wide + c, floats(sums + c));
+        }
+        free(sums);
+    }
+    return failed;
+}

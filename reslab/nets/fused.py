@@ -1,0 +1,212 @@
+"""Batch norm, the skip addition and ReLU as one pass over memory, and max-pools that note places in one byte, in C (fused.c).
+
+Between its convolutions a net does little arithmetic and moves much memory, which torch does operation by operation. These
+kernels are for training on a CPU, on channels-last tensors in fp32 or bf16. They are compiled for this processor when a training
+begins (a third of a second, nothing is kept) and share torch's threads; without a C compiler torch's own operations do the work.
+"""
+
+import ctypes
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from ctypes import byref, c_float, c_int, c_int64, c_void_p
+from functools import cache
+from math import gcd
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+SOURCE = Path(__file__).with_name("fused.c")
+LANES, WIDE = 16, 64  # channels in a vector, and as many as keep the registers busy
+FLAGS = ("-O3", "-march=native", "-ffp-contract=fast", "-fno-math-errno", "-fopenmp", "-shared", "-fPIC")
+TYPES = {torch.float32: (), torch.bfloat16: ("-DBF16",)}
+COMPILER_SECONDS = 60
+
+
+class Norm(nn.BatchNorm2d):
+    """Batch norm over (N, C, H, W), by the fused kernels where `use_fused` has set them and they can."""
+
+    fused = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not _suits(self, x):
+            return super().forward(x)
+        return _NormReLU.apply(x, None, self.weight, self.bias, self, False)  # type: ignore[no-untyped-call, no-any-return]
+
+
+class MaxPool(nn.MaxPool2d):
+    """A max-pool over (N, C, H, W), likewise."""
+
+    fused = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not (self.fused and self.training and x.dtype in TYPES and x.shape[1] % LANES == 0):
+            return super().forward(x)  # type: ignore[no-any-return]
+        out = nn.functional.max_pool2d(x[:1].to("meta"), self.kernel_size, self.stride, self.padding, ceil_mode=self.ceil_mode)
+        return _MaxPool.apply(x, *out.shape[2:], self.kernel_size, self.stride, self.padding)  # type: ignore[no-untyped-call, no-any-return]
+
+
+def norm_relu(norm: nn.Module | None, relu: nn.Module | None, x: Tensor) -> Tensor:
+    """relu(norm(x)); either may be missing."""
+    if isinstance(norm, Norm) and relu is not None and _suits(norm, x) and not _hooked(norm, relu):
+        return _NormReLU.apply(x, None, norm.weight, norm.bias, norm, True)  # type: ignore[no-untyped-call, no-any-return]
+    x = x if norm is None else norm(x)
+    return x if relu is None else relu(x)
+
+
+def norm_add_relu(norm: nn.Module | None, add: nn.Module, relu: nn.Module, x: Tensor, shortcut: Tensor) -> Tensor | None:
+    """relu(norm(x) + shortcut) in one pass, or None where it cannot be done so."""
+    if not (isinstance(norm, Norm) and _suits(norm, x) and not _hooked(norm, add, relu) and shortcut.shape == x.shape):
+        return None
+    shortcut = shortcut.to(x.dtype).contiguous(memory_format=torch.channels_last)
+    return _NormReLU.apply(x, shortcut, norm.weight, norm.bias, norm, True)  # type: ignore[no-untyped-call, no-any-return]
+
+
+def use_fused(net: nn.Module, on: bool) -> None:
+    """Sets whether a net uses these while it trains, where they can be made; it does not where a hook looks between two of its parts."""
+    on = on and not reason_against()
+    for module in net.modules():
+        if hasattr(module, "fused"):
+            module.fused = on  # type: ignore[assignment]
+
+
+@cache
+def reason_against() -> str:
+    """Why the kernels cannot be used here; empty where they can."""
+    try:
+        for dtype in TYPES:
+            _library(dtype)
+    except (OSError, subprocess.SubprocessError) as error:
+        told = error.stderr if isinstance(error, subprocess.CalledProcessError) else error
+        return (str(told).strip() or type(error).__name__).splitlines()[0][:200]
+    return ""
+
+
+def _suits(norm: Norm, x: Tensor) -> bool:
+    if not (norm.fused and norm.training and norm.affine and norm.track_running_stats and norm.momentum is not None):
+        return False
+    return x.dtype in TYPES and x.dim() == 4 and x.numel() > x.shape[1] and _fold(x) > 0
+
+
+def _fold(x: Tensor) -> int:
+    """How many pixels lie side by side in a row of the kernels, so that rows are whole vectors; 0 where the pixels do not divide."""
+    channels = x.shape[1]
+    pixels = x.numel() // channels
+    least = LANES // gcd(channels, LANES)
+    wanted = least
+    while wanted * channels < WIDE:
+        wanted *= 2
+    return next((fold for fold in (wanted, least) if pixels % fold == 0), 0)
+
+
+def _hooked(*modules: nn.Module) -> bool:
+    return any(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks for m in modules)
+
+
+class _NormReLU(torch.autograd.Function):
+    """relu(norm(x) + added), without either where there is none. Moves the running statistics. Once differentiable."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, added: Tensor | None, weight: Tensor, bias: Tensor, norm: Norm, rectify: bool) -> Tensor:
+        assert norm.running_mean is not None and norm.running_var is not None and norm.num_batches_tracked is not None
+        x = x.contiguous(memory_format=torch.channels_last)
+        y, mean, invstd = torch.empty_like(x), torch.empty_like(weight), torch.empty_like(weight)
+        norm.num_batches_tracked.add_(1)
+        fold = _fold(x)
+        _checked(
+            _library(x.dtype).norm_forward(
+                _at(x), _at(added), _at(y), x.numel() // (len(weight) * fold), len(weight) * fold, fold, _at(weight), _at(bias), norm.eps,
+                norm.momentum, _at(norm.running_mean), _at(norm.running_var), _at(mean), _at(invstd), rectify, torch.get_num_threads(),
+            )
+        )  # fmt: skip
+        ctx.save_for_backward(x, y if added is not None else None, weight, bias, mean, invstd)
+        ctx.fold, ctx.rectify = fold, rectify
+        return y
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, y, weight, bias, mean, invstd = ctx.saved_tensors
+        dy = dy.contiguous(memory_format=torch.channels_last)
+        dx = torch.empty_like(x) if ctx.needs_input_grad[0] else None
+        d_added = None if y is None else torch.empty_like(x)
+        d_weight, d_bias = torch.empty_like(weight), torch.empty_like(bias)
+        channels = len(weight) * ctx.fold
+        _checked(
+            _library(x.dtype).norm_backward(
+                _at(dy), _at(x), _at(y), _at(dx), _at(d_added), x.numel() // channels, channels, ctx.fold, _at(weight), _at(bias), _at(mean),
+                _at(invstd), _at(d_weight), _at(d_bias), ctx.rectify, torch.get_num_threads(),
+            )
+        )  # fmt: skip
+        return dx, d_added, d_weight, d_bias, None, None
+
+
+class _Pool(ctypes.Structure):
+    """As in fused.c."""
+
+    _fields_ = [(name, c_int64) for name in ("images", "height", "width", "channels", "down", "across", "side", "stride", "padding")]
+
+
+class _MaxPool(torch.autograd.Function):
+    """The largest of each window of side x side pixels, `down` x `across` of them. Once differentiable."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, down: int, across: int, side: int, stride: int, padding: int) -> Tensor:
+        x = x.contiguous(memory_format=torch.channels_last)
+        n, channels, height, width = x.shape
+        ctx.pool = _Pool(n, height, width, channels, down, across, side, stride, padding)
+        y = torch.empty((n, channels, down, across), dtype=x.dtype, memory_format=torch.channels_last)
+        where = torch.empty_like(y, dtype=torch.uint8)
+        _library(x.dtype).pool_forward(_at(x), _at(y), _at(where), byref(ctx.pool), torch.get_num_threads())
+        ctx.save_for_backward(where)
+        return y
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        (where,) = ctx.saved_tensors
+        dy, pool = dy.contiguous(memory_format=torch.channels_last), ctx.pool
+        dx = torch.empty((pool.images, pool.channels, pool.height, pool.width), dtype=dy.dtype, memory_format=torch.channels_last)
+        _checked(_library(dy.dtype).pool_backward(_at(dy), _at(where), _at(dx), byref(pool), torch.get_num_threads()))
+        return dx, None, None, None, None, None
+
+
+def _at(x: Tensor | None) -> int | None:
+    return None if x is None else x.data_ptr()
+
+
+def _checked(failed: int) -> None:
+    if failed:
+        raise MemoryError("no memory for the sums of a batch norm or a max-pool")
+
+
+@cache
+def _library(dtype: torch.dtype) -> ctypes.CDLL:
+    """The kernels for tensors of a dtype. Raises OSError or SubprocessError where they cannot be made."""
+    if sys.platform != "linux":
+        raise OSError("the kernels are for Linux")
+    compiler = os.environ.get("CC") or shutil.which("cc")
+    if not compiler:
+        raise OSError("no C compiler: cc is not on the path")
+    with tempfile.TemporaryDirectory(prefix="reslab-") as folder:
+        file = Path(folder) / "fused.so"
+        call = [compiler, *FLAGS, *TYPES[dtype], str(SOURCE), "-o", str(file), *_openmp()]
+        subprocess.run(call, check=True, capture_output=True, text=True, timeout=COMPILER_SECONDS)  # noqa: S603  # our own source
+        library = ctypes.CDLL(str(file))
+    p, n = c_void_p, c_int64
+    library.norm_forward.argtypes = [p, p, p, n, n, n, p, p, c_float, c_float, p, p, p, p, c_int, c_int]
+    library.norm_backward.argtypes = [p, p, p, p, p, n, n, n, p, p, p, p, p, p, c_int, c_int]
+    library.pool_forward.argtypes = library.pool_backward.argtypes = [p, p, p, p, c_int]
+    return library
+
+
+def _openmp() -> list[str]:
+    """torch's own OpenMP, so that both share threads: those of a second one would fight for the same cores."""
+    lines = Path("/proc/self/maps").read_text("utf-8").splitlines()
+    loaded = {line.split(maxsplit=5)[-1] for line in lines if "libgomp" in line}
+    near = str(Path(torch.__file__).parent)
+    return sorted(file for file in loaded if file.startswith(near))[:1]

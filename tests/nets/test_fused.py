@@ -1,0 +1,197 @@
+"""The kernels of fused.c give what torch's operations give, forward and backward, and step aside where they cannot."""
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import reslab
+from reslab.nets import fused
+from reslab.nets.fused import MaxPool, Norm, norm_add_relu, norm_relu, reason_against, use_fused
+from reslab.nets.parts import Add, Pointwise
+
+pytestmark = pytest.mark.skipif(bool(reason_against()), reason=f"the kernels cannot be made here: {reason_against()}")
+SHAPES = [(4, 16, 5, 7), (2, 24, 6, 6), (3, 64, 9, 3), (8, 80, 4, 4), (16, 1, 4, 8), (8, 256, 1, 1), (300, 32, 3, 3)]
+
+
+def normed(channels: int) -> Norm:
+    """A norm in training whose parameters are not what they start with."""
+    norm = Norm(channels).train()
+    norm.fused = True
+    with torch.no_grad():
+        norm.weight.uniform_(-2, 2)
+        norm.bias.uniform_(-1, 1)
+    return norm
+
+
+def relative(found: Tensor, right: Tensor) -> float:
+    return float((found.detach().double() - right.detach()).norm() / right.detach().norm())
+
+
+def both(shape: tuple[int, ...], dtype: torch.dtype, joined: bool, rectified: bool) -> dict[str, float]:
+    """The relative error of everything that a norm, an addition and ReLU give, against fp64."""
+    torch.manual_seed(1)
+    norm, relu = normed(shape[1]), nn.ReLU()
+    exact = nn.BatchNorm2d(shape[1]).double().train()
+    exact.load_state_dict(norm.state_dict())
+    x = (3 + 2 * torch.randn(shape)).to(dtype).requires_grad_()
+    shortcut = torch.randn(shape).to(dtype).requires_grad_() if joined else None
+    dy = torch.randn(shape).to(dtype)
+    inputs = [tensor for tensor in (x, shortcut) if tensor is not None]
+    doubles = [tensor.detach().double().requires_grad_() for tensor in inputs]
+    right = exact(doubles[0]) + (doubles[1] if joined else 0)
+    right = right.relu() if rectified else right
+    found = norm_add_relu(norm, Add(), relu, x, shortcut) if shortcut is not None else norm_relu(norm, relu, x) if rectified else norm(x)
+    assert found is not None and "NormReLU" in type(found.grad_fn).__name__ and found.dtype == dtype
+    ours = torch.autograd.grad(found, [*inputs, norm.weight, norm.bias], dy)
+    theirs = torch.autograd.grad(right, [*doubles, exact.weight, exact.bias], dy.double())
+    names = ["dx", *["d_shortcut"] * joined, "d_weight", "d_bias"]
+    errors = {name: relative(one, other) for name, one, other in zip(names, ours, theirs, strict=True)}
+    running = {name: relative(buffer, exact.get_buffer(name).double()) for name, buffer in norm.named_buffers()}
+    return {"y": relative(found, right), **errors, **running}
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(("joined", "rectified"), [(False, False), (False, True), (True, True)])
+def test_outputs_gradients_and_statistics_are_those_of_torch(shape: tuple[int, ...], joined: bool, rectified: bool) -> None:
+    assert max(both(shape, torch.float32, joined, rectified).values()) < 2e-6
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(("joined", "rectified"), [(False, False), (False, True), (True, True)])
+def test_in_bf16_nothing_is_rounded_but_what_is_written(shape: tuple[int, ...], joined: bool, rectified: bool) -> None:
+    errors = both(shape, torch.bfloat16, joined, rectified)
+    assert max(errors[name] for name in errors if name not in ("y", "dx")) < 2e-6
+    assert max(errors["y"], errors["dx"]) < 0.004, "half a unit in the last of eight places"
+
+
+def test_a_wrong_line_is_noticed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    right, wrong = "floats(slope + c)", "floats(level + c)"
+    source = fused.SOURCE.read_text("utf-8")
+    assert source.count(right) == 1
+    (tmp_path / "fused.c").write_text(source.replace(right, wrong), "utf-8")
+    monkeypatch.setattr(fused, "SOURCE", tmp_path / "fused.c")
+    library = fused._library.__wrapped__(torch.float32)
+    monkeypatch.setattr(fused, "_library", lambda dtype: library)
+    assert both((4, 16, 5, 7), torch.float32, False, True)["dx"] > 0.01
+
+
+def test_a_large_mean_costs_no_digits() -> None:
+    x = (1000 + torch.randn(32, 16, 8, 8)).requires_grad_()
+    norm = normed(16)
+    y = norm(x)
+    right = F.batch_norm(x.detach().double(), None, None, norm.weight.double(), norm.bias.double(), training=True)
+    assert relative(y.detach(), right.detach()) < 6e-5, "that is how fp32 holds 1000"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_is_not_finite_is_not_hidden(dtype: torch.dtype) -> None:
+    for bad in (float("nan"), float("inf")):
+        x = torch.ones(4, 16, 4, 4, dtype=dtype)
+        x[1, 3, 0, 0] = bad
+        y = norm_relu(normed(16), nn.ReLU(), x)
+        assert y[:, 3].isnan().all() and y[:, [*range(3), *range(4, 16)]].isfinite().all()
+        pooled = pool(3, 1, 1)(x)
+        assert torch.equal(pooled[1, 3].isfinite(), F.max_pool2d(x, 3, 1, 1)[1, 3].isfinite())
+
+
+def pool(side: int, stride: int, padding: int, ceil_mode: bool = False) -> MaxPool:
+    made = MaxPool(side, stride, padding, ceil_mode=ceil_mode).train()
+    made.fused = True
+    return made
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("size", [(8, 8), (7, 9), (5, 2)])
+@pytest.mark.parametrize(("side", "stride", "padding", "ceil_mode"), [(2, 2, 0, True), (2, 2, 0, False), (3, 2, 1, False), (3, 1, 1, False), (2, 3, 0, True)])
+def test_pools_are_torchs(dtype: torch.dtype, size: tuple[int, int], side: int, stride: int, padding: int, ceil_mode: bool) -> None:
+    torch.manual_seed(2)
+    x = torch.randint(-3, 3, (3, 32, *size)).to(dtype).contiguous(memory_format=torch.channels_last).requires_grad_()  # with many equals
+    ours = pool(side, stride, padding, ceil_mode)(x)
+    theirs = F.max_pool2d(x, side, stride, padding, ceil_mode=ceil_mode)
+    assert "_MaxPool" in type(ours.grad_fn).__name__ and torch.equal(ours, theirs)
+    dy = torch.randint(-9, 9, theirs.shape).to(dtype)  # whole numbers, so that sums are exact
+    assert torch.equal(torch.autograd.grad(ours, x, dy)[0], torch.autograd.grad(theirs, x, dy)[0])
+
+
+def gradient(net: nn.Module, x: Tensor, bf16: bool = False) -> Tensor:
+    """All of it, as one vector."""
+    with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        logits = net(x)
+    loss = F.cross_entropy(logits.float() if bf16 else logits, torch.arange(len(x)) % 4)
+    return torch.cat([part.flatten() for part in torch.autograd.grad(loss, list(net.parameters()))])
+
+
+@pytest.mark.parametrize("net", ["resnet20", "resnet8", "preact20", "skipblock8", "resnet50", "resnet50c", "se_resnet20", "resnet110_bn_after_add"])
+@pytest.mark.parametrize("bf16", [False, True])
+def test_a_net_is_as_near_to_fp64_as_without(net: str, bf16: bool) -> None:
+    torch.manual_seed(3)
+    plain = reslab.build(net, num_classes=4).train().to(memory_format=torch.channels_last)
+    quick, exact = copy.deepcopy(plain), copy.deepcopy(plain).double()
+    use_fused(quick, True)
+    x = torch.randn(16, 3, 32, 32).contiguous(memory_format=torch.channels_last)
+    right = gradient(exact, x.double())
+    assert relative(gradient(quick, x, bf16), right) < 1.5 * relative(gradient(plain, x, bf16), right) + 1e-6
+    pairs = [] if bf16 else zip(quick.named_buffers(), exact.buffers(), strict=True)
+    for (name, one), other in pairs:
+        torch.testing.assert_close(one.double(), other.double(), rtol=1e-3, atol=1e-3, msg=name)
+
+
+def test_a_hook_between_norm_and_relu_sees_what_it_always_does() -> None:
+    norm, relu, x = normed(16), nn.ReLU(), torch.randn(4, 16, 4, 4)
+    norm.register_forward_hook(lambda module, inputs, y: -y)
+    y = norm_relu(norm, relu, x)
+    assert relative(y, (-F.batch_norm(x, None, None, norm.weight, norm.bias, training=True)).relu().double()) < 1e-6
+    assert norm_add_relu(norm, Add(), relu, x, x) is None
+
+
+def test_what_the_kernels_do_not_know_is_torchs() -> None:
+    norm = normed(16)
+    assert not fused._suits(norm, torch.zeros(2, 16, 4, 4, dtype=torch.float64))
+    assert not fused._suits(norm, torch.zeros(1, 16, 1, 1)), "torch says that one pixel is too few"
+    assert not fused._suits(normed(3), torch.zeros(1, 3, 3, 3)), "nine pixels of three channels are no whole vectors"
+    assert not fused._suits(norm.eval(), torch.zeros(2, 16, 4, 4))
+    assert not fused._suits(Norm(16).train(), torch.zeros(2, 16, 4, 4)), "unless it is asked for"
+
+
+def test_a_pointwise_convolution_is_a_product_of_matrices_in_bf16_alone() -> None:
+    torch.manual_seed(4)
+    for stride in (1, 2):
+        made = Pointwise(32, 48, 1, stride).train()
+        made.fused = True
+        x = torch.randn(3, 32, 6, 6).contiguous(memory_format=torch.channels_last)
+        exact = F.conv2d(x.double(), made.weight.double(), made.bias.double() if made.bias is not None else None, stride)
+        with torch.autocast("cpu", torch.bfloat16):
+            y = made(x)
+        assert "Permute" in type(y.grad_fn).__name__ and relative(y, exact) < 0.01 and y.is_contiguous(memory_format=torch.channels_last)
+        assert "Convolution" in type(made(x).grad_fn).__name__ and relative(made(x), exact) < 1e-6
+
+
+def test_without_a_compiler_training_goes_on_and_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(fused.shutil, "which", lambda name: None)
+    monkeypatch.delenv("CC", raising=False)
+    fused._library.cache_clear()
+    fused.reason_against.cache_clear()
+    try:
+        assert reason_against() == "no C compiler: cc is not on the path"
+        run = reslab.train("digits", net="resnet8", out=tmp_path / "run", steps=2, batch_size=16)
+        assert run.last("plan")["fusing"] == reason_against()
+    finally:
+        fused.reason_against.cache_clear()
+
+
+def test_a_compiler_that_fails_is_told_of_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CC", "/bin/false")
+    fused._library.cache_clear()
+    fused.reason_against.cache_clear()
+    try:
+        assert reason_against() and "\n" not in reason_against()
+        net = reslab.build("resnet8")
+        use_fused(net, True)
+        assert not any(getattr(module, "fused", False) for module in net.modules())
+    finally:
+        fused.reason_against.cache_clear()
+        fused._library.cache_clear()
