@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from reslab.layout import SCALING, norm_groups, norm_kind
 from reslab.nets.fused import Norm
+from reslab.nets.side_by_side import Conv3x3
 from reslab.nets.winograd import WideConv, suits
 from reslab.spec import Conv, Spec
 
@@ -18,6 +19,8 @@ def conv(inputs: int, c: Conv, bias: bool) -> nn.Conv2d:
         return Pointwise(inputs, c.outputs, 1, c.stride, bias=bias)
     if suits(inputs, c.outputs, c.kernel, c.stride, c.groups):
         return WideConv(inputs, c.outputs, c.kernel, padding=1, bias=bias)
+    if (c.kernel, c.stride, c.groups) == (3, 1, 1):
+        return Conv3x3(inputs, c.outputs, c.kernel, padding=1, bias=bias)
     return nn.Conv2d(inputs, c.outputs, c.kernel, c.stride, padding=c.kernel // 2, groups=c.groups, bias=bias)
 
 

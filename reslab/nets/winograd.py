@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from reslab.nets import few_pixels
+from reslab.nets.side_by_side import Conv3x3
 
 WIDE = 128  # channels in and out, their geometric mean, below which the transforms cost what the products save
 NARROWEST = 64
@@ -27,7 +27,7 @@ TALL = 128  # tiles at a time that a matrix product needs to be fast
 POINTS = (0, 3 / 4, -3 / 4, 3 / 2, -3 / 2)  # where polynomials are evaluated, infinity beside; half the rounding of the usual 0, 1, -1, 2, -2
 
 
-class WideConv(nn.Conv2d):
+class WideConv(Conv3x3):
     """A padded 3x3 convolution with stride 1 that can be done by Winograd's algorithm; it is not unless `winograd` is set.
 
     Where it would not pay (few or small images, another device) the convolution is direct all the same. `keep` spends
@@ -36,15 +36,12 @@ class WideConv(nn.Conv2d):
 
     winograd = False
     keep = True
-    fused = False  # the net may use what fused.py and few_pixels.py have
 
     def forward(self, x: Tensor) -> Tensor:
         if self.winograd and pays(x):
             dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
             y: Tensor = Winograd.apply(x.to(dtype), self.weight, self.keep)  # type: ignore[no-untyped-call]
             return y if self.bias is None else y + self.bias.to(dtype)[:, None, None]
-        if self.fused and self.training and self.bias is None and few_pixels.pays(x, self.weight):
-            return few_pixels.conv3x3(x, self.weight)
         return super().forward(x)
 
 

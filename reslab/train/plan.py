@@ -14,6 +14,7 @@ from torch.nn.functional import interpolate, one_hot
 
 from reslab.errors import CallError, WorkError, shown
 from reslab.nets.fused import reason_against, use_fused
+from reslab.nets.side_by_side import has_amx
 from reslab.nets.torch import ResNet
 from reslab.nets.winograd import use_winograd
 from reslab.train.checkpoint import Checkpointed, Segments, choose_segments
@@ -92,7 +93,7 @@ def make_plan(
     precision, reason = (recipe.precision, "as asked") if recipe.precision != "auto" else _choose_precision(macs, machine)
     per_epoch = train // recipe.batch_size
     segments = choose_segments(net.spec, recipe, precision, memory, machine)
-    wide = recipe.convolution == "auto" and machine.device.type == "cpu" and use_winograd(net, True)
+    wide = recipe.convolution == "auto" and machine.device.type == "cpu" and not (precision == "bf16" and has_amx()) and use_winograd(net, True)
     fuses = recipe.fuse == "auto" and machine.device.type == "cpu"
     against = reason_against() if fuses else ""
     plan = Plan(
@@ -104,7 +105,7 @@ def make_plan(
     if low:
         sizes.append(interpolate(x, size=low_size(x.shape[2], recipe.low_size), mode="bilinear").contiguous(memory_format=torch.channels_last))
     plan = _timed(plan, net, sizes, recipe, machine, pieces)
-    if wide:  # how fast direct convolutions are, next to matrix products, differs between machines
+    if wide:  # how fast direct convolutions are, next to matrix products, differs between machines; with AMX, in bf16, they win everywhere
         plan = _better(plan, _timed(replace(plan, winograd=True), net, sizes, recipe, machine, pieces))
     if machine.replays and memory is None:
         plan = _better(plan, _timed(replace(plan, replayed=True), net, sizes, recipe, machine, pieces))

@@ -151,7 +151,7 @@ RECIPES: dict[str, Recipe] = {
 # (Jordan 2024, 2404.00498), Muon's large steps, and half the resolution for the first part
 RECIPES["sprint"] = replace(
     QUICK,
-    epochs=16,
+    epochs=15,
     batch_size=500,
     lr=0.2,
     sgd_lr=1.5,
