@@ -9,14 +9,14 @@
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
-#if defined(__AVX512BF16__)
+#if defined(__AVX512F__)
 #include <immintrin.h>
 #endif
 
 #define LANES 16
 #define WIDE 4 /* vectors of channels that go through registers together */
 #define TALL 16 /* rows at a time, which stay in the first cache between two groups of channels */
-#define PAST ((size_t)1 << 24) /* bytes; what is larger is not in a cache when it is read again */
+#define PAST ((size_t)1 << 24) /* bytes; what is larger has left the caches when it is read again */
 #define BLOCK 256 /* rows whose sums are added up in fp32 */
 #define ALWAYS inline __attribute__((always_inline))
 
@@ -58,13 +58,26 @@ static inline Floats load(const T *p) {
 static inline void store(T *p, Floats x) { memcpy(p, &x, sizeof x); }
 #endif
 
-static ALWAYS void stream(T *p, Floats x) {
+/* A store that passes the caches by, if `past` is set and the processor can. */
+static ALWAYS void put(T *p, Floats x, int past) {
 #if defined(BF16) && defined(__AVX512BF16__)
-    _mm256_stream_si256((void *)p, (__m256i)_mm512_cvtneps_pbh((__m512)x));
-#elif defined(__AVX512F__)
-    _mm512_stream_ps((void*)p, (__m512)x);
-#else
+    if (past) {
+        _mm256_stream_si256((void *)p, (__m256i)_mm512_cvtneps_pbh((__m512)x));
+        return;
+    }
+#elif !defined(BF16) && defined(__AVX512F__)
+    if (past) {
+        _mm512_stream_ps(p, (__m512)x);
+        return;
+    }
+#endif
     store(p, x);
+}
+
+/* Before others read what was put past the caches. */
+static inline void settle(void) {
+#if defined(__AVX512F__)
+    _mm_sfence();
 #endif
 }
 
@@ -130,8 +143,8 @@ static ALWAYS void sum(int kind, const Pixels *p, int64_t begin, int64_t end, in
     }
 }
 
-/* y = relu(norm(x) + added), `added` may be NULL. Leaves mean and 1 / standard deviation, and moves the running statistics
-   unless running_mean is NULL. x, added, y: rows x C; everything else: channels = C / fold. Returns 0, or 1 without memory. */
+/* y = relu(norm(x) + added), `added` may be NULL. Leaves mean and 1 / standard deviation, and moves the running
+   statistics. x, added, y: rows x C; everything else: channels = C / fold. Returns 0, or 1 without memory. */
 int norm_forward(const T *x, const T *added, T *y, int64_t rows, int64_t C, int64_t fold, const float *weight, const float *bias, float eps,
                  float momentum, float *running_mean, float *running_var, float *mean, float *invstd, int rectify, int parts) {
     int failed = 0, past = rows * C * sizeof(T) > PAST;
@@ -174,10 +187,8 @@ int norm_forward(const T *x, const T *added, T *y, int64_t rows, int64_t C, int6
                 var = var < 0 ? 0 : var;
                 mean[c] = (float)(middle[c] + from);
                 invstd[c] = (float)(1 / sqrt(var + eps));
-                if (running_mean) {
-                    running_mean[c] += momentum * (mean[c] - running_mean[c]);
-                    running_var[c] += momentum * ((float)(var * n / (n - 1)) - running_var[c]);
-                }
+                running_mean[c] += momentum * (mean[c] - running_mean[c]);
+                running_var[c] += momentum * ((float)(var * n / (n - 1)) - running_var[c]);
             }
             for (int64_t c = 0; c < C; c++) {
                 scale[c] = weight[c % channels] * invstd[c % channels];
@@ -191,9 +202,10 @@ int norm_forward(const T *x, const T *added, T *y, int64_t rows, int64_t C, int6
             for (int64_t c = 0; c < C; c += LANES) {
                 Floats v = (load(from + c) - floats(middle + c)) * floats(scale + c) + floats(shift + c);
                 if (plus) v += load(plus + c);
-                if (past) stream(to + c, rectify ? relu(v) : v); else store(to + c, rectify ? relu(v) : v);
+                put(to + c, rectify ? relu(v) : v, past);
             }
         }
+        settle();
     }
     free(sums);
     free(factors);
@@ -262,9 +274,10 @@ int norm_backward(const T *dy, const T *x, const T *y, T *dx, T *d_added, int64_
                     Floats in = load(from + c), g = load(by + c);
                     if (rectify && !d_added) g = chosen((in - floats(middle + c)) * floats(scale + c) + floats(shift + c) > 0, g);
                     Floats out = floats(scale + c) * (g - floats(level + c) - (in - floats(middle + c)) * floats(slope + c));
-                    if (past) stream(to + c, out); else store(to + c, out);
+                    put(to + c, out, past);
                 }
             }
+        settle();
     }
     free(sums);
     free(factors);
