@@ -65,7 +65,7 @@ def norms(dtype: torch.dtype, n: int, channels: int, size: int, joined: bool) ->
         return relu(y + shortcut if joined else y)  # type: ignore[no-any-return]
 
     def ours() -> Tensor:
-        y = norm_add_relu(norm, add, relu, x, shortcut) if joined else norm_relu(norm, relu, x)
+        y = norm_add_relu(norm, add, relu, x, lambda: shortcut) if joined else norm_relu(norm, relu, x)
         assert y is not None
         return y
 

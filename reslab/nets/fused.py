@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from ctypes import byref, c_float, c_int, c_int64, c_void_p
 from functools import cache
 from math import gcd
@@ -58,12 +59,12 @@ def norm_relu(norm: nn.Module | None, relu: nn.Module | None, x: Tensor) -> Tens
     return x if relu is None else relu(x)
 
 
-def norm_add_relu(norm: nn.Module | None, add: nn.Module, relu: nn.Module, x: Tensor, shortcut: Tensor) -> Tensor | None:
-    """relu(norm(x) + shortcut) in one pass, or None where it cannot be done so."""
-    if not (isinstance(norm, Norm) and _suits(norm, x) and not _hooked(norm, add, relu) and shortcut.shape == x.shape):
+def norm_add_relu(norm: nn.Module | None, add: nn.Module, relu: nn.Module, x: Tensor, shortcut: Callable[[], Tensor]) -> Tensor | None:
+    """relu(norm(x) + shortcut()) in one pass, or None, and nothing done, where that cannot be."""
+    if not (isinstance(norm, Norm) and _suits(norm, x) and not _hooked(norm, add, relu)):
         return None
-    shortcut = shortcut.to(x.dtype).contiguous(memory_format=torch.channels_last)
-    return _NormReLU.apply(x, shortcut, norm.weight, norm.bias, norm, True)  # type: ignore[no-untyped-call, no-any-return]
+    added = shortcut().to(x.dtype).contiguous(memory_format=torch.channels_last)
+    return _NormReLU.apply(x, added, norm.weight, norm.bias, norm, True)  # type: ignore[no-untyped-call, no-any-return]
 
 
 def use_fused(net: nn.Module, on: bool) -> None:

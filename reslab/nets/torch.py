@@ -208,11 +208,10 @@ class Original(Block):
     def finish(self, y: Tensor, x: Tensor) -> Tensor:
         """The last norm, the addition and ReLU, at once where nothing else stands between them."""
         norm, relu = self._modules[f"bn{self.count}"], self._modules[f"relu{self.count}"]
-        if isinstance(self.add, Add) and not any((self.se, self.scale, self.drop_path, self.carry)):
-            carried = through(self.downsample, x)
-            assert relu is not None
-            out = norm_add_relu(norm, self.add, relu, y, carried)
-            return relu(self.add(through(norm, y), carried)) if out is None else out
+        if isinstance(self.add, Add) and relu and not any((self.se, self.scale, self.drop_path, self.carry)):
+            out = norm_add_relu(norm, self.add, relu, y, lambda: through(self.downsample, x))
+            if out is not None:
+                return out
         return through(relu, self.join(through(norm, y), x))
 
 

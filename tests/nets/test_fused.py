@@ -44,7 +44,7 @@ def both(shape: tuple[int, ...], dtype: torch.dtype, joined: bool, rectified: bo
     doubles = [tensor.detach().double().requires_grad_() for tensor in inputs]
     right = exact(doubles[0]) + (doubles[1] if joined else 0)
     right = right.relu() if rectified else right
-    found = norm_add_relu(norm, Add(), relu, x, shortcut) if shortcut is not None else norm_relu(norm, relu, x) if rectified else norm(x)
+    found = norm_add_relu(norm, Add(), relu, x, lambda: shortcut) if shortcut is not None else norm_relu(norm, relu, x) if rectified else norm(x)
     assert found is not None and "NormReLU" in type(found.grad_fn).__name__ and found.dtype == dtype
     ours = torch.autograd.grad(found, [*inputs, norm.weight, norm.bias], dy)
     theirs = torch.autograd.grad(right, [*doubles, exact.weight, exact.bias], dy.double())
@@ -145,7 +145,7 @@ def test_a_hook_between_norm_and_relu_sees_what_it_always_does() -> None:
     norm.register_forward_hook(lambda module, inputs, y: -y)
     y = norm_relu(norm, relu, x)
     assert relative(y, (-F.batch_norm(x, None, None, norm.weight, norm.bias, training=True)).relu().double()) < 1e-6
-    assert norm_add_relu(norm, Add(), relu, x, x) is None
+    assert norm_add_relu(norm, Add(), relu, x, lambda: x) is None
 
 
 def test_what_the_kernels_do_not_know_is_torchs() -> None:
