@@ -7,6 +7,7 @@ begins (a third of a second, nothing is kept) and share torch's threads; without
 
 import ctypes
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -81,7 +82,7 @@ def reason_against() -> str:
     try:
         for dtype in TYPES:
             _library(dtype)
-    except (OSError, subprocess.SubprocessError) as error:
+    except (OSError, ValueError, subprocess.SubprocessError) as error:
         told = error.stderr if isinstance(error, subprocess.CalledProcessError) else error
         return (str(told).strip() or type(error).__name__).splitlines()[0][:200]
     return ""
@@ -190,13 +191,13 @@ def _library(dtype: torch.dtype) -> ctypes.CDLL:
     """The kernels for tensors of a dtype. Raises OSError or SubprocessError where they cannot be made."""
     if sys.platform != "linux":
         raise OSError("the kernels are for Linux")
-    compiler = os.environ.get("CC") or shutil.which("cc")
+    compiler = shlex.split(os.environ.get("CC", "")) or [found for found in [shutil.which("cc")] if found]
     if not compiler:
         raise OSError("no C compiler: cc is not on the path")
     with tempfile.TemporaryDirectory(prefix="reslab-") as folder:
         file = Path(folder) / "fused.so"
-        call = [compiler, *FLAGS, *TYPES[dtype], str(SOURCE), "-o", str(file), *_openmp()]
-        subprocess.run(call, check=True, capture_output=True, text=True, timeout=COMPILER_SECONDS)  # noqa: S603  # our own source
+        call = [*compiler, *FLAGS, *TYPES[dtype], str(SOURCE), "-o", str(file), _openmp()]
+        subprocess.run(call, check=True, capture_output=True, text=True, errors="replace", timeout=COMPILER_SECONDS)  # noqa: S603  # our own source
         library = ctypes.CDLL(str(file))
     p, n = c_void_p, c_int64
     library.norm_forward.argtypes = [p, p, p, n, n, n, p, p, c_float, c_float, p, p, p, p, c_int, c_int]
@@ -205,9 +206,11 @@ def _library(dtype: torch.dtype) -> ctypes.CDLL:
     return library
 
 
-def _openmp() -> list[str]:
+def _openmp() -> str:
     """torch's own OpenMP, so that both share threads: those of a second one would fight for the same cores."""
     lines = Path("/proc/self/maps").read_text("utf-8").splitlines()
-    loaded = {line.split(maxsplit=5)[-1] for line in lines if "libgomp" in line}
+    loaded = sorted({line.split(maxsplit=5)[-1] for line in lines if "libgomp" in line})
     near = str(Path(torch.__file__).parent)
-    return sorted(file for file in loaded if file.startswith(near))[:1]
+    for file in [*(file for file in loaded if file.startswith(near)), *(file for file in loaded if Path(file).name.startswith("libgomp.so"))]:
+        return file
+    raise OSError("torch has not loaded GNU OpenMP, whose threads the kernels share")
