@@ -102,7 +102,7 @@ def sentence(job: Job, net: str, plan: Plan) -> str:
     if plan.winograd:
         told += "\nwide 3x3 convolutions by Winograd's algorithm (--convolution direct switches it off)"
     if plan.fusing:
-        told += f"\nsteps would be faster with a C compiler: {shown(plan.fusing)}"
+        told += f"\nnorms by torch, which is slower than our kernels: {shown(plan.fusing)}"
     if plan.compiled:
         told += f"\nthe net is compiled: {plan.compiling} (--compile never switches it off)"
     if plan.replayed:

@@ -143,6 +143,14 @@ static ALWAYS void sum(int kind, const Pixels *p, int64_t begin, int64_t end, in
     }
 }
 
+/* A channel's sum over all parts and all pixels of a row, in one order whatever the timing. */
+static double whole(const double *totals, int parts, int64_t C, int64_t channels, int64_t c) {
+    double sum = 0;
+    for (int p = 0; p < parts; p++)
+        for (int64_t f = c; f < C; f += channels) sum += totals[p * 2 * C + f];
+    return sum;
+}
+
 /* y = relu(norm(x) + added), `added` may be NULL. Leaves mean and 1 / standard deviation, and moves the running
    statistics. x, added, y: rows x C; everything else: channels = C / fold. Returns 0, or 1 without memory. */
 int norm_forward(const T *x, const T *added, T *y, int64_t rows, int64_t C, int64_t fold, const float *weight, const float *bias, float eps,
@@ -177,12 +185,7 @@ int norm_forward(const T *x, const T *added, T *y, int64_t rows, int64_t C, int6
         {
             double n = (double)rows * fold;
             for (int64_t c = 0; c < channels; c++) {
-                double total = 0, squares = 0;
-                for (int p = 0; p < count; p++)
-                    for (int64_t f = c; f < C; f += channels) {
-                        total += sums[p * 2 * C + f];
-                        squares += sums[p * 2 * C + C + f];
-                    }
+                double total = whole(sums, count, C, channels, c), squares = whole(sums + C, count, C, channels, c);
                 double from = total / n, var = squares / n - from * from;
                 var = var < 0 ? 0 : var;
                 mean[c] = (float)(middle[c] + from);
@@ -252,12 +255,7 @@ int norm_backward(const T *dy, const T *x, const T *y, T *dx, T *d_added, int64_
         {
             double n = (double)rows * fold;
             for (int64_t c = 0; c < channels; c++) {
-                double total = 0, along = 0;
-                for (int p = 0; p < count; p++)
-                    for (int64_t f = c; f < C; f += channels) {
-                        total += sums[p * 2 * C + f];
-                        along += sums[p * 2 * C + C + f];
-                    }
+                double total = whole(sums, count, C, channels, c), along = whole(sums + C, count, C, channels, c);
                 d_bias[c] = (float)total;
                 d_weight[c] = (float)(along * invstd[c]);
                 for (int64_t f = c; f < C; f += channels) {

@@ -2,7 +2,7 @@
 
 Between its convolutions a net does little arithmetic and moves much memory, which torch does operation by operation. These
 kernels are for training on a CPU, on channels-last tensors in fp32 or bf16. They are compiled for this processor when a training
-begins (a third of a second, nothing is kept) and share torch's threads; without a C compiler torch's own operations do the work.
+begins (about a second, nothing is kept) and share torch's threads; without a C compiler torch's own operations do the work.
 """
 
 import ctypes
@@ -69,11 +69,14 @@ def norm_add_relu(norm: nn.Module | None, add: nn.Module, relu: nn.Module, x: Te
 
 
 def use_fused(net: nn.Module, on: bool) -> None:
-    """Sets whether a net uses these while it trains, where they can be made; it does not where a hook looks between two of its parts."""
-    on = on and not reason_against()
+    """Sets whether a net that trains uses these, where they can be made, and the ways that need no compiler (`Pointwise`, `Conv3x3`).
+
+    Where a hook looks between a norm and its ReLU, the net does not use them there.
+    """
+    made = on and not reason_against()
     for module in net.modules():
         if hasattr(module, "fused"):
-            module.fused = on  # type: ignore[assignment]
+            module.fused = made if isinstance(module, Norm | MaxPool) else on  # type: ignore[assignment]
 
 
 @cache

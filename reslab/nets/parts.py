@@ -49,7 +49,7 @@ def every(stride: int, x: Tensor) -> Tensor:
 
 
 class Pointwise(nn.Conv2d):
-    """A 1x1 convolution. Where it is `fused` and in bf16, it is a matrix product over all pixels, which is up to twice as fast.
+    """A 1x1 convolution. Where it is `fused` and in bf16, it is a matrix product over all pixels, which is mostly faster (benchmarks/fused.py).
 
     With few channels, a strided one is one of every `stride`-th pixel: in torch 2.13 its own backward pass writes past its memory,
     and the process dies, with fewer than 16 input channels, channels last, several threads and a batch that these do not divide

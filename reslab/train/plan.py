@@ -47,8 +47,8 @@ class Plan:
     memory: int | None = None  # bytes that a process may hold
     segments: Segments = ()  # the first blocks, grouped, that are computed again in the backward pass
     winograd: bool = False  # wide convolutions by Winograd's algorithm
-    fused: bool = False  # norm, addition and ReLU in one pass, unless the net is compiled
-    fusing: str = ""  # why not, where that could have been
+    fused: bool = False  # norm, addition and ReLU in one pass and convolutions by products, unless the net is compiled
+    fusing: str = ""  # why the norms are not, if the kernels cannot be made
     compiled: bool = False  # the net by torch.compile
     compiling: str = ""  # why, or why not
     replayed: bool = False  # a step on a GPU is recorded once, as CUDA graphs
@@ -95,9 +95,15 @@ def make_plan(
     segments = choose_segments(net.spec, recipe, precision, memory, machine)
     wide = recipe.convolution == "auto" and machine.device.type == "cpu" and not (precision == "bf16" and has_amx()) and use_winograd(net, True)
     fuses = recipe.fuse == "auto" and machine.device.type == "cpu"
-    against = reason_against() if fuses else ""
     plan = Plan(
-        recipe.steps or recipe.epochs * per_epoch, per_epoch, precision, reason, memory=memory, segments=segments, fused=fuses and not against, fusing=against
+        recipe.steps or recipe.epochs * per_epoch,
+        per_epoch,
+        precision,
+        reason,
+        memory=memory,
+        segments=segments,
+        fused=fuses,
+        fusing=reason_against() if fuses else "",
     )
     pieces, x = len(x) // recipe.micro_batch, x[: recipe.micro_batch]
     low = recipe.low_resolution or 0.0

@@ -191,7 +191,8 @@ def test_a_compiler_that_fails_is_told_of_in_one_line(monkeypatch: pytest.Monkey
         assert reason_against() and "\n" not in reason_against()
         net = reslab.build("resnet8")
         use_fused(net, True)
-        assert not any(getattr(module, "fused", False) for module in net.modules())
+        fused_now = {type(module).__name__ for module in net.modules() if getattr(module, "fused", False)}
+        assert fused_now and not fused_now & {"Norm", "MaxPool"}, "convolutions need no compiler"
     finally:
         fused.reason_against.cache_clear()
         fused._library.cache_clear()

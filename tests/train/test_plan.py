@@ -59,6 +59,12 @@ def test_a_compiler_that_fails_is_told_of_and_stops_only_who_asked_for_it(monkey
         planned(monkeypatch, broken, compile="always")
 
 
+def test_fusing_can_be_switched_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plan, "reason_against", lambda: "no compiler here")
+    made = [planned(monkeypatch, lambda made: 1.0, epochs=10, fuse=fuse) for fuse in ("auto", "never")]
+    assert [(one.fused, one.fusing) for one in made] == [(True, "no compiler here"), (False, "")]
+
+
 def test_planning_leaves_the_net_as_it_was() -> None:
     net = reslab.build("resnet20", num_classes=2)
     before = {name: tensor.clone() for name, tensor in net.state_dict().items()}
