@@ -1,4 +1,6 @@
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -18,3 +20,32 @@ def test_a_processors_name_tells_those_with_amx_from_those_without(flags: str, n
 def test_without_cpuinfo_there_is_a_name_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Path, "read_text", lambda *_: "processor : 0\n")
     assert cpu_name()
+
+
+HELD = """
+import re, sys
+from pathlib import Path
+from reslab.host import keep_freed_memory, use_huge_pages
+keep_freed_memory()
+held = [bytearray(6 << 20) for _ in range(8)]
+for part in held:
+    part[::1024] = b"resnet" * 1024
+use_huge_pages()
+assert all(part[::1024] == b"resnet" * 1024 for part in held)
+heap = Path("/proc/self/smaps").read_text().partition("[heap]")[2].partition("VmFlags")[0]
+print(*(re.search(name + r":\\s+(\\d+)", heap)[1] for name in ("Size", "AnonHugePages")))
+"""
+
+
+@pytest.mark.skipif(not Path("/sys/kernel/mm/transparent_hugepage").is_dir(), reason="this system has no huge pages")
+def test_the_heap_keeps_what_is_freed_on_huge_pages_unless_it_is_to_be_left_alone() -> None:
+    def kib(**environment: str) -> tuple[int, ...]:
+        done = subprocess.run([sys.executable, "-c", HELD], env={**os.environ, **environment}, check=True, capture_output=True, text=True)
+        return tuple(map(int, done.stdout.split()))
+
+    size, huge = kib(RESLAB_MALLOC="")
+    assert size > 48 << 10, "buffers of 6 MiB are on the heap"
+    if tuple(map(int, os.uname().release.split(".")[:2])) >= (6, 1):
+        assert huge > 40 << 10
+    size, huge = kib(RESLAB_MALLOC="default")
+    assert (size < 24 << 10, huge) == (True, 0), "they are maps of their own"

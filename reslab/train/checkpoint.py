@@ -33,7 +33,7 @@ Segments = tuple[int, ...]  # how many blocks each has, from the first block on
 
 MEMORIES = {"sgd": 1, "muon": 1, "adamw": 2}  # tensors that an optimiser remembers of each parameter
 HEAP = 2.6  # of what activations need: with fewer holes allowed for, the heap is trimmed at every step, which costs more than it saves
-MARGIN = 64 << 20  # bytes by which the heap may grow between two looks at it
+MARGIN = 96 << 20  # bytes by which the heap may grow between two looks at it
 LOADED_LATER = 128 << 20  # bytes: the part of torch that checkpointing loads, and the report
 IN_FLIGHT = 4  # of the largest output: gradients on their way back, what runs forward, the workspace of a convolution
 GIB = 2**30

@@ -25,7 +25,7 @@ from reslab.data.images import Indices
 from reslab.data.preprocess import Preprocess
 from reslab.data.shards import shuffled
 from reslab.errors import WorkError
-from reslab.host import release_freed_memory
+from reslab.host import release_freed_memory, use_huge_pages
 from reslab.interval import share
 from reslab.nets.fused import use_fused
 from reslab.nets.torch import ResNet
@@ -45,6 +45,7 @@ from reslab.train.state import Progress, load_state, save_state
 LOG_SECONDS = 1.0  # between two `step` records
 ORDER, AUGMENT, COIN, LAYERS, BOXES = 1, 2, 3, 4, 5  # streams of random numbers
 GENTLE_ERROR = 0.8  # training error below which warmup_lr ends
+GROWN = 4  # steps at one image size after which the heap grows no more
 PLATEAU = 10  # epochs without a better val top-1 before the plateau schedule lowers the rate
 
 
@@ -78,6 +79,7 @@ class Training:
         self.deadline = deadline  # time.monotonic() at which the training is to end, if it has a budget
         self.board: Board | None = None
         self.logged = 0.0  # when the last `step` record was written
+        self.alike = 0, 0  # the image size of the last step, and how many there were of it in a row
         self.optimizer = optimizer(net, recipe, plan.precision)
         keep_gradients(net)
         self.shared = machine.share(ready(net, plan))  # after the optimiser has frozen what is to be frozen
@@ -118,6 +120,7 @@ class Training:
                 began = time.monotonic() - p.step_seconds
                 for batch in self._batches(epoch, p.step - epoch * self.plan.steps_per_epoch):
                     stop = self._step(batch, caught)
+                    self._settle()
                     now = time.monotonic()
                     p.seconds, p.step_seconds = now - start, now - began
                     if stop or now - saved >= recipe.save_every:
@@ -166,6 +169,13 @@ class Training:
         p.loss_sum, p.correct, p.seen = p.loss_sum + loss_sum, p.correct + correct, p.seen + int(seen)
         self._tell(lr)
         return int(stop)
+
+    def _settle(self) -> None:
+        """Huge pages for the heap, once it has grown to what steps of this size need; under a memory budget it is trimmed instead."""
+        size = self._size(self.progress.step - 1)
+        self.alike = size, self.alike[1] + 1 if self.alike[0] == size else 1
+        if self.alike[1] == GROWN and self.plan.memory is None and self.machine.device.type == "cpu":
+            use_huge_pages()
 
     def _gradients(self, share: Batch) -> Tensor:
         """Leaves the mean gradient of the whole batch in the parameters. Sums over this share, float64 (3): loss, right answers, images."""

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.functional import interpolate, one_hot
 
 from reslab.errors import CallError, WorkError, shown
-from reslab.nets.fused import reason_against, use_fused
+from reslab.nets.fused import Norm, reason_against, use_fused
 from reslab.nets.side_by_side import has_amx
 from reslab.nets.torch import ResNet
 from reslab.nets.winograd import use_winograd
@@ -179,6 +179,8 @@ def _compiled(plan: Plan, net: ResNet, sizes: list[Tensor], recipe: Recipe, mach
     trial = len(sizes) * COMPILE_SECONDS[kind] * sum(isinstance(module, nn.Conv2d) for module in net.modules())
     if recipe.compile == "never" or plan.winograd or plan.memory is not None:
         return replace(plan, compiling="not with these options")
+    if recipe.compile == "auto" and plan.fused and not plan.fusing and any(isinstance(module, Norm) for module in net.modules()):
+        return replace(plan, compiling="the kernels in C, which it would replace, were faster wherever both were timed")
     if recipe.compile == "auto" and 2 * trial > planned * (1 - 1 / COMPILE_GAIN[kind]):
         return replace(plan, compiling=f"a trial takes about {trial:.0f} s, the training {planned:.0f}")
     start = time.perf_counter()

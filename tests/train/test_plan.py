@@ -33,6 +33,8 @@ def planned(
 
 
 def test_a_net_is_compiled_where_the_training_repays_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plan, "reason_against", lambda: "no compiler here")
+
     def faster(made: Plan) -> float:
         return 0.5 if made.compiled else 1.0
 
@@ -45,6 +47,10 @@ def test_a_net_is_compiled_where_the_training_repays_it(monkeypatch: pytest.Monk
     assert not planned(monkeypatch, faster, compile="never").compiled
     assert planned(monkeypatch, faster, epochs=10, compile="always").compiled
     assert not planned(monkeypatch, lambda made: 0.99 if made.compiled else 1.0).compiled, "what was not faster is left"
+    monkeypatch.setattr(plan, "reason_against", lambda: "")
+    assert planned(monkeypatch, faster).compiling.startswith("the kernels in C"), "no time for a trial that was always lost"
+    assert planned(monkeypatch, faster, compile="always").compiled
+    assert planned(monkeypatch, faster, fuse="never").compiled
 
 
 def test_a_compiler_that_fails_is_told_of_and_stops_only_who_asked_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -53,7 +59,7 @@ def test_a_compiler_that_fails_is_told_of_and_stops_only_who_asked_for_it(monkey
             raise RuntimeError("no C++ compiler\nand a long trace")
         return 1.0
 
-    made = planned(monkeypatch, broken)
+    made = planned(monkeypatch, broken, fuse="never")
     assert (made.compiled, made.compiling) == (False, "the compiler failed: no C++ compiler")
     with pytest.raises(WorkError, match=r"could not be compiled: no C\+\+ compiler; leave out --compile always"):
         planned(monkeypatch, broken, compile="always")
