@@ -107,7 +107,7 @@ def read_folder(path: Path) -> tuple[TorchModel, dict[str, Any]]:
         raise WorkError(f"the model in {shown(folder)} is damaged: {shown(str(error))}") from error
     inference = _json(folder / "inference.json") if (folder / "inference.json").exists() else {}  # older runs have none
     parts = [inference, *(inference.get(name, {}) for name in ("bf16", "int8"))] if isinstance(inference, dict) else [None]
-    if not all(isinstance(part, dict) and all(type(part.get(key, 0)) in (int, float) for key in ("agreement", "agreement_low")) for part in parts):
+    if not all(isinstance(part, dict) and all(type(part.get(key, 0)) in (int, float) for key in ("agreement", "agreement_low", "exchanged")) for part in parts):
         raise WorkError(f"the model in {shown(folder)} is damaged: inference.json must hold agreements as numbers; delete it to predict without it")
     weights, _ = read_tensors(folder / "weights.safetensors")
     try:

@@ -2,10 +2,12 @@
 
 The trained net stays as it is, for explaining, exporting and scoring; what predicts is a second graph that shares nothing
 with it. In which precision is measured, not assumed: in bf16 or int8 only where that is faster, and only when it gave at least
-99.5 % of the run's val images the class that fp32 gives them.
+99.5 % of the run's val images the class that fp32 gives them. Some hundred images say little about one in two hundred, so each
+image's logits are also given the rounding of other images: of these, too, 99.5 % must keep their class.
 """
 
 import copy
+import statistics
 import threading
 import time
 from collections.abc import Callable, Iterable
@@ -24,12 +26,13 @@ from reslab.nets.torch import ResNet
 from reslab.use.int8 import Int8Conv, Ranges, connect, has_int8, observe
 from reslab.use.race import race
 
-AGREEMENT = 0.995  # of a precision's classes with those of fp32, at least
+AGREEMENT = 0.995  # of a precision's classes with those of fp32, at least; and of the exchanged ones
 SURE = 0.98  # and of int8's, which rounds more, the lower end of the interval: some 200 images without a difference
 GAIN = 1.1  # it must be this much faster to be worth its rounding
 WEIGHED = 256, 1024  # val images that the agreement is measured on: at least, and where they take less than
 WEIGHED_SECONDS = 5.0
 WEIGHED_BATCH = 16
+EXCHANGED = 128  # other images whose rounding an image is given
 CALIBRATED = 256  # training images that give int8 its ranges
 ROUNDS = 3
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -79,7 +82,7 @@ class Quick:
     def _keeps(self, name: str, device: torch.device) -> bool:
         """Whether this machine has that precision and the record says that it gives fp32's classes."""
         facts = self.record.get(name, self.record if name == "bf16" else {})  # older records are flat, and of bf16
-        if facts.get("agreement", 0) < AGREEMENT:
+        if min(facts.get("agreement", 0), facts.get("exchanged", 1)) < AGREEMENT:  # records from before exchanging have only the one
             return False
         if name == "int8":  # its ranges are of the weights that the record was made of
             return has_int8(device) and facts.get("agreement_low", 0) >= SURE and self._versions() == self.recorded
@@ -94,8 +97,8 @@ def weigh(net: ResNet, batches: Iterable[Tensor], training: Iterable[Tensor], an
     """Whether bf16 and int8 keep the classes that fp32 gives for these normalised batches, and are faster; {} without the hardware.
 
     `answer` makes an image's logits of those of its views. The ranges of int8 are those of `training`, other batches. The
-    record says on which processor, on how many images, of each the agreement with its 95 % interval and the gain in speed, and
-    the precision that follows.
+    record says on which processor, on how many images, of each the agreement with its 95 % interval, that with exchanged
+    rounding, and the gain in speed, and the precision that follows.
     """
     device = next(net.parameters()).device
     net.eval()
@@ -112,20 +115,33 @@ def weigh(net: ResNet, batches: Iterable[Tensor], training: Iterable[Tensor], an
     if len(made) == 1:
         return {}
     gains, end = _gains(made, first), time.perf_counter() + WEIGHED_SECONDS
-    n, agree = 0, dict.fromkeys(gains, 0)
+    n, wanted = 0, list[Tensor]()
+    found: dict[str, list[Tensor]] = {name: [] for name in gains}
     for x in chain([first], batches):
-        want = answer(net(x)).argmax(1)
-        for name in agree:
-            agree[name] += int((answer(made[name](x)).argmax(1) == want).sum())
-        n += len(want)
+        wanted.append(answer(net(x)))
+        for name, logits in found.items():
+            logits.append(answer(made[name](x)))
+        n += len(wanted[-1])
         if n >= WEIGHED[1] or (n >= WEIGHED[0] and time.perf_counter() > end):
             break
-    facts: dict[str, Record] = {name: {**share("agreement", agree[name], n), "gain": round(gain, 3)} for name, gain in gains.items()}
+    want = torch.cat(wanted)
+    facts: dict[str, Record] = {name: {**agreement(want, torch.cat(found[name])), "gain": round(gain, 3)} for name, gain in gains.items()}
     if "int8" in facts:
         facts["int8"]["ranges"] = ranges
     record = {"n": n, **facts, "processor": processor(device)}
     quick = Quick(net, record)
     return {"precision": _fastest({name: gain for name, gain in gains.items() if quick._keeps(name, device)}), **record}
+
+
+def agreement(want: Tensor, found: Tensor) -> Record:
+    """How many of these logits (N, classes) keep the class of `want`, with the interval; and how many would with other images' rounding.
+
+    The second asks more rarely whether an image happened to be rounded to the wrong side, and more finely: with the rounding of
+    each of the next EXCHANGED images, N x EXCHANGED answers.
+    """
+    classes, rounding = want.argmax(1), found - want
+    kept = [float(((want + rounding.roll(shift, 0)).argmax(1) == classes).float().mean()) for shift in range(1, min(len(want), EXCHANGED + 1))]
+    return {**share("agreement", int((found.argmax(1) == classes).sum()), len(want)), "exchanged": statistics.fmean(kept or [1.0])}
 
 
 def weighing_seconds(val: int, an_image: float, device: torch.device) -> float:

@@ -16,7 +16,7 @@ from reslab.run import Run
 from reslab.spec import Spec
 from reslab.use import inference
 from reslab.use.artefact import TorchModel
-from reslab.use.inference import Quick, folded, lowered, weigh
+from reslab.use.inference import Quick, agreement, folded, lowered, weigh
 from tests.conftest import relative, scramble
 from tests.use.conftest import TINY, classifier_of, photos_of
 
@@ -129,6 +129,7 @@ ELSEWHERE = {**RECORD, "processor": "another"}
         (ELSEWHERE, (1.0, 1.05), "fp32", "fp32"),
         ({**ELSEWHERE, "int8": {**INT8, "agreement": 0.99}}, (1.0, 3.0), "fp32", "fp32"),
         ({**ELSEWHERE, "int8": {**INT8, "agreement_low": 0.97}}, (1.0, 3.0), "fp32", "fp32"),  # too few images to know
+        ({**ELSEWHERE, "int8": {**INT8, "exchanged": 0.99}}, (1.5, 3.0), "bf16", "bf16"),  # by luck, these images kept theirs
     ],
 )
 @pytest.mark.parametrize("asked_first", [True, False])
@@ -201,6 +202,16 @@ def test_agreement_is_counted_against_the_classes_of_fp32(monkeypatch: pytest.Mo
     monkeypatch.setattr(inference, "has_bf16", lambda _: False)
     monkeypatch.setattr(inference, "has_int8", lambda _: False)
     assert weigh(net, iter(batches), batches[:1], nn.Identity()) == {}
+
+
+def test_the_rounding_of_other_images_shows_what_luck_hides() -> None:
+    """One image of 200 is a near tie and was rounded to the right side, which half of the others are not."""
+    want, rounding = torch.tensor([[1.0, 0.0]] * 199 + [[0.1, 0.0]]), torch.tensor([[0.0, 0.2], [0.2, 0.0]] * 100)
+    found = agreement(want, want + rounding)
+    assert found["agreement"] == 1
+    assert found["exchanged"] == pytest.approx(1 - 0.5 / 200, abs=1e-6)
+    assert agreement(want, want)["exchanged"] == 1
+    assert agreement(want[:1], want[:1].flip(1))["agreement"] == 0
 
 
 def test_training_records_what_it_measured_and_predicting_does_not_rewrite_it(trained: Run) -> None:
