@@ -98,7 +98,7 @@ enum { MOMENTS, LINEAR, RECTIFIED, JOINED };
 
 /* What the sums are taken of. `middle` is what x is measured from; of the others each kind takes what it needs. */
 typedef struct {
-    const T *x, *dy, *y;
+    const T *x, *dy, *other, *y;
     T *d_added;
     const float *middle, *scale, *shift;
 } Pixels;
@@ -108,7 +108,9 @@ static ALWAYS void add(int kind, const Pixels *p, int64_t at, int64_t c, Floats 
     if (kind == LINEAR) g = load(p->dy + at);
     if (kind == RECTIFIED) g = chosen(d * floats(p->scale + c) + floats(p->shift + c) > 0, load(p->dy + at));
     if (kind == JOINED) {
-        g = chosen(load(p->y + at) > 0, load(p->dy + at));
+        Floats both = load(p->dy + at);
+        if (p->other) both += load(p->other + at);
+        g = chosen(load(p->y + at) > 0, both);
         store(p->d_added + at, g);
     }
     *first += g;
@@ -216,8 +218,9 @@ int norm_forward(const T *x, const T *added, T *y, int64_t rows, int64_t C, int6
 }
 
 /* From dy the gradients of x, of what was added (d_added; NULL if nothing was), of weight and bias. y is read only where
-   something was added; else what ReLU let through is told by x. dx may be NULL. Returns 0, or 1 without memory. */
-int norm_backward(const T *dy, const T *x, const T *y, T *dx, T *d_added, int64_t rows, int64_t C, int64_t fold, const float *weight,
+   something was added; else what ReLU let through is told by x. Where something was added, a second gradient may be added to
+   dy: `other`, else NULL. dx may be NULL. Returns 0, or 1 without memory. */
+int norm_backward(const T *dy, const T *other, const T *x, const T *y, T *dx, T *d_added, int64_t rows, int64_t C, int64_t fold, const float *weight,
                   const float *bias, const float *mean, const float *invstd, float *d_weight, float *d_bias, int rectify, int parts) {
     int failed = 0, past = rows * C * sizeof(T) > PAST;
     int64_t channels = C / fold;
@@ -240,7 +243,7 @@ int norm_backward(const T *dy, const T *x, const T *y, T *dx, T *d_added, int64_
         int64_t begin = share(rows, part, count), end = share(rows, part + 1, count);
         float *near = malloc(2 * C * sizeof(float));
         double *own = sums + part * 2 * C;
-        Pixels p = {x, dy, y, d_added, middle, scale, shift};
+        Pixels p = {x, dy, other, y, d_added, middle, scale, shift};
         if (!near)
             failed = 1;
         else if (!rectify)

@@ -65,7 +65,15 @@ def norm_add_relu(norm: nn.Module | None, add: nn.Module, relu: nn.Module, x: Te
     if not (isinstance(norm, Norm) and _suits(norm, x) and not _hooked(norm, add, relu)):
         return None
     added = shortcut().to(x.dtype).contiguous(memory_format=torch.channels_last)
-    return _NormReLU.apply(x, added, norm.weight, norm.bias, norm, True)  # type: ignore[no-untyped-call, no-any-return]
+    y: Tensor
+    y, y.twin = _NormReLU.apply(x, added, norm.weight, norm.bias, norm, True)  # type: ignore[no-untyped-call, attr-defined]
+    return y
+
+
+def twin(x: Tensor) -> Tensor:
+    """x again, for the second of its two uses. What `norm_add_relu` gave then gets both gradients apart and adds them as it reads them."""
+    found: Tensor = getattr(x, "twin", x)
+    return found
 
 
 def use_fused(net: nn.Module, on: bool) -> None:
@@ -113,10 +121,13 @@ def _hooked(*modules: nn.Module) -> bool:
 
 
 class _NormReLU(torch.autograd.Function):
-    """relu(norm(x) + added), without either where there is none. Moves the running statistics. Once differentiable."""
+    """relu(norm(x) + added), without either where there is none. Moves the running statistics. Once differentiable.
+
+    With an addition the output comes twice, as two tensors of one memory.
+    """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, added: Tensor | None, weight: Tensor, bias: Tensor, norm: Norm, rectify: bool) -> Tensor:
+    def forward(ctx: Any, x: Tensor, added: Tensor | None, weight: Tensor, bias: Tensor, norm: Norm, rectify: bool) -> Tensor | tuple[Tensor, Tensor]:
         assert norm.running_mean is not None and norm.running_var is not None and norm.num_batches_tracked is not None
         x = x.contiguous(memory_format=torch.channels_last)
         y, mean, invstd = torch.empty_like(x), torch.empty_like(weight), torch.empty_like(weight)
@@ -130,21 +141,22 @@ class _NormReLU(torch.autograd.Function):
         )  # fmt: skip
         ctx.save_for_backward(x, y if added is not None else None, weight, bias, mean, invstd)
         ctx.fold, ctx.rectify = fold, rectify
-        return y
+        ctx.set_materialize_grads(False)
+        return y if added is None else (y, y.data)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
         x, y, weight, bias, mean, invstd = ctx.saved_tensors
-        dy = dy.contiguous(memory_format=torch.channels_last)
+        dy, other, *_ = *(g.contiguous(memory_format=torch.channels_last) for g in gradients if g is not None), None
         dx = torch.empty_like(x) if ctx.needs_input_grad[0] else None
         d_added = None if y is None else torch.empty_like(x)
         d_weight, d_bias = torch.empty_like(weight), torch.empty_like(bias)
         channels = len(weight) * ctx.fold
         _checked(
             _library(x.dtype).norm_backward(
-                _at(dy), _at(x), _at(y), _at(dx), _at(d_added), x.numel() // channels, channels, ctx.fold, _at(weight), _at(bias), _at(mean),
-                _at(invstd), _at(d_weight), _at(d_bias), ctx.rectify, torch.get_num_threads(),
+                _at(dy), _at(other), _at(x), _at(y), _at(dx), _at(d_added), x.numel() // channels, channels, ctx.fold, _at(weight), _at(bias),
+                _at(mean), _at(invstd), _at(d_weight), _at(d_bias), ctx.rectify, torch.get_num_threads(),
             )
         )  # fmt: skip
         return dx, d_added, d_weight, d_bias, None, None
@@ -204,7 +216,7 @@ def _library(dtype: torch.dtype) -> ctypes.CDLL:
         library = ctypes.CDLL(str(file))
     p, n = c_void_p, c_int64
     library.norm_forward.argtypes = [p, p, p, n, n, n, p, p, c_float, c_float, p, p, p, p, c_int, c_int]
-    library.norm_backward.argtypes = [p, p, p, p, p, n, n, n, p, p, p, p, p, p, c_int, c_int]
+    library.norm_backward.argtypes = [p, p, p, p, p, p, n, n, n, p, p, p, p, p, p, c_int, c_int]
     library.pool_forward.argtypes = library.pool_backward.argtypes = [p, p, p, p, c_int]
     return library
 

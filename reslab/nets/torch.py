@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from reslab.family import spec as find_spec
 from reslab.layout import SHORTCUT_DROPOUT, Unit, has_bias, is_normed, squeezed, stages
-from reslab.nets.fused import MaxPool, norm_add_relu, norm_relu
+from reslab.nets.fused import MaxPool, norm_add_relu, norm_relu, twin
 from reslab.nets.initialise import initialise
 from reslab.nets.parts import (
     Add,
@@ -209,7 +209,7 @@ class Original(Block):
         """The last norm, the addition and ReLU, at once where nothing else stands between them."""
         norm, relu = self._modules[f"bn{self.count}"], self._modules[f"relu{self.count}"]
         if isinstance(self.add, Add) and relu and not any((self.se, self.scale, self.drop_path, self.carry)):
-            out = norm_add_relu(norm, self.add, relu, y, lambda: through(self.downsample, x))
+            out = norm_add_relu(norm, self.add, relu, y, lambda: through(self.downsample, twin(x)))
             if out is not None:
                 return out
         return through(relu, self.join(through(norm, y), x))

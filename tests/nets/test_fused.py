@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 import reslab
 from reslab.nets import fused
-from reslab.nets.fused import MaxPool, Norm, norm_add_relu, norm_relu, reason_against, use_fused
+from reslab.nets.fused import MaxPool, Norm, norm_add_relu, norm_relu, reason_against, twin, use_fused
 from reslab.nets.parts import Add, Pointwise
 
 pytestmark = pytest.mark.skipif(bool(reason_against()), reason=f"the kernels cannot be made here: {reason_against()}")
@@ -66,6 +66,25 @@ def test_in_bf16_nothing_is_rounded_but_what_is_written(shape: tuple[int, ...], 
     errors = both(shape, torch.bfloat16, joined, rectified)
     assert max(errors[name] for name in errors if name not in ("y", "dx")) < 2e-6
     assert max(errors["y"], errors["dx"]) < 0.004, "half a unit in the last of eight places"
+
+
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 2e-6), (torch.bfloat16, 0.004)])
+@pytest.mark.parametrize("uses", [(True, False), (False, True), (True, True)])
+def test_the_gradients_of_both_uses_of_an_output_count(dtype: torch.dtype, bound: float, uses: tuple[bool, bool]) -> None:
+    torch.manual_seed(4)
+    x, added = (torch.randn(4, 32, 5, 7).to(dtype).contiguous(memory_format=torch.channels_last).requires_grad_() for _ in range(2))
+    norm = normed(32)
+    y = norm_add_relu(norm, Add(), nn.ReLU(), x, lambda: added)
+    assert y is not None and twin(y) is not y and twin(y).data_ptr() == y.data_ptr()
+    assert twin(x) is x, "what no kernel made is its own"
+    exact = nn.BatchNorm2d(32).double().train()
+    exact.load_state_dict({name: tensor for name, tensor in norm.state_dict().items() if name in ("weight", "bias")}, strict=False)
+    doubles = [tensor.detach().double().requires_grad_() for tensor in (x, added)]
+    right = (exact(doubles[0]) + doubles[1]).relu()
+    given = [(out, torch.randn(y.shape).to(dtype)) for out, used in zip((y, twin(y)), uses, strict=True) if used]
+    ours = torch.autograd.grad([out for out, _ in given], [x, added, norm.weight, norm.bias], [dy for _, dy in given])
+    theirs = torch.autograd.grad(right, [*doubles, exact.weight, exact.bias], torch.stack([dy.double() for _, dy in given]).sum(0))
+    assert max(relative(one, other) for one, other in zip(ours, theirs, strict=True)) < bound
 
 
 def test_a_wrong_line_is_noticed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
