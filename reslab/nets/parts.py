@@ -19,8 +19,8 @@ def conv(inputs: int, c: Conv, bias: bool) -> nn.Conv2d:
         return Pointwise(inputs, c.outputs, 1, c.stride, bias=bias)
     if suits(inputs, c.outputs, c.kernel, c.stride, c.groups):
         return WideConv(inputs, c.outputs, c.kernel, padding=1, bias=bias)
-    if (c.kernel, c.stride, c.groups) == (3, 1, 1):
-        return Conv3x3(inputs, c.outputs, c.kernel, padding=1, bias=bias)
+    if (c.kernel, c.groups) == (3, 1) and c.stride <= 2:
+        return Conv3x3(inputs, c.outputs, c.kernel, c.stride, padding=1, bias=bias)
     return nn.Conv2d(inputs, c.outputs, c.kernel, c.stride, padding=c.kernel // 2, groups=c.groups, bias=bias)
 
 
