@@ -99,7 +99,8 @@ def main() -> None:
         f"{NET} at {SIZE} px, trained on digits to {top1:.2%} of n = {n}; {chosen} was chosen; top-1 agrees with torchvision "
         f"on {counted['agreement']:.2%} [{counted['agreement_low']:.2%}, {counted['agreement_high']:.2%}] of these",
         *(
-            f"  {name} on {record['n']} val images: agreement {record[name]['agreement']:.2%}, gain {record[name]['gain']}"
+            f"  {name} on {record['n']} val images: agreement {record[name]['agreement']:.2%}, {record[name]['exchanged']:.2%} with "
+            f"other images' rounding, gain {record[name]['gain']}"
             for name in ("bf16", "int8")
             if name in record
         ),

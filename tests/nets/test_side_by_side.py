@@ -25,6 +25,7 @@ def errors(n: int, channels: int, outputs: int, height: int, width: int, stride:
 
 SHAPES = [
     (12, 8, 12, 4, 4),
+    (12, 8, 12, 6, 8),
     (7, 16, 8, 7, 5),
     (5, 8, 8, 1, 3),
     (1, 4, 4, 2, 2),
@@ -49,7 +50,8 @@ def test_without_the_column_of_zeros_it_is_noticed(monkeypatch: pytest.MonkeyPat
         return laid
 
     monkeypatch.setattr(side_by_side, "_side_by_side", repeated)
-    assert min(errors(12, 8, 12, 4, 4)[2], errors(12, 8, 12, 4, 6, 2)[2]) > 0.1
+    assert min(errors(12, 8, 12, 4, 4)) > 0.1, "a tiny map's output and both gradients"
+    assert min(errors(12, 8, 12, 6, 8)[2], errors(12, 8, 12, 4, 6, 2)[2]) > 0.1
 
 
 @pytest.mark.parametrize("kind", [Conv3x3, WideConv])
