@@ -136,8 +136,8 @@ def weigh(net: ResNet, batches: Iterable[Tensor], training: Iterable[Tensor], an
 def agreement(want: Tensor, found: Tensor) -> Record:
     """How many of these logits (N, classes) keep the class of `want`, with the interval; and how many would with other images' rounding.
 
-    The second asks more rarely whether an image happened to be rounded to the wrong side, and more finely: with the rounding of
-    each of the next EXCHANGED images, N x EXCHANGED answers.
+    The second does not hang on the side to which a near tie happened to be rounded: each image gets the rounding of each of the
+    next EXCHANGED, which makes N x EXCHANGED answers.
     """
     classes, rounding = want.argmax(1), found - want
     kept = [float(((want + rounding.roll(shift, 0)).argmax(1) == classes).float().mean()) for shift in range(1, min(len(want), EXCHANGED + 1))]
