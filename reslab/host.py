@@ -1,7 +1,7 @@
 """This computer, as far as it can be known and set without torch: the processor's name, and how memory is kept.
 
 What is set here is glibc's and Linux's, in this process alone, and a no-op elsewhere. With RESLAB_MALLOC=default in the
-environment memory is left as it is.
+environment memory is left as it is, but for what `release_freed_memory` gives back.
 """
 
 import ctypes
