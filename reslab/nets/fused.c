@@ -28,6 +28,7 @@ typedef uint8_t Bytes __attribute__((vector_size(LANES)));
 
 #if defined(BF16)
 typedef uint16_t T;
+typedef Halves Raw; /* as many Ts as bits */
 
 static inline Floats load(const T *p) {
     Halves h;
@@ -48,6 +49,7 @@ static inline void store(T *p, Floats x) {
 }
 #else
 typedef float T;
+typedef Bits Raw; /* as many Ts as bits */
 
 static inline Floats load(const T *p) {
     Floats x;
@@ -317,27 +319,40 @@ void pool_forward(const T *x, T *y, uint8_t *where, const Pool *p, int parts) {
     }
 }
 
-/* A line of dx where no two windows overlap: every pixel has one. */
-static void apart_backward(const T *dy, const uint8_t *where, T *line, const Pool *p, int64_t image, int64_t y) {
-    int64_t i = y / p->side, C = p->C, covered = i < p->down ? p->across : 0;
-    if (covered * p->side < p->width) memset(line, 0, p->width * C * sizeof *line);
-    for (int64_t j = 0; j < covered; j++) {
-        int64_t from = ((image * p->down + i) * p->across + j) * C, left = j * p->side;
-        int64_t last = left + p->side > p->width ? p->width - left : p->side;
+/* dx of a line of windows of which no two overlap: each gradient is read once, and all pixels of its window are written. */
+static void apart_backward(const T *dy, const uint8_t *where, T *dx, const Pool *p, int64_t line) {
+    int64_t C = p->C, side = p->side, wide = p->width * C, down = line % p->down, top = down * side;
+    int64_t tall = top + side > p->height ? p->height - top : side, covered = p->across * side;
+    dx += (line / p->down * p->height + top) * wide;
+    for (int64_t j = 0; j < p->across; j++) {
+        int64_t from = (line * p->across + j) * C, left = j * side, last = left + side > p->width ? p->width - left : side;
         for (int64_t c = 0; c < C; c += LANES) {
-            Floats g = load(dy + from + c);
+            Raw g; /* bits are moved, nothing is computed */
             Bytes found;
+            memcpy(&g, dy + from + c, sizeof g);
             memcpy(&found, where + from + c, sizeof found);
-            Ints tap = __builtin_convertvector(found, Ints) - (int)(y % p->side * p->side);
-            for (int64_t t = 0; t < last; t++) store(line + (left + t) * C + c, chosen(tap == (int)t, g));
+            Raw tap = __builtin_convertvector(found, Raw);
+            for (int64_t i = 0; i < tall; i++)
+                for (int64_t t = 0; t < last; t++) {
+                    Raw chosen = g & (Raw)(tap == (uint16_t)(i * side + t));
+                    memcpy(dx + i * wide + (left + t) * C + c, &chosen, sizeof chosen);
+                }
         }
     }
+    if (covered < p->width)
+        for (int64_t i = 0; i < tall; i++) memset(dx + i * wide + covered * C, 0, (p->width - covered) * C * sizeof *dx);
+    if (down == p->down - 1 && top + side < p->height) memset(dx + side * wide, 0, (p->height - top - side) * wide * sizeof *dx);
 }
 
 /* dx from dy and where the largest were. Returns 0, or 1 without memory. */
 int pool_backward(const T *dy, const uint8_t *where, T *dx, const Pool *p, int parts) {
-    int failed = 0, apart = p->stride == p->side && !p->padding;
+    int failed = 0;
     int64_t C = p->C, wide = p->width * C;
+    if (p->stride == p->side && !p->padding) {
+#pragma omp parallel for schedule(static) num_threads(parts)
+        for (int64_t line = 0; line < p->images * p->down; line++) apart_backward(dy, where, dx, p, line);
+        return 0;
+    }
 #pragma omp parallel reduction(| : failed) num_threads(parts)
     {
         float *sums = malloc(wide * sizeof *sums);
@@ -347,10 +362,6 @@ int pool_backward(const T *dy, const uint8_t *where, T *dx, const Pool *p, int p
             if (failed) continue;
             int64_t image = line / p->height, y = line % p->height + p->padding;
             int64_t top = y < p->side ? 0 : (y - p->side) / p->stride + 1, bottom = y / p->stride < p->down ? y / p->stride : p->down - 1;
-            if (apart) {
-                apart_backward(dy, where, dx + line * wide, p, image, y);
-                continue;
-            }
             memset(sums, 0, wide * sizeof *sums);
             for (int64_t i = top; i <= bottom; i++)
                 for (int64_t j = 0; j < p->across; j++) {
