@@ -85,6 +85,8 @@ def _decisions(job: Job) -> list[str]:
         lines.append("convolutions in blocks that lose no channels begin as the identity")
     if recipe.micro_batch != recipe.batch_size:
         lines.append(f"a batch of {recipe.batch_size} goes through the net in pieces of {recipe.micro_batch}, each with its own batch norm")
+    if recipe.norm_batch:
+        lines.append(f"batch norm sees {recipe.norm_batch} images at a time")
     return lines + [f"weights from {shown(recipe.weights)}"] * bool(recipe.weights)
 
 

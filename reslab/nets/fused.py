@@ -12,7 +12,8 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from ctypes import byref, c_float, c_int, c_int64, c_void_p
 from functools import cache
 from math import gcd
@@ -30,14 +31,45 @@ COMPILER_SECONDS = 60
 
 
 class Norm(nn.BatchNorm2d):
-    """Batch norm over (N, C, H, W), by the fused kernels where `use_fused` has set them and they can."""
+    """Batch norm over (N, C, H, W), by the fused kernels where `use_fused` has set them and they can.
+
+    In training `together` images at a time are normalised, where that divides N (Hoffer et al. 2017, 1705.08741, ghost batch norm);
+    the running statistics move once, by the mean over these groups.
+    """
 
     fused = False
+    together = 0  # 0: all
 
     def forward(self, x: Tensor) -> Tensor:
-        if not _suits(self, x):
+        if _suits(self, x):
+            return _NormReLU.apply(x, None, self.weight, self.bias, self, False)  # type: ignore[no-untyped-call, no-any-return]
+        groups = self.groups(len(x))
+        if groups == 1:
             return super().forward(x)
-        return _NormReLU.apply(x, None, self.weight, self.bias, self, False)  # type: ignore[no-untyped-call, no-any-return]
+        assert self.num_batches_tracked is not None and self.momentum is not None
+        self.num_batches_tracked.add_(1)
+        with self.statistics(groups) as each:
+            parts = [
+                nn.functional.batch_norm(part, *running, self.weight, self.bias, True, self.momentum, self.eps)
+                for part, running in zip(x.chunk(groups), each, strict=True)
+            ]
+        return torch.cat(parts)
+
+    def groups(self, images: int) -> int:
+        """How many are normalised one after the other."""
+        return images // self.together if self.training and self.together and images % self.together == 0 else 1
+
+    @contextmanager
+    def statistics(self, groups: int) -> Iterator[list[tuple[Tensor, Tensor]]]:
+        """Running mean and variance for each group to move; afterwards the norm's own are the mean of these."""
+        assert self.running_mean is not None and self.running_var is not None
+        if groups == 1:
+            yield [(self.running_mean, self.running_var)]
+            return
+        mean, var = (own.repeat(groups, 1) for own in (self.running_mean, self.running_var))
+        yield list(zip(mean, var, strict=True))
+        self.running_mean.copy_(mean.mean(0))
+        self.running_var.copy_(var.mean(0))
 
 
 class MaxPool(nn.MaxPool2d):
@@ -87,6 +119,13 @@ def use_fused(net: nn.Module, on: bool) -> None:
             module.fused = made if isinstance(module, Norm | MaxPool) else on  # type: ignore[assignment]
 
 
+def norm_together(net: nn.Module, images: int) -> None:
+    """Sets how many images the batch norms of a net that trains normalise at a time; 0: all that go through it."""
+    for module in net.modules():
+        if isinstance(module, Norm):
+            module.together = images
+
+
 @cache
 def reason_against() -> str:
     """Why the kernels cannot be used here; empty where they can."""
@@ -102,7 +141,8 @@ def reason_against() -> str:
 def _suits(norm: Norm, x: Tensor) -> bool:
     if not (norm.fused and norm.training and norm.affine and norm.track_running_stats and norm.momentum is not None):
         return False
-    return x.dtype in TYPES and x.dim() == 4 and x.numel() > x.shape[1] and _fold(x) > 0
+    part = x[: len(x) // norm.groups(len(x))]
+    return x.dtype in TYPES and x.dim() == 4 and part.numel() > x.shape[1] and _fold(part) > 0
 
 
 def _fold(x: Tensor) -> int:
@@ -128,17 +168,21 @@ class _NormReLU(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, added: Tensor | None, weight: Tensor, bias: Tensor, norm: Norm, rectify: bool) -> Tensor | tuple[Tensor, Tensor]:
-        assert norm.running_mean is not None and norm.running_var is not None and norm.num_batches_tracked is not None
+        assert norm.num_batches_tracked is not None
         x = x.contiguous(memory_format=torch.channels_last)
-        y, mean, invstd = torch.empty_like(x), torch.empty_like(weight), torch.empty_like(weight)
+        groups, channels = norm.groups(len(x)), len(weight)
+        y, mean, invstd = torch.empty_like(x), weight.new_empty(groups, channels), weight.new_empty(groups, channels)
         norm.num_batches_tracked.add_(1)
-        fold = _fold(x)
-        _checked(
-            _library(x.dtype).norm_forward(
-                _at(x), _at(added), _at(y), x.numel() // (len(weight) * fold), len(weight) * fold, fold, _at(weight), _at(bias), norm.eps,
-                norm.momentum, _at(norm.running_mean), _at(norm.running_var), _at(mean), _at(invstd), rectify, torch.get_num_threads(),
-            )
-        )  # fmt: skip
+        fold = _fold(x[: len(x) // groups])
+        rows = x.numel() // (groups * channels * fold)
+        with norm.statistics(groups) as each:
+            for i, (x_, added_, y_, (running_mean, running_var)) in enumerate(zip(*_chunks(groups, x, added, y), each, strict=True)):
+                _checked(
+                    _library(x.dtype).norm_forward(
+                        _at(x_), _at(added_), _at(y_), rows, channels * fold, fold, _at(weight), _at(bias), norm.eps, norm.momentum,
+                        _at(running_mean), _at(running_var), _at(mean[i]), _at(invstd[i]), rectify, torch.get_num_threads(),
+                    )
+                )  # fmt: skip
         ctx.save_for_backward(x, y if added is not None else None, weight, bias, mean, invstd)
         ctx.fold, ctx.rectify = fold, rectify
         ctx.set_materialize_grads(False)
@@ -151,15 +195,22 @@ class _NormReLU(torch.autograd.Function):
         dy, other, *_ = *(g.contiguous(memory_format=torch.channels_last) for g in gradients if g is not None), None
         dx = torch.empty_like(x) if ctx.needs_input_grad[0] else None
         d_added = None if y is None else torch.empty_like(x)
-        d_weight, d_bias = torch.empty_like(weight), torch.empty_like(bias)
-        channels = len(weight) * ctx.fold
-        _checked(
-            _library(x.dtype).norm_backward(
-                _at(dy), _at(other), _at(x), _at(y), _at(dx), _at(d_added), x.numel() // channels, channels, ctx.fold, _at(weight), _at(bias),
-                _at(mean), _at(invstd), _at(d_weight), _at(d_bias), ctx.rectify, torch.get_num_threads(),
-            )
-        )  # fmt: skip
-        return dx, d_added, d_weight, d_bias, None, None
+        d_weight, d_bias = torch.empty_like(mean), torch.empty_like(mean)
+        groups, channels = len(mean), len(weight) * ctx.fold
+        rows = x.numel() // (groups * channels)
+        for i, (dy_, other_, x_, y_, dx_, d_added_) in enumerate(zip(*_chunks(groups, dy, other, x, y, dx, d_added), strict=True)):
+            _checked(
+                _library(x.dtype).norm_backward(
+                    _at(dy_), _at(other_), _at(x_), _at(y_), _at(dx_), _at(d_added_), rows, channels, ctx.fold, _at(weight), _at(bias),
+                    _at(mean[i]), _at(invstd[i]), _at(d_weight[i]), _at(d_bias[i]), ctx.rectify, torch.get_num_threads(),
+                )
+            )  # fmt: skip
+        return dx, d_added, d_weight.sum(0), d_bias.sum(0), None, None
+
+
+def _chunks(groups: int, *tensors: Tensor | None) -> list[Sequence[Tensor | None]]:
+    """Each tensor's images in so many groups."""
+    return [[None] * groups if tensor is None else tensor.chunk(groups) for tensor in tensors]
 
 
 class _Pool(ctypes.Structure):

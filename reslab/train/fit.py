@@ -82,7 +82,7 @@ class Training:
         self.alike = 0, 0  # the image size of the last step, and how many there were of it in a row
         self.optimizer = optimizer(net, recipe, plan.precision)
         keep_gradients(net)
-        self.shared = machine.share(ready(net, plan))  # after the optimiser has frozen what is to be frozen
+        self.shared = machine.share(ready(net, plan, recipe))  # after the optimiser has frozen what is to be frozen
         self.statistics = RunningStatistics(net)
         self.average = Average(net, recipe.ema) if recipe.ema else None
         self.progress = Progress(steps=plan.steps, gentle=recipe.warmup_lr > 0)

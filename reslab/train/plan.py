@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.functional import interpolate, one_hot
 
 from reslab.errors import CallError, WorkError, shown
-from reslab.nets.fused import Norm, reason_against, use_fused
+from reslab.nets.fused import Norm, norm_together, reason_against, use_fused
 from reslab.nets.side_by_side import has_amx
 from reslab.nets.torch import ResNet
 from reslab.nets.winograd import use_winograd
@@ -123,8 +123,9 @@ def make_plan(
     return replace(plan, val_seconds=forward / len(x) * val / machine.world)
 
 
-def ready(net: ResNet, plan: Plan) -> nn.Module:
+def ready(net: ResNet, plan: Plan, recipe: Recipe) -> nn.Module:
     """The net as a step of this plan calls it."""
+    norm_together(net, recipe.norm_batch or 0)
     use_winograd(net, plan.winograd, plan.memory is None)
     use_fused(net, plan.fused and not plan.compiled)
     if plan.compiled:
@@ -201,7 +202,7 @@ def _time_step(net: ResNet, x: Tensor, recipe: Recipe, plan: Plan, machine: Mach
     optim = optimizer(net.train(), recipe, plan.precision)
     keep_gradients(net)
     targets = one_hot(torch.arange(len(x), device=x.device) % net.spec.num_classes, net.spec.num_classes).float()
-    work = Pass(ready(net, plan), recipe, plan.precision, machine)
+    work = Pass(ready(net, plan, recipe), recipe, plan.precision, machine)
     run: Work = ReplayedPass(work) if plan.replayed else work
     update: Callable[[], object] = ReplayedUpdate(optim.step) if plan.replayed else optim.step
 

@@ -47,6 +47,7 @@ class Recipe:
     micro_batch: Annotated[
         int | None, Help("of these, so many go through the net at once, and batch norm sees no more; by default a process's share", 1, 10**6)
     ] = None
+    norm_batch: Annotated[int | None, Help("of these again, so many does batch norm see at once; by default a micro-batch", 1, 10**6)] = None
     optimizer: Annotated[Optimizer, Help("SGD with momentum, AdamW, or Muon for the convolutions and SGD for the rest")] = "muon"
     lr: Annotated[float, Help("the highest learning rate", 0, 1e3)] = 0.05
     sgd_lr: Annotated[float, Help("with Muon: the learning rate of norms and head, as a multiple of lr", 0, 1e3)] = 5.0
@@ -249,6 +250,8 @@ def resolve(recipe: Recipe, train_images: int, image_size: int, upright: bool, p
         raise CallError(f"a batch must not be larger than the training data: batch_size {batch}, {train_images} images; lower --batch-size")
     micro = recipe.micro_batch or batch // processes
     check_shares(batch, micro, processes)
+    if recipe.norm_batch and micro % recipe.norm_batch:
+        raise CallError(f"batch norm sees a micro-batch in equal parts; {micro} images by {recipe.norm_batch} does not go: change --norm-batch")
     by_steps = math.ceil(recipe.steps / (train_images // batch)) if recipe.steps else None
     epochs = recipe.epochs or by_steps or max(15, min(60, round(1_400_000 / train_images)))
     crop = recipe.crop or ("pad" if size <= 64 else "resized")

@@ -87,6 +87,36 @@ def test_the_gradients_of_both_uses_of_an_output_count(dtype: torch.dtype, bound
     assert max(relative(one, other) for one, other in zip(ours, theirs, strict=True)) < bound
 
 
+@pytest.mark.parametrize("kernels", [True, False])
+@pytest.mark.parametrize("joined", [True, False])
+def test_a_group_of_images_is_normalised_as_if_alone(kernels: bool, joined: bool) -> None:
+    torch.manual_seed(6)
+    x, added, dy = (torch.randn(12, 24, 5, 6).contiguous(memory_format=torch.channels_last) + i for i in range(3))
+    norm, relu = normed(24), nn.ReLU()
+    alone, norm.fused, norm.together = copy.deepcopy(norm), kernels, 4
+
+    def gives(norm: Norm, *images: Tensor) -> list[Tensor]:
+        given = [image.requires_grad_() for image in images[: 1 + joined]]
+        y = norm_add_relu(norm, Add(), relu, given[0], lambda: given[1]) if joined else None
+        y = y if y is not None else relu(norm(given[0]) + (given[1] if joined else 0))
+        return [y.detach(), *torch.autograd.grad(y, [*given, norm.weight, norm.bias], images[2])]
+
+    found, parts, moved = gives(norm, x, added, dy), [], []
+    for images in zip(*(tensor.detach().chunk(3) for tensor in (x, added, dy)), strict=True):
+        one = copy.deepcopy(alone)
+        parts.append(gives(one, *images))
+        moved.append(torch.stack([one.get_buffer("running_mean"), one.get_buffer("running_var")]))
+    *each, weight, bias = zip(*parts, strict=True)
+    right = [*map(torch.cat, each), sum(weight), sum(bias)]
+    assert max(relative(one, other.double()) for one, other in zip(found, right, strict=True)) < 2e-6
+    running = torch.stack([norm.get_buffer("running_mean"), norm.get_buffer("running_var")])
+    assert relative(running, torch.stack(moved).mean(0).double()) < 2e-6 and norm.num_batches_tracked == 1
+    norm.together = 0
+    assert relative(gives(norm, x.detach(), added.detach(), dy.detach())[0], right[0].double()) > 0.01, "all at once is something else"
+    norm.eval().together = 4
+    assert norm.groups(12) == 1
+
+
 def test_a_wrong_line_is_noticed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     right, wrong = "floats(slope + c)", "floats(level + c)"
     source = fused.SOURCE.read_text("utf-8")

@@ -219,6 +219,19 @@ def test_a_killed_worker_is_started_again_and_nothing_is_lost(tmp_path: Path) ->
     assert same(weights(out), weights(whole.path))
 
 
+def test_batch_norm_may_see_fewer_images_than_a_micro_batch(tmp_path: Path) -> None:
+    """The same steps as with micro-batches of that size."""
+    given = {"steps": 6, "batch_size": 64, "seed": 7, "precision": "fp32", "crop": "none", "low_resolution": 0.0, "optimizer": "sgd", "lr": 0.02}
+    parts = reslab.train("digits", out=tmp_path / "parts", micro_batch=16, **given)
+    together = reslab.train("digits", out=tmp_path / "together", norm_batch=16, **given)
+    whole = reslab.train("digits", out=tmp_path / "whole", **given)
+    losses = [[record["loss"] for record in run.records("val")] for run in (parts, together, whole)]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+    assert losses[2] != pytest.approx(losses[0], rel=1e-3)
+    with pytest.raises(reslab.CallError, match="equal parts; 64 images by 24 does not go: change --norm-batch"):
+        reslab.train("digits", out=tmp_path / "run", batch_size=64, norm_batch=24)
+
+
 def test_a_share_must_be_whole_micro_batches(tmp_path: Path) -> None:
     with pytest.raises(reslab.CallError, match="whole micro-batches; 64 by 24 does not go: change --micro-batch"):
         reslab.train("digits", out=tmp_path / "run", batch_size=64, micro_batch=24)
