@@ -43,7 +43,7 @@ class Norm(nn.BatchNorm2d):
     def forward(self, x: Tensor) -> Tensor:
         if _suits(self, x):
             return _NormReLU.apply(x, None, self.weight, self.bias, self, False)  # type: ignore[no-untyped-call, no-any-return]
-        groups = self.groups(len(x))
+        groups = self.groups(x.shape[0])  # len(x) would fix the batch of an exported graph
         if groups == 1:
             return super().forward(x)
         assert self.num_batches_tracked is not None and self.momentum is not None
