@@ -27,7 +27,7 @@ from reslab.data.shards import shuffled
 from reslab.errors import WorkError
 from reslab.host import release_freed_memory, use_huge_pages
 from reslab.interval import share
-from reslab.nets.fused import use_fused
+from reslab.nets.fused import norm_together, use_fused
 from reslab.nets.torch import ResNet
 from reslab.nets.winograd import use_winograd
 from reslab.run import Run
@@ -138,6 +138,7 @@ class Training:
             self.show.say(f"stopped early: {p.stale_epochs} epochs without a better val top-1")
         use_winograd(self.net, False)
         use_fused(self.net, False)
+        norm_together(self.net, 0)
         self._take_weights()
 
     def _epochs(self) -> int:
