@@ -33,7 +33,7 @@ CALL = RECIPES[RECIPE].as_call
 SEEDS = 1 if SMOKE else 5
 IMAGES, EPOCHS = 50_000, 9.9  # airbench94: Jordan 2024 (2404.00498), table 1
 BATCH, STEPS = (16, 2) if SMOKE else (1024, 6)
-SHORT = ("--steps", "4", "--batch-size", "64", "--net", "resnet20", "--tta", "none") if SMOKE else ()
+SHORT = ("--steps", "4", "--batch-size", "64", "--norm-batch", "64", "--net", "resnet20", "--tta", "none") if SMOKE else ()
 
 
 class Group(nn.Module):

@@ -141,14 +141,14 @@ def reason_against() -> str:
 def _suits(norm: Norm, x: Tensor) -> bool:
     if not (norm.fused and norm.training and norm.affine and norm.track_running_stats and norm.momentum is not None):
         return False
-    part = x[: len(x) // norm.groups(len(x))]
-    return x.dtype in TYPES and x.dim() == 4 and part.numel() > x.shape[1] and _fold(part) > 0
+    if x.dtype not in TYPES or x.dim() != 4:
+        return False
+    pixels = x.numel() // x.shape[1] // norm.groups(len(x))
+    return pixels > 1 and _fold(x.shape[1], pixels) > 0
 
 
-def _fold(x: Tensor) -> int:
+def _fold(channels: int, pixels: int) -> int:
     """How many pixels lie side by side in a row of the kernels, so that rows are whole vectors; 0 where the pixels do not divide."""
-    channels = x.shape[1]
-    pixels = x.numel() // channels
     least = LANES // gcd(channels, LANES)
     wanted = least
     while wanted * channels < WIDE:
@@ -173,14 +173,14 @@ class _NormReLU(torch.autograd.Function):
         groups, channels = norm.groups(len(x)), len(weight)
         y, mean, invstd = torch.empty_like(x), weight.new_empty(groups, channels), weight.new_empty(groups, channels)
         norm.num_batches_tracked.add_(1)
-        fold = _fold(x[: len(x) // groups])
-        rows = x.numel() // (groups * channels * fold)
+        pixels = x.numel() // (groups * channels)
+        fold = _fold(channels, pixels)
         with norm.statistics(groups) as each:
-            for i, (x_, added_, y_, (running_mean, running_var)) in enumerate(zip(*_chunks(groups, x, added, y), each, strict=True)):
+            for x_, added_, y_, mean_, invstd_, (running_mean, running_var) in zip(*_chunks(groups, x, added, y, mean, invstd), each, strict=True):
                 _checked(
                     _library(x.dtype).norm_forward(
-                        _at(x_), _at(added_), _at(y_), rows, channels * fold, fold, _at(weight), _at(bias), norm.eps, norm.momentum,
-                        _at(running_mean), _at(running_var), _at(mean[i]), _at(invstd[i]), rectify, torch.get_num_threads(),
+                        _at(x_), _at(added_), _at(y_), pixels // fold, channels * fold, fold, _at(weight), _at(bias), norm.eps, norm.momentum,
+                        _at(running_mean), _at(running_var), _at(mean_), _at(invstd_), rectify, torch.get_num_threads(),
                     )
                 )  # fmt: skip
         ctx.save_for_backward(x, y if added is not None else None, weight, bias, mean, invstd)
@@ -198,18 +198,22 @@ class _NormReLU(torch.autograd.Function):
         d_weight, d_bias = torch.empty_like(mean), torch.empty_like(mean)
         groups, channels = len(mean), len(weight) * ctx.fold
         rows = x.numel() // (groups * channels)
-        for i, (dy_, other_, x_, y_, dx_, d_added_) in enumerate(zip(*_chunks(groups, dy, other, x, y, dx, d_added), strict=True)):
+        for dy_, other_, x_, y_, dx_, d_added_, mean_, invstd_, d_weight_, d_bias_ in zip(
+            *_chunks(groups, dy, other, x, y, dx, d_added, mean, invstd, d_weight, d_bias), strict=True
+        ):
             _checked(
                 _library(x.dtype).norm_backward(
                     _at(dy_), _at(other_), _at(x_), _at(y_), _at(dx_), _at(d_added_), rows, channels, ctx.fold, _at(weight), _at(bias),
-                    _at(mean[i]), _at(invstd[i]), _at(d_weight[i]), _at(d_bias[i]), ctx.rectify, torch.get_num_threads(),
+                    _at(mean_), _at(invstd_), _at(d_weight_), _at(d_bias_), ctx.rectify, torch.get_num_threads(),
                 )
             )  # fmt: skip
-        return dx, d_added, d_weight.sum(0), d_bias.sum(0), None, None
+        return dx, d_added, *(d[0] if groups == 1 else d.sum(0) for d in (d_weight, d_bias)), None, None
 
 
 def _chunks(groups: int, *tensors: Tensor | None) -> list[Sequence[Tensor | None]]:
-    """Each tensor's images in so many groups."""
+    """Each tensor's rows, images or statistics, in so many groups."""
+    if groups == 1:
+        return [[tensor] for tensor in tensors]
     return [[None] * groups if tensor is None else tensor.chunk(groups) for tensor in tensors]
 
 

@@ -170,7 +170,7 @@ RECIPES["sprint"] = replace(
     keep="last",
     val=0.01,
 )
-# Towards 95 %: a wider net for longer, which remembers more and is held back more
+# Towards 95 %: a wider net for longer, with larger shifts, more decay and noisier norms
 RECIPES["sprint-95"] = replace(RECIPES["sprint"], epochs=24, pad=4, weight_decay=0.04, norm_batch=125)
 # The same with lr 0.01 until the training error is below 80 %, as the paper trains 110 layers
 RECIPES["paper-cifar-110"] = replace(RECIPES["paper-cifar"], warmup_lr=0.01)
