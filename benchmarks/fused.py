@@ -3,7 +3,7 @@
     python benchmarks/fused.py            two minutes
     python benchmarks/fused.py --smoke    seconds; figures that mean nothing
 
-Also the parts that go by matrix products or side by side in bf16: 1x1 convolutions, and 3x3 convolutions over small maps.
+Also convolutions in bf16, with their way back, and the gradient of filters by itself, by matrix tiles where the processor has them.
 """
 
 import statistics
@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from reslab.host import keep_freed_memory
 from reslab.nets.fused import MaxPool, Norm, norm_add_relu, norm_relu, reason_against
 from reslab.nets.parts import Add, Pointwise
-from reslab.nets.side_by_side import Conv3x3
+from reslab.nets.tiles import Conv3x3, filter_gradient, usable
 
 SMOKE = "--smoke" in sys.argv
 ROUNDS = 1 if SMOKE else 15
@@ -27,7 +27,11 @@ DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16"}
 MAPS = ((2, 16, 8),) if SMOKE else ((128, 16, 32), (128, 64, 8), (500, 64, 16), (500, 256, 8), (32, 64, 112), (32, 256, 56), (32, 512, 28), (32, 2048, 7))
 POOLED = ((2, 16, 8, 2, 2, 0),) if SMOKE else ((500, 64, 32, 2, 2, 0), (500, 256, 16, 2, 2, 0), (32, 64, 112, 3, 2, 1))
 POINTWISE = ((2, 16, 32, 8),) if SMOKE else ((32, 64, 256, 56), (32, 256, 64, 56), (32, 512, 128, 28), (32, 1024, 256, 14), (32, 512, 2048, 7))
-SMALL = ((4, 16, 16, 4),) if SMOKE else ((128, 64, 64, 8), (500, 64, 256, 8), (500, 256, 256, 8), (500, 256, 256, 4), (500, 256, 256, 2), (32, 512, 512, 7))
+SQUARE = (
+    ((4, 32, 16, 4),)
+    if SMOKE
+    else ((128, 64, 64, 8), (500, 128, 384, 16), (500, 384, 384, 8), (500, 384, 384, 4), (500, 384, 384, 2), (32, 64, 64, 56), (32, 512, 512, 7))
+)
 
 
 def image(dtype: torch.dtype, *shape: int) -> Tensor:
@@ -87,6 +91,29 @@ def convolutions(kind: type[nn.Conv2d], n: int, inputs: int, outputs: int, size:
     return race(name, lambda: F.conv2d(x, made.weight, padding=side // 2), lambda: made(x), [x, made.weight])
 
 
+def gradients(n: int, inputs: int, outputs: int, size: int, side: int) -> str:
+    """Of the filters, oneDNN's way and by tiles."""
+    x, dy, weight = (
+        image(torch.bfloat16, n, inputs, size, size),
+        image(torch.bfloat16, n, outputs, size, size),
+        image(torch.bfloat16, outputs, inputs, side, side),
+    )
+    padding, took = [side // 2] * 2, [[], []]  # type: tuple[list[int], list[list[float]]]
+    ways = (
+        lambda: torch.ops.aten.convolution_backward(dy, x, weight, None, [1, 1], padding, [1, 1], False, [0, 0], 1, [False, True, False]),
+        lambda: filter_gradient(x, dy, side),
+    )
+    for number in range(ROUNDS + 2):
+        for times, way in zip(took, ways, strict=True):
+            start = time.perf_counter()
+            way()
+            if number > 1:
+                times.append(time.perf_counter() - start)
+    a, b = (statistics.median(times) for times in took)
+    products = 2 * dy.numel() * inputs * side**2
+    return f"bf16 gradient of {side}x{side} filters {n} x {inputs} x {size} x {size} to {outputs}: {1e3 * a:.2f} / {1e3 * b:.2f} ms, {a / b:.2f}x; {products / b / 1e12:.2f} TFLOP/s"
+
+
 if __name__ == "__main__":
     keep_freed_memory()
     if reason_against():
@@ -94,5 +121,7 @@ if __name__ == "__main__":
     lines = [f"channels-last: torch's operations / ours, medians of {ROUNDS} in turns"]
     lines += [norms(dtype, *shape, joined) for dtype in DTYPES for joined in (False, True) for shape in MAPS]
     lines += [pools(dtype, *shape) for dtype in DTYPES for shape in POOLED]
-    lines += [convolutions(Pointwise, *shape) for shape in POINTWISE] + [convolutions(Conv3x3, *shape) for shape in SMALL]
+    lines += [convolutions(Pointwise, *shape) for shape in POINTWISE] + [convolutions(Conv3x3, *shape) for shape in SQUARE]
+    if usable():
+        lines += [gradients(*shape, 1) for shape in POINTWISE] + [gradients(*shape, 3) for shape in SQUARE]
     keep("fused", lines)

@@ -1,17 +1,10 @@
 """Batch norm, the skip addition and ReLU as one pass over memory, and max-pools that note places in one byte, in C (fused.c).
 
 Between its convolutions a net does little arithmetic and moves much memory, which torch does operation by operation. These
-kernels are for training on a CPU, on channels-last tensors in fp32 or bf16. They are compiled for this processor when a training
-begins (about a second, nothing is kept) and share torch's threads; without a C compiler torch's own operations do the work.
+kernels are for training on a CPU, on channels-last tensors in fp32 or bf16; without a C compiler torch's own operations do the work.
 """
 
 import ctypes
-import os
-import shlex
-import shutil
-import subprocess
-import sys
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from ctypes import byref, c_float, c_int, c_int64, c_void_p
@@ -23,11 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from reslab.nets.compiler import FAILURES, at, compiled, told
+
 SOURCE = Path(__file__).with_name("fused.c")
 LANES, WIDE = 16, 64  # channels in a vector, and as many as keep the registers busy
-FLAGS = ("-O3", "-march=native", "-ffp-contract=fast", "-fno-math-errno", "-fopenmp", "-shared", "-fPIC")
 TYPES = {torch.float32: (), torch.bfloat16: ("-DBF16",)}
-COMPILER_SECONDS = 60
 
 
 class Norm(nn.BatchNorm2d):
@@ -132,9 +125,8 @@ def reason_against() -> str:
     try:
         for dtype in TYPES:
             _library(dtype)
-    except (OSError, ValueError, subprocess.SubprocessError) as error:
-        told = error.stderr if isinstance(error, subprocess.CalledProcessError) else error
-        return (str(told).strip() or type(error).__name__).splitlines()[0][:200]
+    except FAILURES as error:
+        return told(error)
     return ""
 
 
@@ -179,8 +171,8 @@ class _NormReLU(torch.autograd.Function):
             for x_, added_, y_, mean_, invstd_, (running_mean, running_var) in zip(*_chunks(groups, x, added, y, mean, invstd), each, strict=True):
                 _checked(
                     _library(x.dtype).norm_forward(
-                        _at(x_), _at(added_), _at(y_), pixels // fold, channels * fold, fold, _at(weight), _at(bias), norm.eps, norm.momentum,
-                        _at(running_mean), _at(running_var), _at(mean_), _at(invstd_), rectify, torch.get_num_threads(),
+                        at(x_), at(added_), at(y_), pixels // fold, channels * fold, fold, at(weight), at(bias), norm.eps, norm.momentum,
+                        at(running_mean), at(running_var), at(mean_), at(invstd_), rectify, torch.get_num_threads(),
                     )
                 )  # fmt: skip
         ctx.save_for_backward(x, y if added is not None else None, weight, bias, mean, invstd)
@@ -203,8 +195,8 @@ class _NormReLU(torch.autograd.Function):
         ):
             _checked(
                 _library(x.dtype).norm_backward(
-                    _at(dy_), _at(other_), _at(x_), _at(y_), _at(dx_), _at(d_added_), rows, channels, ctx.fold, _at(weight), _at(bias),
-                    _at(mean_), _at(invstd_), _at(d_weight_), _at(d_bias_), ctx.rectify, torch.get_num_threads(),
+                    at(dy_), at(other_), at(x_), at(y_), at(dx_), at(d_added_), rows, channels, ctx.fold, at(weight), at(bias),
+                    at(mean_), at(invstd_), at(d_weight_), at(d_bias_), ctx.rectify, torch.get_num_threads(),
                 )
             )  # fmt: skip
         return dx, d_added, *(d[0] if groups == 1 else d.sum(0) for d in (d_weight, d_bias)), None, None
@@ -233,7 +225,7 @@ class _MaxPool(torch.autograd.Function):
         ctx.pool = _Pool(n, height, width, channels, down, across, side, stride, padding)
         y = torch.empty((n, channels, down, across), dtype=x.dtype, memory_format=torch.channels_last)
         where = torch.empty_like(y, dtype=torch.uint8)
-        _library(x.dtype).pool_forward(_at(x), _at(y), _at(where), byref(ctx.pool), torch.get_num_threads())
+        _library(x.dtype).pool_forward(at(x), at(y), at(where), byref(ctx.pool), torch.get_num_threads())
         ctx.save_for_backward(where)
         return y
 
@@ -243,12 +235,8 @@ class _MaxPool(torch.autograd.Function):
         (where,) = ctx.saved_tensors
         dy, pool = dy.contiguous(memory_format=torch.channels_last), ctx.pool
         dx = torch.empty((pool.images, pool.channels, pool.height, pool.width), dtype=dy.dtype, memory_format=torch.channels_last)
-        _checked(_library(dy.dtype).pool_backward(_at(dy), _at(where), _at(dx), byref(pool), torch.get_num_threads()))
+        _checked(_library(dy.dtype).pool_backward(at(dy), at(where), at(dx), byref(pool), torch.get_num_threads()))
         return dx, None, None, None, None, None
-
-
-def _at(x: Tensor | None) -> int | None:
-    return None if x is None else x.data_ptr()
 
 
 def _checked(failed: int) -> None:
@@ -258,29 +246,10 @@ def _checked(failed: int) -> None:
 
 @cache
 def _library(dtype: torch.dtype) -> ctypes.CDLL:
-    """The kernels for tensors of a dtype. Raises OSError or SubprocessError where they cannot be made."""
-    if sys.platform != "linux":
-        raise OSError("the kernels are for Linux")
-    compiler = shlex.split(os.environ.get("CC", "")) or [found for found in [shutil.which("cc")] if found]
-    if not compiler:
-        raise OSError("no C compiler: cc is not on the path")
-    with tempfile.TemporaryDirectory(prefix="reslab-") as folder:
-        file = Path(folder) / "fused.so"
-        call = [*compiler, *FLAGS, *TYPES[dtype], str(SOURCE), "-o", str(file), _openmp()]
-        subprocess.run(call, check=True, capture_output=True, text=True, errors="replace", timeout=COMPILER_SECONDS)  # noqa: S603  # our own source
-        library = ctypes.CDLL(str(file))
+    """The kernels for tensors of a dtype. Raises one of FAILURES where they cannot be made."""
+    library = compiled(SOURCE, *TYPES[dtype])
     p, n = c_void_p, c_int64
     library.norm_forward.argtypes = [p, p, p, n, n, n, p, p, c_float, c_float, p, p, p, p, c_int, c_int]
     library.norm_backward.argtypes = [p, p, p, p, p, p, n, n, n, p, p, p, p, p, p, c_int, c_int]
     library.pool_forward.argtypes = library.pool_backward.argtypes = [p, p, p, p, c_int]
     return library
-
-
-def _openmp() -> str:
-    """torch's own OpenMP, so that both share threads: those of a second one would fight for the same cores."""
-    lines = Path("/proc/self/maps").read_text("utf-8").splitlines()
-    loaded = sorted({line.split(maxsplit=5)[-1] for line in lines if "libgomp" in line})
-    near = str(Path(torch.__file__).parent)
-    for file in [*(file for file in loaded if file.startswith(near)), *(file for file in loaded if Path(file).name.startswith("libgomp.so"))]:
-        return file
-    raise OSError("torch has not loaded GNU OpenMP, whose threads the kernels share")

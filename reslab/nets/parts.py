@@ -5,8 +5,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from reslab.layout import SCALING, norm_groups, norm_kind
+from reslab.nets import tiles
 from reslab.nets.fused import Norm
-from reslab.nets.side_by_side import Conv3x3
 from reslab.nets.winograd import WideConv, suits
 from reslab.spec import Conv, Spec
 
@@ -20,7 +20,7 @@ def conv(inputs: int, c: Conv, bias: bool) -> nn.Conv2d:
     if suits(inputs, c.outputs, c.kernel, c.stride, c.groups):
         return WideConv(inputs, c.outputs, c.kernel, padding=1, bias=bias)
     if (c.kernel, c.groups) == (3, 1) and c.stride <= 2:
-        return Conv3x3(inputs, c.outputs, c.kernel, c.stride, padding=1, bias=bias)
+        return tiles.Conv3x3(inputs, c.outputs, c.kernel, c.stride, padding=1, bias=bias)
     return nn.Conv2d(inputs, c.outputs, c.kernel, c.stride, padding=c.kernel // 2, groups=c.groups, bias=bias)
 
 
@@ -65,6 +65,8 @@ class Pointwise(nn.Conv2d):
         x = every(self.stride[0], x)
         if not product:
             return F.conv2d(x, self.weight, self.bias)
+        if self.bias is None and tiles.suits(x):
+            return tiles.convolution(x, self.weight)
         return F.linear(x.permute(0, 2, 3, 1), self.weight.flatten(1), self.bias).permute(0, 3, 1, 2)
 
 

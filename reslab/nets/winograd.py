@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from reslab.nets.side_by_side import Conv3x3
+from reslab.nets.tiles import Conv3x3
 
 WIDE = 128  # channels in and out, their geometric mean, below which the transforms cost what the products save
 NARROWEST = 64

@@ -14,7 +14,7 @@ from torch.nn.functional import interpolate, one_hot
 
 from reslab.errors import CallError, WorkError, shown
 from reslab.nets.fused import Norm, norm_together, reason_against, use_fused
-from reslab.nets.side_by_side import has_amx
+from reslab.nets.tiles import has_amx
 from reslab.nets.torch import ResNet
 from reslab.nets.winograd import use_winograd
 from reslab.train.checkpoint import Checkpointed, Segments, choose_segments

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import reslab
-from reslab.nets import fused
+from reslab.nets import compiler, fused
 from reslab.nets.fused import MaxPool, Norm, norm_add_relu, norm_relu, reason_against, twin, use_fused
 from reslab.nets.parts import Add, Pointwise
 
@@ -222,7 +222,7 @@ def test_a_pointwise_convolution_is_a_product_of_matrices_in_bf16_alone() -> Non
 
 
 def test_without_a_compiler_training_goes_on_and_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(fused.shutil, "which", lambda name: None)
+    monkeypatch.setattr(compiler.shutil, "which", lambda name: None)
     monkeypatch.delenv("CC", raising=False)
     fused._library.cache_clear()
     fused.reason_against.cache_clear()

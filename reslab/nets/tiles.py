@@ -1,0 +1,128 @@
+"""Convolutions of nets that train in bf16 on a processor with AMX: the gradient of their filters by its matrix tiles, in C (tiles.c).
+
+oneDNN multiplies 32 pixels of a row at a time for this gradient, and small maps have no such rows; here pixels follow each other
+whatever the size of the map. What it gains is in benchmarks/results/fused.txt. Without a C compiler the work is oneDNN's.
+"""
+
+import ctypes
+from ctypes import byref, c_int, c_int64, c_void_p
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from reslab.nets.compiler import FAILURES, at, compiled
+from reslab.nets.side_by_side import apart, side_by_side
+
+SOURCE = Path(__file__).with_name("tiles.c")
+LEAST = 32  # channels of the images: two tiles of them go together
+SHARE = 512  # pixels that a thread should have, for its sums to be worth adding up
+TINY = 4  # pixels a side of maps that are convolved side by side
+
+
+class Conv3x3(nn.Conv2d):
+    """A padded 3x3 convolution, stride 1 or 2. Where it is `fused` and in bf16, the gradient of its filters is by tiles."""
+
+    fused = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.fused and self.training and self.bias is None and suits(x):
+            return convolution(x, self.weight, self.stride[0])
+        return super().forward(x)
+
+
+@cache
+def has_amx() -> bool:
+    """Whether the processor multiplies tiles of matrices (AMX)."""
+    return bool(torch.cpu._is_amx_tile_supported())
+
+
+def suits(x: Tensor) -> bool:
+    """Whether the filters of a convolution of x are to get their gradient by tiles."""
+    return x.shape[1] >= LEAST and torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") == torch.bfloat16 and usable()
+
+
+@cache
+def usable() -> bool:
+    """Whether the processor has tiles, the kernel lends them and a compiler makes the library."""
+    try:
+        return has_amx() and not _library().tiles_allow()
+    except FAILURES:
+        return False
+
+
+def convolution(x: Tensor, weight: Tensor, stride: int = 1) -> Tensor:
+    """(N, C, H, W) and fp32 filters (O, C, 1, 1), stride 1, or (O, C, 3, 3), padded by 1 -> bf16, channels-last. Once differentiable."""
+    x = x.bfloat16().contiguous(memory_format=torch.channels_last)
+    y: Tensor = _Convolution.apply(x, weight, stride)  # type: ignore[no-untyped-call]
+    return y
+
+
+class _Convolution(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, stride: int) -> Tensor:
+        filters = weight.bfloat16()
+        ctx.save_for_backward(x, filters)
+        ctx.stride = stride
+        if filters.shape[2] == 1:
+            return _product(x, filters.flatten(1))
+        if _tiny(x, stride):
+            return apart(F.conv2d(side_by_side(x), filters, padding=1), x)
+        return F.conv2d(x, filters, stride=stride, padding=1)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        (x, filters), stride, dx = ctx.saved_tensors, ctx.stride, None
+        dy = dy.contiguous(memory_format=torch.channels_last)
+        if ctx.needs_input_grad[0]:
+            if filters.shape[2] == 1:
+                dx = _product(dy, filters.flatten(1).T)
+            elif _tiny(x, stride):
+                dx = apart(_image_gradient(side_by_side(dy), side_by_side(x), filters, 1), x)
+            else:
+                dx = _image_gradient(dy, x, filters, stride)
+        return dx, filter_gradient(x, dy, filters.shape[2], stride) if ctx.needs_input_grad[1] else None, None
+
+
+def filter_gradient(x: Tensor, dy: Tensor, side: int, stride: int = 1) -> Tensor:
+    """Of images (N, C, H, W) and the gradient of what square filters with `side` // 2 of padding made of them, both bf16 and
+    channels-last: (O, C, side, side), fp32, channels-last.
+    """
+    (n, inputs, height, width), (_, outputs, down, across) = x.shape, dy.shape
+    dw = torch.empty((outputs, inputs, side, side), memory_format=torch.channels_last)
+    walk = _Conv(n, height, width, inputs, down, across, outputs, side, stride, side // 2)
+    parts = max(1, min(torch.get_num_threads(), n * down * across // SHARE))
+    if _library().filter_gradient(at(x), at(dy), at(dw), byref(walk), parts):
+        raise MemoryError("no memory for the sums of a filter's gradient")
+    return dw
+
+
+def _product(x: Tensor, matrix: Tensor) -> Tensor:
+    return F.linear(x.permute(0, 2, 3, 1), matrix).permute(0, 3, 1, 2)
+
+
+def _tiny(x: Tensor, stride: int) -> bool:
+    return stride == 1 and x.shape[3] <= TINY
+
+
+def _image_gradient(dy: Tensor, x: Tensor, filters: Tensor, stride: int) -> Tensor:
+    gradient: Tensor = torch.ops.aten.convolution_backward(dy, x, filters, None, [stride, stride], [1, 1], [1, 1], False, [0, 0], 1, [True, False, False])[0]
+    return gradient
+
+
+class _Conv(ctypes.Structure):
+    """As in tiles.c."""
+
+    _fields_ = [(name, c_int64) for name in ("images", "height", "width", "inputs", "down", "across", "outputs", "side", "stride", "padding")]
+
+
+@cache
+def _library() -> ctypes.CDLL:
+    """Raises one of FAILURES where it cannot be made."""
+    library = compiled(SOURCE)
+    library.filter_gradient.argtypes = [c_void_p, c_void_p, c_void_p, c_void_p, c_int]
+    return library
