@@ -111,7 +111,8 @@ def gradients(n: int, inputs: int, outputs: int, size: int, side: int) -> str:
                 times.append(time.perf_counter() - start)
     a, b = (statistics.median(times) for times in took)
     products = 2 * dy.numel() * inputs * side**2
-    return f"bf16 gradient of {side}x{side} filters {n} x {inputs} x {size} x {size} to {outputs}: {1e3 * a:.2f} / {1e3 * b:.2f} ms, {a / b:.2f}x; {products / b / 1e12:.2f} TFLOP/s"
+    name = f"bf16 gradient of {side}x{side} filters {n} x {inputs} x {size} x {size} to {outputs}"
+    return f"{name}: {1e3 * a:.2f} / {1e3 * b:.2f} ms, {a / b:.2f}x; {products / b / 1e12:.2f} TFLOP/s"
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-/* The gradient of a convolution's filters by a processor's matrix tiles (AMX), from bf16 images that are channels-last.
+/* Convolutions by a processor's matrix tiles (AMX), from bf16 images that are channels-last, with sums in fp32.
 
-   dw[o][tap][i] is the sum over pixels of dy[pixel][o] x[pixel moved by tap][i]. A product of tiles adds 32 pixels to 16 x 16
-   of these; dy's tile has a row for each of 16 channels, x's a row for each pair of pixels. Both are laid out here, for as
-   many pixels as the caches hold, with zeros for what is outside of an image. Each thread adds up its share of the pixels in
-   fp32, and the shares are added in one order whatever the timing. Compiled by tiles.py. */
+   A product of tiles adds 32 terms to each of 16 x 16 sums: one factor has a row of 32 terms for each of 16 of something
+   (`rows`), the other a row for each pair of terms (`pairs`). Both are laid out here, for as much as the caches hold, with
+   zeros for what is outside of an image. A convolution's terms are channels, its rows pixels, its pairs filters; for the
+   gradient of the filters the terms are pixels, the rows channels of dy, the pairs those of x. Compiled by tiles.py. */
 
 #include <immintrin.h>
 #include <omp.h>
@@ -18,7 +18,9 @@
 #define PAIR 32 /* channels of two tiles, which go through registers together */
 #define TILE 512 /* bf16 in a tile */
 #define SUMS 1024 /* floats in two by two */
-#define MOST 256 /* pixels at a time: twice 32 channels of them stay in the first cache, all channels in the second */
+#define TERMS 512 /* pixels at a time for the filters' gradient: 32 channels of them stay in the first cache, all channels in the second */
+#define PIXELS 256 /* at a time for a convolution, whose sums stay in the second cache */
+#define DEPTH 18 /* times 32 channels of it: of 32 filters they stay in the first */
 #define LINE 64 /* bytes */
 
 typedef uint16_t T; /* bf16, as bits */
@@ -46,6 +48,14 @@ static int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 static int64_t rounded(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
 static __mmask16 first(int64_t lanes) { return lanes >= LANES ? 0xffff : lanes > 0 ? (1 << lanes) - 1 : 0; }
+
+static __mmask32 both(int64_t lanes) { return first(lanes) | (__mmask32)first(lanes - LANES) << LANES; }
+
+/* Each part's share of the pixels, and how many of these at a time, at most `most`: as even as tiles allow. */
+static void divide(int64_t pixels, int64_t parts, int64_t most, int64_t *share, int64_t *block) {
+    *share = rounded((pixels + parts - 1) / parts, STEP);
+    *block = rounded((*share + (*share + most - 1) / most - 1) / ((*share + most - 1) / most), STEP);
+}
 
 /* Swaps rows and columns. */
 static inline void transpose(__m512i r[16]) {
@@ -94,7 +104,32 @@ static inline void lay_pairs(const T *const *pixel, int64_t channel, __mmask32 m
     }
 }
 
-/* Adds the products of 32 rows of dy and 32 channels of x over all steps to their sums, and fetches the next ones. */
+/* Two tiles of x: of 32 pixels a row of 32 channels each. */
+static inline void lay_pixels(const T *const *pixel, int64_t channel, __mmask32 mask, T *to) {
+    for (int i = 0; i < 32; i++) _mm512_store_si512(to + i * STEP, _mm512_maskz_loadu_epi16(mask, pixel[i] + channel));
+}
+
+/* Two tiles of filters (outputs x taps x inputs): of 32 outputs from `o` on 16 rows of a pair of inputs each. With `back` those of
+   the gradient of the images, for which filters are inputs x taps x outputs and taps come in reverse. */
+static void lay_filters(const T *w, const T *nothing, const Conv *c, int back, int64_t tap, int64_t i, int64_t o, T *to) {
+    int64_t taps = c->side * c->side;
+    if (back) {
+        const T *row[PAIR];
+        for (int64_t k = 0; k < PAIR; k++) row[k] = i + k < c->inputs ? w + ((i + k) * taps + taps - 1 - tap) * c->outputs : nothing;
+        lay_pairs(row, o, both(c->outputs - o), to);
+        return;
+    }
+    for (int64_t half = 0; half < PAIR; half += LANES) {
+        __m512i r[16];
+        for (int64_t k = 0; k < 16; k++)
+            r[k] = _mm512_maskz_loadu_epi16(o + half + k < c->outputs ? both(c->inputs - i) : 0, w + ((o + half + k) * taps + tap) * c->inputs + i);
+        transpose(r);
+        for (int64_t k = 0; k < 16; k++) _mm512_store_si512(to + (half + k) * STEP, r[k]);
+    }
+}
+
+/* Adds products of two tiles by two over all steps to their sums, and fetches the next ones. Rows pass the first cache by, where
+   pairs are to stay. */
 static inline void multiply(const T *rows, const T *pairs, int64_t steps, float *sums, int begin) {
     if (begin) {
         _tile_zero(0);
@@ -110,9 +145,9 @@ static inline void multiply(const T *rows, const T *pairs, int64_t steps, float 
     int64_t lines = SUMS * sizeof(float) / LINE, ahead = (lines + steps - 1) / steps;
     for (int64_t k = 0; k < steps; k++) {
         for (int64_t i = 0; i < ahead; i++) _mm_prefetch((const char *)(sums + SUMS) + (k * ahead + i) * LINE, _MM_HINT_T0);
-        _tile_loadd(4, rows + 2 * k * TILE, 64);
+        _tile_stream_loadd(4, rows + 2 * k * TILE, 64);
         _tile_loadd(6, pairs + 2 * k * TILE, 64);
-        _tile_loadd(5, rows + (2 * k + 1) * TILE, 64);
+        _tile_stream_loadd(5, rows + (2 * k + 1) * TILE, 64);
         _tile_loadd(7, pairs + (2 * k + 1) * TILE, 64);
         _tile_dpbf16ps(0, 4, 6);
         _tile_dpbf16ps(2, 5, 6);
@@ -141,21 +176,78 @@ static void find(const T *x, const T *nothing, const Conv *c, int64_t tap, int64
     }
 }
 
-/* dw (outputs x side x side x inputs, fp32) of x (images x height x width x inputs) and dy (images x down x across x outputs).
+/* y (images x down x across x outputs) of x (images x height x width x inputs) and filters (outputs x side x side x inputs); with
+   `back` and stride 1, y is the gradient of images of which x is that of the output, and filters are inputs x side x side x outputs.
    Returns 0, or 1 without memory. */
+int convolve(const T *x, const T *w, T *y, const Conv *c, int back, int parts) {
+    int failed = 0;
+    int64_t pixels = c->images * c->down * c->across, wide = rounded(c->outputs, PAIR) / PAIR, deep = rounded(c->inputs, PAIR) / PAIR;
+    int64_t steps = c->side * c->side * deep, chunks = (steps + DEPTH - 1) / DEPTH, depth = (steps + chunks - 1) / chunks, share, block;
+    divide(pixels, parts, PIXELS, &share, &block);
+    size_t sums_size = (PIXELS * wide * PAIR + SUMS) * sizeof(float), own = sums_size + PIXELS * depth * PAIR * sizeof(T);
+    T *filters = aligned_alloc(LINE, steps * wide * 2 * TILE * sizeof(T)), *nothing = calloc((deep + wide) * PAIR, sizeof(T));
+    char *all = aligned_alloc(LINE, parts * own);
+    if (!filters || !nothing || !all) failed = 1;
+#pragma omp parallel num_threads(parts) if (!failed)
+    if (!failed) {
+        const T *pixel[PIXELS];
+        configure();
+#pragma omp for schedule(static) collapse(2)
+        for (int64_t step = 0; step < steps; step++)
+            for (int64_t o = 0; o < wide; o++) {
+                int64_t begin = step / depth * depth, here = least(depth, steps - begin);
+                lay_filters(w, nothing, c, back, step / deep, step % deep * PAIR, o * PAIR, filters + (begin * wide + o * here + step - begin) * 2 * TILE);
+            }
+#pragma omp for schedule(static)
+        for (int64_t part = 0; part < parts; part++) {
+            float *sums = (float *)(all + part * own);
+            T *rows = (T *)(all + part * own + sums_size);
+            int64_t to = least((part + 1) * share, pixels);
+            for (int64_t begin = part * share; begin < to; begin += block) {
+                int64_t end = least(begin + block, to), tall = rounded(end - begin, STEP) / STEP, known = -1;
+                for (int64_t from = 0; from < steps; from += depth) {
+                    int64_t here = least(depth, steps - from);
+                    for (int64_t k = 0; k < here; k++) {
+                        int64_t tap = (from + k) / deep, i = (from + k) % deep * PAIR;
+                        if (tap != known) find(x, nothing, c, known = tap, begin, end, tall * STEP, pixel);
+                        for (int64_t p = 0; p < tall; p++) lay_pixels(pixel + p * STEP, i, both(c->inputs - i), rows + (p * here + k) * 2 * TILE);
+                    }
+                    for (int64_t o = 0; o < wide; o++)
+                        for (int64_t p = 0; p < tall; p++)
+                            multiply(rows + p * here * 2 * TILE, filters + (from * wide + o * here) * 2 * TILE, here, sums + (o * tall + p) * SUMS, !from);
+                }
+                for (int64_t p = 0; p < end - begin; p++)
+                    for (int64_t o = 0; o < wide; o++) {
+                        const float *sum = sums + (o * tall + p / STEP) * SUMS + p % STEP * LANES + p % STEP / LANES * 256;
+                        __m512i halves = (__m512i)_mm512_cvtne2ps_pbh(_mm512_load_ps(sum + 256), _mm512_load_ps(sum));
+                        _mm512_mask_storeu_epi16(y + (begin + p) * c->outputs + o * PAIR, both(c->outputs - o * PAIR), halves);
+                    }
+            }
+        }
+        _tile_release();
+    }
+    free(filters);
+    free(nothing);
+    free(all);
+    return failed;
+}
+
+/* dw (outputs x side x side x inputs, fp32) of x (images x height x width x inputs) and dy (images x down x across x outputs).
+   Each thread adds up its share of the pixels, and the shares are added in one order whatever the timing. Returns 0, or 1 without memory. */
 int filter_gradient(const T *x, const T *dy, float *dw, const Conv *c, int parts) {
     int failed = 0;
     int64_t pixels = c->images * c->down * c->across, taps = c->side * c->side;
     int64_t wide = rounded(c->outputs, PAIR) / PAIR, deep = rounded(c->inputs, PAIR) / PAIR, size = taps * deep * wide * SUMS;
-    int64_t share = rounded((pixels + parts - 1) / parts, STEP), blocks = (share + MOST - 1) / MOST, block = rounded((share + blocks - 1) / blocks, STEP);
+    int64_t share, block;
+    divide(pixels, parts, TERMS, &share, &block);
     float *all = aligned_alloc(LINE, (parts * size + SUMS) * sizeof(float)); /* what is fetched ahead may be past the last */
-    T *laid = aligned_alloc(LINE, parts * (wide + 1) * PAIR * MOST * sizeof(T)), *nothing = calloc(deep * PAIR, sizeof(T));
+    T *laid = aligned_alloc(LINE, parts * (wide + 1) * PAIR * TERMS * sizeof(T)), *nothing = calloc(deep * PAIR, sizeof(T));
     if (!all || !laid || !nothing) failed = 1;
 #pragma omp parallel num_threads(parts) if (!failed)
     if (!failed) {
         int part = omp_get_thread_num(), count = omp_get_num_threads();
-        const T *pixel[MOST];
-        T *rows = laid + part * (wide + 1) * PAIR * MOST, *pairs = rows + wide * PAIR * MOST;
+        const T *pixel[TERMS];
+        T *rows = laid + part * (wide + 1) * PAIR * TERMS, *pairs = rows + wide * PAIR * TERMS;
         configure();
         for (int p = part; p < parts; p += count) { /* each part's, should there be fewer threads */
             int64_t from = least(p * share, pixels), to = least(from + share, pixels);
@@ -171,9 +263,7 @@ int filter_gradient(const T *x, const T *dy, float *dw, const Conv *c, int parts
                 for (int64_t tap = 0; tap < taps; tap++) {
                     find(x, nothing, c, tap, begin, end, steps * STEP, pixel);
                     for (int64_t i = 0; i < deep; i++) {
-                        int64_t left = c->inputs - i * PAIR;
-                        __mmask32 mask = first(left) | (__mmask32)first(left - LANES) << LANES;
-                        for (int64_t k = 0; k < steps; k++) lay_pairs(pixel + k * STEP, i * PAIR, mask, pairs + 2 * k * TILE);
+                        for (int64_t k = 0; k < steps; k++) lay_pairs(pixel + k * STEP, i * PAIR, both(c->inputs - i * PAIR), pairs + 2 * k * TILE);
                         for (int64_t o = 0; o < wide; o++, sums += SUMS) multiply(rows + o * steps * 2 * TILE, pairs, steps, sums, begin == from);
                     }
                 }

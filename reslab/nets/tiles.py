@@ -1,7 +1,8 @@
-"""Convolutions of nets that train in bf16 on a processor with AMX: the gradient of their filters by its matrix tiles, in C (tiles.c).
+"""Convolutions of nets that train in bf16 on a processor with AMX, by its matrix tiles in C (tiles.c), where oneDNN is slower.
 
-oneDNN multiplies 32 pixels of a row at a time for this gradient, and small maps have no such rows; here pixels follow each other
-whatever the size of the map. What it gains is in benchmarks/results/fused.txt. Without a C compiler the work is oneDNN's.
+That is the gradient of filters, for which oneDNN multiplies 32 pixels of a row at a time and small maps have no such rows, and
+over small maps the convolution itself. Here pixels follow each other whatever the size of the map. What it gains is in
+benchmarks/results/fused.txt. Without a C compiler the work is oneDNN's.
 """
 
 import ctypes
@@ -15,12 +16,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from reslab.nets.compiler import FAILURES, at, compiled
-from reslab.nets.side_by_side import apart, side_by_side
 
 SOURCE = Path(__file__).with_name("tiles.c")
-LEAST = 32  # channels of the images: two tiles of them go together
+LEAST = 64  # channels of the images; with fewer, laying them out costs what it saves
 SHARE = 512  # pixels that a thread should have, for its sums to be worth adding up
-TINY = 4  # pixels a side of maps that are convolved side by side
+SMALL, TINY = 8, 4  # pixels a row of maps that are convolved by tiles: small ones of many channels, tiny ones of any
+MANY = 128
 
 
 class Conv3x3(nn.Conv2d):
@@ -69,8 +70,8 @@ class _Convolution(torch.autograd.Function):
         ctx.stride = stride
         if filters.shape[2] == 1:
             return _product(x, filters.flatten(1))
-        if _tiny(x, stride):
-            return apart(F.conv2d(side_by_side(x), filters, padding=1), x)
+        if _small(x, filters, stride):
+            return _convolved(x, filters, back=False)
         return F.conv2d(x, filters, stride=stride, padding=1)
 
     @staticmethod
@@ -81,10 +82,11 @@ class _Convolution(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             if filters.shape[2] == 1:
                 dx = _product(dy, filters.flatten(1).T)
-            elif _tiny(x, stride):
-                dx = apart(_image_gradient(side_by_side(dy), side_by_side(x), filters, 1), x)
+            elif _small(x, filters, stride):
+                dx = _convolved(dy, filters, back=True)
             else:
-                dx = _image_gradient(dy, x, filters, stride)
+                wanted = [True, False, False]
+                dx = torch.ops.aten.convolution_backward(dy, x, filters, None, [stride] * 2, [1, 1], [1, 1], False, [0, 0], 1, wanted)[0]
         return dx, filter_gradient(x, dy, filters.shape[2], stride) if ctx.needs_input_grad[1] else None, None
 
 
@@ -95,8 +97,7 @@ def filter_gradient(x: Tensor, dy: Tensor, side: int, stride: int = 1) -> Tensor
     (n, inputs, height, width), (_, outputs, down, across) = x.shape, dy.shape
     dw = torch.empty((outputs, inputs, side, side), memory_format=torch.channels_last)
     walk = _Conv(n, height, width, inputs, down, across, outputs, side, stride, side // 2)
-    parts = max(1, min(torch.get_num_threads(), n * down * across // SHARE))
-    if _library().filter_gradient(at(x), at(dy), at(dw), byref(walk), parts):
+    if _library().filter_gradient(at(x), at(dy), at(dw), byref(walk), _parts(n * down * across)):
         raise MemoryError("no memory for the sums of a filter's gradient")
     return dw
 
@@ -105,13 +106,24 @@ def _product(x: Tensor, matrix: Tensor) -> Tensor:
     return F.linear(x.permute(0, 2, 3, 1), matrix).permute(0, 3, 1, 2)
 
 
-def _tiny(x: Tensor, stride: int) -> bool:
-    return stride == 1 and x.shape[3] <= TINY
+def _small(x: Tensor, filters: Tensor, stride: int) -> bool:
+    return stride == 1 and (x.shape[3] <= TINY or (x.shape[3] <= SMALL and min(filters.shape[:2]) >= MANY))
 
 
-def _image_gradient(dy: Tensor, x: Tensor, filters: Tensor, stride: int) -> Tensor:
-    gradient: Tensor = torch.ops.aten.convolution_backward(dy, x, filters, None, [stride, stride], [1, 1], [1, 1], False, [0, 0], 1, [True, False, False])[0]
-    return gradient
+def _convolved(x: Tensor, filters: Tensor, back: bool) -> Tensor:
+    """x (N, C, H, W) by filters (O, C, 3, 3); or, of the gradient of what came out, that of what went in."""
+    n, inputs, height, width = x.shape
+    outputs = filters.shape[1 if back else 0]
+    y = torch.empty((n, outputs, height, width), dtype=x.dtype, memory_format=torch.channels_last)
+    walk = _Conv(n, height, width, inputs, height, width, outputs, 3, 1, 1)
+    filters = filters.contiguous(memory_format=torch.channels_last)
+    if _library().convolve(at(x), at(filters), at(y), byref(walk), back, _parts(n * height * width)):
+        raise MemoryError("no memory for the sums of a convolution")
+    return y
+
+
+def _parts(pixels: int) -> int:
+    return max(1, min(torch.get_num_threads(), pixels // SHARE))
 
 
 class _Conv(ctypes.Structure):
@@ -125,4 +137,5 @@ def _library() -> ctypes.CDLL:
     """Raises one of FAILURES where it cannot be made."""
     library = compiled(SOURCE)
     library.filter_gradient.argtypes = [c_void_p, c_void_p, c_void_p, c_void_p, c_int]
+    library.convolve.argtypes = [c_void_p, c_void_p, c_void_p, c_void_p, c_int, c_int]
     return library

@@ -63,7 +63,18 @@ def test_a_pixel_out_of_place_is_noticed() -> None:
     assert relative(filter_gradient(x, dy, 3), right) > 0.001
 
 
-@pytest.mark.parametrize("shape", [(6, 32, 40, 8, 8, 3), (6, 32, 40, 4, 3, 3), (10, 32, 16, 1, 1, 3), (6, 48, 40, 9, 7, 3, 2), (6, 32, 40, 8, 6, 1)])
+CONVOLUTIONS = [
+    (6, 32, 40, 8, 8, 3),
+    (6, 40, 56, 4, 3, 3),  # by tiles from here, channels that do not fill them
+    (10, 32, 16, 1, 1, 3),
+    (300, 64, 33, 2, 3, 3),  # several blocks of pixels, and several threads
+    (9, 160, 136, 8, 7, 3),  # several chunks of channels
+    (6, 48, 40, 9, 7, 3, 2),  # not by tiles
+    (6, 32, 40, 8, 6, 1),
+]
+
+
+@pytest.mark.parametrize("shape", CONVOLUTIONS)
 def test_output_and_gradients_are_those_of_the_convolution(shape: tuple[int, ...]) -> None:
     x, dy, weight = made(*shape)
     stride = shape[6] if len(shape) > 6 else 1
@@ -73,6 +84,14 @@ def test_output_and_gradients_are_those_of_the_convolution(shape: tuple[int, ...
     assert y.dtype == torch.bfloat16 and y.is_contiguous(memory_format=torch.channels_last) and gradients[1].dtype == torch.float32
     for found, right in zip((y, *gradients), exact(x.detach(), dy, weight.detach(), stride), strict=True):
         assert relative(found, right) < 0.004, "half a unit in the last of eight places"
+
+
+def test_a_tap_out_of_place_is_noticed() -> None:
+    x, dy, weight = made(6, 32, 32, 4, 4, 3)
+    right = exact(x, dy, weight, 1)
+    weight[:, :, 0] = weight[:, :, 0].flip(2)
+    y = convolution(x.requires_grad_(), weight)
+    assert relative(y, right[0]) > 0.1 and relative(torch.autograd.grad(y, x, dy)[0], right[1]) > 0.1
 
 
 def is_ours(conv: nn.Conv2d, x: Tensor) -> bool:
