@@ -14,13 +14,13 @@
 #include <unistd.h>
 
 #define LANES 16 /* rows of a tile, and floats in one */
-#define STEP 32 /* pixels in a tile */
+#define STEP 32 /* terms in a tile */
 #define PAIR 32 /* channels of two tiles, which go through registers together */
 #define TILE 512 /* bf16 in a tile */
 #define SUMS 1024 /* floats in two by two */
 #define TERMS 512 /* pixels at a time for the filters' gradient: 32 channels of them stay in the first cache, all channels in the second */
 #define PIXELS 256 /* at a time for a convolution, whose sums stay in the second cache */
-#define DEPTH 18 /* times 32 channels of it: of 32 filters they stay in the first */
+#define DEPTH 18 /* times 32 channels at a time: those of 32 filters stay in the first */
 #define LINE 64 /* bytes */
 
 typedef uint16_t T; /* bf16, as bits */
@@ -54,7 +54,8 @@ static __mmask32 both(int64_t lanes) { return first(lanes) | (__mmask32)first(la
 /* Each part's share of the pixels, and how many of these at a time, at most `most`: as even as tiles allow. */
 static void divide(int64_t pixels, int64_t parts, int64_t most, int64_t *share, int64_t *block) {
     *share = rounded((pixels + parts - 1) / parts, STEP);
-    *block = rounded((*share + (*share + most - 1) / most - 1) / ((*share + most - 1) / most), STEP);
+    int64_t blocks = (*share + most - 1) / most;
+    *block = rounded((*share + blocks - 1) / blocks, STEP);
 }
 
 /* Swaps rows and columns. */
@@ -92,7 +93,7 @@ static inline void lay_rows(const T *dy, int64_t channels, int64_t pixels, __mma
     for (int i = 0; i < 16; i++) _mm512_store_si512(to + i * STEP, r[i]);
 }
 
-/* Two tiles of x: of 32 channels 16 rows of a pair of pixels each. */
+/* Two tiles: of 32 channels 16 rows of a pair of pixels each. */
 static inline void lay_pairs(const T *const *pixel, int64_t channel, __mmask32 mask, T *to) {
     __m512i low, high; /* where the lower and upper 16 channels of two pixels go */
     low = _mm512_cvtepu8_epi16(_mm256_setr_epi8(0, 32, 1, 33, 2, 34, 3, 35, 4, 36, 5, 37, 6, 38, 7, 39, 8, 40, 9, 41, 10, 42, 11, 43, 12, 44, 13, 45, 14, 46, 15, 47));
@@ -104,7 +105,7 @@ static inline void lay_pairs(const T *const *pixel, int64_t channel, __mmask32 m
     }
 }
 
-/* Two tiles of x: of 32 pixels a row of 32 channels each. */
+/* Two tiles: of 32 pixels a row of 32 channels each. */
 static inline void lay_pixels(const T *const *pixel, int64_t channel, __mmask32 mask, T *to) {
     for (int i = 0; i < 32; i++) _mm512_store_si512(to + i * STEP, _mm512_maskz_loadu_epi16(mask, pixel[i] + channel));
 }
