@@ -10,7 +10,7 @@ from reslab.nets.parts import Pointwise
 from reslab.nets.tiles import Conv3x3, convolution, filter_gradient, usable
 from reslab.nets.winograd import WideConv
 
-pytestmark = pytest.mark.skipif(not usable(), reason="no matrix tiles (AMX) here, or no C compiler")
+by_tiles = pytest.mark.skipif(not usable(), reason="no matrix tiles (AMX) here, or no C compiler")
 
 
 def made(n: int, inputs: int, outputs: int, height: int, width: int, side: int, stride: int = 1) -> tuple[Tensor, Tensor, Tensor]:
@@ -46,6 +46,7 @@ SHAPES = [
 ]
 
 
+@by_tiles
 @pytest.mark.parametrize("shape", SHAPES)
 def test_the_gradient_of_filters_is_the_sum_of_products(shape: tuple[int, ...]) -> None:
     x, dy, weight = made(*shape)
@@ -56,6 +57,7 @@ def test_the_gradient_of_filters_is_the_sum_of_products(shape: tuple[int, ...]) 
     assert torch.equal(found, filter_gradient(x, dy, weight.shape[2], stride))
 
 
+@by_tiles
 def test_a_pixel_out_of_place_is_noticed() -> None:
     x, dy, weight = made(6, 32, 32, 8, 8, 3)
     right = exact(x, dy, weight, 1)[2]
@@ -74,6 +76,7 @@ CONVOLUTIONS = [
 ]
 
 
+@by_tiles
 @pytest.mark.parametrize("shape", CONVOLUTIONS)
 def test_output_and_gradients_are_those_of_the_convolution(shape: tuple[int, ...]) -> None:
     x, dy, weight = made(*shape)
@@ -86,6 +89,7 @@ def test_output_and_gradients_are_those_of_the_convolution(shape: tuple[int, ...
         assert relative(found, right) < 0.004, "half a unit in the last of eight places"
 
 
+@by_tiles
 def test_a_tap_out_of_place_is_noticed() -> None:
     x, dy, weight = made(6, 32, 32, 4, 4, 3)
     right = exact(x, dy, weight, 1)
@@ -103,6 +107,7 @@ def test_it_is_for_training_in_bf16_with_channels_for_two_tiles(monkeypatch: pyt
     side = 1 if kind is Pointwise else 3
     conv, few = (kind(channels, 64, side, padding=side // 2, bias=False).train() for channels in (64, 16))
     x = torch.zeros(2, 64, 8, 8)
+    monkeypatch.setattr(tiles, "usable", lambda: True)
     with torch.autocast("cpu", torch.bfloat16):
         assert not is_ours(conv, x), "unless it is asked for"
     conv.fused = few.fused = True  # type: ignore[assignment]
