@@ -16,7 +16,7 @@ LEAST_SQUEEZED = 8  # channels
 SCALING = 0.5  # of branch and shortcut (He et al. 2016, table 1)
 SHORTCUT_DROPOUT = 0.5  # the same table
 
-Carrier = Literal["none", "identity", "pad", "projection", "pool-projection", "duplicate"]
+Carrier = Literal["none", "identity", "late", "pad", "projection", "pool-projection", "duplicate"]
 Shape = tuple[int, ...]
 
 
@@ -109,6 +109,8 @@ def _carrier(spec: Spec, inputs: int, outputs: int, stride: int) -> Carrier:
         return "projection"
     if inputs == outputs and stride == 1:
         return "identity"
+    if spec.shortcut == "late":
+        return "late"
     if spec.shortcut == "A" or (inputs == outputs and spec.stride == "last"):  # Keras V2 only subsamples there
         return "pad"
     return "pool-projection" if spec.shortcut == "D" else "projection"
@@ -313,6 +315,8 @@ class _Walk:
                 self.same(f"{unit.name}.relu{number}", "relu")
             if number == unit.blur:
                 self.pool(f"{unit.name}.blur", "blurpool", Pool(3, 2, 1))
+            if number == 1 and unit.carrier == "late":
+                start = self.here
         self.join(unit, start)
         if order == "bn-after-add":
             self.norm(f"{unit.name}.bn{count}")

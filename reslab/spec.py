@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from reslab.layout import Layer
 
 Block = Literal["basic", "bottleneck", "skip"]
-Shortcut = Literal["A", "B", "C", "D", "none"]
+Shortcut = Literal["A", "B", "C", "D", "late", "none"]
 Stride = Literal["v1", "v1.5", "last", "pool", "none"]
 Order = Literal["original", "bn-after-add", "relu-before-add", "relu-preact", "preact"]
 Carry = Literal["identity", "scaling", "exclusive-gate", "shortcut-gate", "dropout"]
@@ -90,7 +90,8 @@ class Spec:
     depths: tuple[int, ...]  # blocks in each stage; every stage but the first halves the resolution, unless `stride` says otherwise
     widths: tuple[int, ...]  # channels of each stage's 3x3 convolutions
     stem: str  # a row of STEMS
-    shortcut: Shortcut = "B"  # A: zero-padded identity, B: projection where shapes change, C: projection everywhere, D: B behind a 2x2 average pool
+    shortcut: Shortcut = "B"  # A: zero-padded identity, B: projection where shapes change, C: projection everywhere, D: B behind a 2x2 average pool,
+    # late: where shapes change, an identity that sets out behind the first convolution (Jordan 2024, 2404.00498, airbench96)
     stride: Stride = "v1.5"  # what halves: a bottleneck's first 1x1 (v1, the paper), its 3x3 (v1.5), the 3x3 of a stage's last block (last, Keras V2),
     # a max-pool behind the first 3x3 of every stage, the first too (pool), nothing (none)
     order: Order = "original"  # of convolution, norm, ReLU and addition: He et al. 2016 (1603.05027), figure 4
@@ -151,6 +152,8 @@ class Spec:
             raise CallError(f"groups must divide the channels of each 3x3, {[w * self.inner for w in self.widths]}; received {self.groups}")
         if self.shortcut == "none" and (self.zero_init or self.init != "he" or self.drop_path or self.carry != "identity"):
             raise CallError("zero_init, init, drop_path and carry need a shortcut: a plain net without its branches computes nothing; received shortcut none")
+        if self.shortcut == "late" and (self.block, self.order) != ("basic", "original"):
+            raise CallError(f"shortcut late is for basic blocks in order original; received {self.block} and {self.order}")
         if self.init != "he" and (self.norm != "none" or self.zero_init):
             raise CallError(f"init {self.init} is for norm none, without zero_init; received norm {self.norm}, zero_init {self.zero_init}")
         if self.init == "fixup" and self.order != "original":

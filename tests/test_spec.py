@@ -132,6 +132,12 @@ def test_variants_count_exactly_on_odd_sizes(name: str, size: int, changes: dict
     assert counted(spec, size) == measured(spec, size)
 
 
+@pytest.mark.parametrize("changes", [{}, {"antialias": True}, {"stride": "pool"}, {"stride": "last"}, {"norm": "none", "init": "fixup"}], ids=str)
+def test_a_late_shortcut_counts_exactly(changes: dict[str, object]) -> None:
+    spec = reslab.spec("resnet18", shortcut="late", **changes)
+    assert counted(spec, 65) == measured(spec, 65)
+
+
 @pytest.mark.parametrize(
     ("net", "size", "stem"),
     [("resnet20", 8, "conv3"), ("resnet20", 28, "conv3"), ("resnet20", 32, "conv3"), ("resnet18", 8, "conv3"), ("resnet18", 32, "conv3"),
@@ -164,6 +170,7 @@ def test_spec_survives_json() -> None:
         (lambda: reslab.spec("resnet18", block="bottelneck"), "unknown block 'bottelneck': did you mean 'bottleneck'"),
         (lambda: reslab.spec("resnet18", depths=(2, 2)), "one entry a stage"),
         (lambda: reslab.spec("resnet18", depths=(2, 2, 2, 10**9)), "whole numbers from 1"),
+        (lambda: reslab.spec("resnet50", shortcut="late"), "shortcut late is for basic blocks in order original; received bottleneck and original"),
         (lambda: reslab.spec("plain18", zero_init=True), "zero_init, init, drop_path and carry need a shortcut"),
         (lambda: reslab.spec("plain18", drop_path=0.5), "zero_init, init, drop_path and carry need a shortcut"),
         (lambda: reslab.spec("resnet18", init="fixup"), "init fixup is for norm none"),

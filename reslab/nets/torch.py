@@ -148,6 +148,7 @@ class Block(nn.Module):
     def __init__(self, spec: Spec, unit: Unit) -> None:
         super().__init__()
         self.count, self.blurred, self.pooled = len(unit.convs), unit.blur, unit.pool
+        self.late = unit.carrier == "late"
         inputs = unit.inputs
         for number, each in enumerate(unit.convs, start=1):
             if spec.init == "fixup":
@@ -203,7 +204,7 @@ class Original(Block):
             y = self.activated(number, self.convolve(number, y))
             if number == self.blurred:
                 y = through(self.blur, y)
-        return self.finish(self.convolve(self.count, y), x)
+        return self.finish(self.convolve(self.count, y), y if self.late else x)
 
     def finish(self, y: Tensor, x: Tensor) -> Tensor:
         """The last norm, the addition and ReLU, at once where nothing else stands between them."""
@@ -296,7 +297,7 @@ KINDS: dict[str, type[nn.Module]] = {
 
 
 def _shortcut(spec: Spec, unit: Unit) -> nn.Module | None:
-    if unit.carrier in ("none", "identity"):
+    if unit.carrier in ("none", "identity", "late"):
         return None
     if unit.carrier == "pad":
         return PadShortcut(unit.inputs, unit.outputs, unit.stride)

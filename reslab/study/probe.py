@@ -163,6 +163,8 @@ def _entry(net: ResNet, block: nn.Module) -> nn.Module:
     """The first module of the branch that the shortcut does not share."""
     early = {"preact": ("bn1", "relu1"), "relu-preact": ("relu1",)}.get(net.spec.order, ())
     names = (*(() if isinstance(block.downsample, nn.Sequential) else early), "pre1", "conv1")
+    if block.late:
+        names = ("dropout", "pre2", "conv2")
     return next(module for name in names if (module := block._modules.get(name)) is not None)
 
 

@@ -14,7 +14,7 @@ from tests.study.probing import digits, made, same, state, tiny
 
 ORDERS = [
     {}, {"norm": "none"}, {"order": "preact"}, {"order": "relu-preact"}, {"order": "bn-after-add", "shortcut": "B"}, {"order": "preact", "shortcut": "B"},
-    {"carry": "shortcut-gate"}, {"norm": "none", "init": "fixup"}, {"block": "bottleneck"}, {"shortcut": "none"},
+    {"carry": "shortcut-gate"}, {"norm": "none", "init": "fixup"}, {"block": "bottleneck"}, {"shortcut": "late"}, {"shortcut": "none"},
 ]  # fmt: skip
 
 

@@ -41,6 +41,7 @@ KINDS = {
     "D": Spec("basic", (1, 2), (8, 16), "deep-pool", "D", drop_path=0.2),
     "RS": Spec("bottleneck", (1, 1), (8, 16), "deep-conv", "D", squeeze=4),
     "pooled": Spec("basic", (1, 2), (8, 16), "conv3", "A", "pool"),
+    "late": Spec("basic", (1, 2), (8, 16), "conv3", "late"),
     "blurred": Spec("basic", (1, 2), (8, 16), "conv7-pool", antialias=True),
     "group norm": Spec("basic", (1, 1), (8, 16), "conv3", norm="group"),
     "exclusive gate": Spec("basic", (1, 1), (8, 16), "conv3", carry="exclusive-gate"),
