@@ -7,6 +7,7 @@ environment memory is left as it is, but for what `release_freed_memory` gives b
 import ctypes
 import os
 import platform
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
@@ -14,6 +15,7 @@ PAGE = os.sysconf("SC_PAGE_SIZE")
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
 MADV_COLLAPSE = 25  # linux/mman.h, since 6.1
 HUGE = 2 << 20  # bytes of a huge page
+FEW = 8  # huge pages that are not worth another call
 
 
 def cpu_name() -> str:
@@ -47,8 +49,15 @@ def use_huge_pages() -> None:
         for line in Path("/proc/self/maps").read_text("utf-8").splitlines():
             if line.endswith("[heap]"):
                 begin, end = (int(place, 16) for place in line.split()[0].split("-"))
-                begin = -(-begin // HUGE) * HUGE
-                madvise(begin, max(0, end - begin) // HUGE * HUGE, MADV_COLLAPSE)  # where a page cannot be had, things stay as they are
+                _collapse(madvise, -(-begin // HUGE), end // HUGE)
+
+
+def _collapse(madvise: Callable[[int, int, int], int], first: int, last: int) -> None:
+    """Huge pages from the `first` to before the `last`, where they can be had. Linux ends at the first that cannot: what failed is tried again by halves."""
+    if first < last and madvise(first * HUGE, (last - first) * HUGE, MADV_COLLAPSE) and last - first > FEW:
+        middle = (first + last) // 2
+        _collapse(madvise, first, middle)
+        _collapse(madvise, middle, last)
 
 
 def release_freed_memory() -> None:
