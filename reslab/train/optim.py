@@ -40,8 +40,8 @@ def optimizer(net: ResNet, recipe: Recipe, precision: str = "fp32") -> torch.opt
     if muon:
         return Muon(rows, recipe.lr, recipe.momentum, torch.bfloat16 if on_gpu or precision == "bf16" else torch.float32)
     if recipe.optimizer == "sgd":
-        return torch.optim.SGD(rows, recipe.lr, recipe.momentum, nesterov=recipe.nesterov and recipe.momentum > 0, fused=on_gpu or None)
-    return torch.optim.AdamW(rows, recipe.lr, fused=on_gpu or None, capturable=on_gpu)
+        return torch.optim.SGD(rows, recipe.lr, recipe.momentum, nesterov=recipe.nesterov and recipe.momentum > 0, fused=True)
+    return torch.optim.AdamW(rows, recipe.lr, fused=True, capturable=on_gpu)
 
 
 def keep_gradients(net: nn.Module) -> None:
