@@ -87,6 +87,8 @@ def _decisions(job: Job) -> list[str]:
         lines.append(f"a batch of {recipe.batch_size} goes through the net in pieces of {recipe.micro_batch}, each with its own batch norm")
     if recipe.norm_batch:
         lines.append(f"batch norm sees {recipe.norm_batch} images at a time")
+    if recipe.sam:
+        lines.append(f"the last {1 - recipe.sam_from:.0%} of the steps take their gradient uphill (SAM), in twice the time")
     return lines + [f"weights from {shown(recipe.weights)}"] * bool(recipe.weights)
 
 

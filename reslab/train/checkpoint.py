@@ -115,7 +115,7 @@ def choose_segments(spec: Spec, recipe: Recipe, precision: str, memory: int | No
     held = machine.agree(machine.held())
     parts = stretches(spec, recipe.image_size, recipe.micro_batch)
     parameters = 4 * spec.cost(recipe.image_size).params
-    fixed = held + (2 + MEMORIES[recipe.optimizer] + (recipe.ema > 0)) * parameters  # gradients, and the copy on which steps are timed
+    fixed = held + (2 + MEMORIES[recipe.optimizer] + (recipe.ema > 0) + (recipe.sam > 0)) * parameters  # gradients, and the copy on which steps are timed
     if precision == "bf16":
         parts = [Stretch(*(size // 2 for size in part)) for part in parts]
         fixed += parameters // 2

@@ -35,7 +35,7 @@ from reslab.seeds import seed_of, seeded
 from reslab.tensors import below, read_tensors, write_tensors
 from reslab.train.board import Board
 from reslab.train.hardware import Machine
-from reslab.train.optim import Average, keep_gradients, lr_at, optimizer, set_lr
+from reslab.train.optim import Average, keep_gradients, lr_at, optimizer, set_lr, uphill
 from reslab.train.passes import Pass, ReplayedPass, ReplayedUpdate, Work
 from reslab.train.pieces import RunningStatistics, pieces
 from reslab.train.plan import Plan, low_size, ready
@@ -46,6 +46,7 @@ LOG_SECONDS = 1.0  # between two `step` records
 ORDER, AUGMENT, COIN, LAYERS, BOXES = 1, 2, 3, 4, 5  # streams of random numbers
 GENTLE_ERROR = 0.8  # training error below which warmup_lr ends
 GROWN = 4  # steps at one image size after which the heap grows no more
+PAGING = 0.02  # of the time that is left, at most, for huge pages: a step gains some hundredths by them
 PLATEAU = 10  # epochs without a better val top-1 before the plateau schedule lowers the rate
 
 
@@ -161,6 +162,8 @@ class Training:
         loss_sum, correct, seen, stop = self.machine.total(told).tolist()
         if not math.isfinite(loss_sum):
             raise self._diverged(f"the loss must be finite; it was {loss_sum / seen}", lr)
+        if recipe.sam and p.step >= round(recipe.sam_from * p.steps):
+            self._climb(batch)
         if recipe.clip:
             nn.utils.clip_grad_norm_(self.net.parameters(), recipe.clip)
         self.update()
@@ -176,7 +179,8 @@ class Training:
         size = self._size(self.progress.step - 1)
         self.alike = size, self.alike[1] + 1 if self.alike[0] == size else 1
         if self.alike[1] == GROWN and self.plan.memory is None and self.machine.device.type == "cpu":
-            use_huge_pages()
+            p, low = self.progress, self.recipe.low_resolution or 0.0
+            use_huge_pages(PAGING * self.plan.seconds(p.steps, low, p.step))
 
     def _gradients(self, share: Batch) -> Tensor:
         """Leaves the mean gradient of the whole batch in the parameters. Sums over this share, float64 (3): loss, right answers, images."""
@@ -201,6 +205,14 @@ class Training:
         if not alone:
             self.statistics.write_mean(after, len(parts), self.machine)
         return told
+
+    def _climb(self, batch: Batch) -> None:
+        """Takes the gradient again, uphill of here. The running statistics stay those of here."""
+        before = self.statistics.read()
+        with uphill(self.net, self.recipe.sam):
+            self.optimizer.zero_grad(set_to_none=False)
+            self._gradients(batch)
+        self.statistics.rewind(before)
 
     def _diverged(self, what: str, lr: float) -> WorkError:
         if self.machine.is_writer:

@@ -1,6 +1,8 @@
 """Optimiser, learning rate and the average of weights: the arithmetic of a recipe."""
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -49,6 +51,21 @@ def keep_gradients(net: nn.Module) -> None:
     for parameter in net.parameters():
         if parameter.requires_grad:
             parameter.grad = torch.zeros_like(parameter)
+
+
+@contextmanager
+def uphill(net: nn.Module, radius: float) -> Iterator[None]:
+    """Inside, the parameters are `radius` further up their gradient; afterwards they are what they were (SAM: Foret et al. 2021, 2010.01412)."""
+    parameters: list[Tensor] = [p for p in net.parameters() if p.grad is not None]
+    with torch.no_grad():
+        gradients, kept = [p.grad for p in parameters if p.grad is not None], [p.clone() for p in parameters]
+        norm = float(torch.stack(torch._foreach_norm(gradients)).norm())
+        torch._foreach_add_(parameters, gradients, alpha=radius / (norm + 1e-12))
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            torch._foreach_copy_(parameters, kept)
 
 
 class Muon(torch.optim.Optimizer):

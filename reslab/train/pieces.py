@@ -23,9 +23,8 @@ class RunningStatistics:
     """Batch norm's running statistics over a step: every piece sets out from those before it, and what is kept is the mean."""
 
     def __init__(self, net: nn.Module) -> None:
-        norms = [module for module in net.modules() if isinstance(module, nn.BatchNorm2d)]
-        self.tensors = [tensor for norm in norms for tensor in (norm.running_mean, norm.running_var) if tensor is not None]
-        self.counters = [norm.num_batches_tracked for norm in norms if norm.num_batches_tracked is not None]
+        self.norms = [module for module in net.modules() if isinstance(module, nn.BatchNorm2d)]
+        self.tensors = [tensor for norm in self.norms for tensor in (norm.running_mean, norm.running_var) if tensor is not None]
         self.sizes = [tensor.numel() for tensor in self.tensors]
 
     def read(self) -> Tensor:
@@ -35,8 +34,9 @@ class RunningStatistics:
     def rewind(self, before: Tensor) -> None:
         """Lets the next piece set out where the one before it did."""
         self.write(before)
-        for counter in self.counters:
-            counter -= 1  # a step counts once
+        for norm in self.norms:
+            if norm.training and norm.num_batches_tracked is not None:
+                norm.num_batches_tracked -= 1  # a step counts once
 
     def write(self, values: Tensor) -> None:
         """The inverse of `read`."""

@@ -51,6 +51,7 @@ class Plan:
     fusing: str = ""  # why the norms are not, if the kernels cannot be made
     compiled: bool = False  # the net by torch.compile
     compiling: str = ""  # why, or why not
+    twice_from: float = 1.0  # share of the training after which a step takes two passes
     replayed: bool = False  # a step on a GPU is recorded once, as CUDA graphs
 
     @property
@@ -60,9 +61,13 @@ class Plan:
 
     def seconds(self, steps: int, low: float, done: int = 0, pace: float = 1.0) -> float:
         """The time of the steps from `done` to `steps`, the first `low` of all at the reduced size, val included."""
-        small = max(0, round(low * steps) - done)
-        train = small * self.low_step_seconds + (steps - done - small) * self.step_seconds
-        return pace * train + (steps - done) / self.steps_per_epoch * self.val_seconds
+
+        def train(first: int) -> float:
+            small = max(0, round(low * steps) - first)
+            return small * self.low_step_seconds + (steps - first - small) * self.step_seconds
+
+        again = train(max(done, round(self.twice_from * steps)))
+        return pace * (train(done) + again) + (steps - done) / self.steps_per_epoch * self.val_seconds
 
     def steps_within(self, seconds: float, low: float, done: int = 0, pace: float = 1.0) -> int:
         """The most steps in all, at least one more than `done`, that end in time."""
@@ -104,6 +109,7 @@ def make_plan(
         segments=segments,
         fused=fuses,
         fusing=reason_against() if fuses else "",
+        twice_from=recipe.sam_from if recipe.sam else 1.0,
     )
     pieces, x = len(x) // recipe.micro_batch, x[: recipe.micro_batch]
     low = recipe.low_resolution or 0.0

@@ -184,8 +184,8 @@ def torchrun(*arguments: str | Path) -> subprocess.Popen[str]:
 
 
 def test_two_processes_do_the_steps_of_one_bit_for_bit(tmp_path: Path, cli: Callable) -> None:
-    """57 steps of fp32. Batch norm sees micro-batches of 32: each process one of a batch, or one process both."""
-    given = ("digits", "--epochs", "3", "--batch-size", "64", "--micro-batch", "32", "--seed", "7", "--precision", "fp32")
+    """57 steps of fp32, the last of them uphill. Batch norm sees micro-batches of 32: each process one of a batch, or one process both."""
+    given = ("digits", "--epochs", "3", "--batch-size", "64", "--micro-batch", "32", "--seed", "7", "--precision", "fp32", "--sam", "0.1", "--sam-from", "0.8")
     two = torchrun("-m", "reslab", "train", *given, "--out", tmp_path / "two")
     alone = cli("train", *given, "--out", tmp_path / "one", OMP_NUM_THREADS="1")
     _, errors = two.communicate(timeout=200)
@@ -230,6 +230,29 @@ def test_batch_norm_may_see_fewer_images_than_a_micro_batch(tmp_path: Path) -> N
     assert losses[2] != pytest.approx(losses[0], rel=1e-3)
     with pytest.raises(reslab.CallError, match="equal parts; 64 images by 24 does not go: change --norm-batch"):
         reslab.train("digits", out=tmp_path / "run", batch_size=64, norm_batch=24)
+
+
+def test_late_steps_may_take_their_gradient_uphill(tmp_path: Path) -> None:
+    """The first of four steps that do so is the second half's first; the running statistics are those of one pass a step."""
+    given = {"steps": 4, "batch_size": 64, "seed": 7, "precision": "fp32", "optimizer": "sgd", "lr": 0.02, "warmup": 0.0, "schedule": "step", "keep": "last"}
+
+    def after(name: str, **more: float) -> dict[str, torch.Tensor]:
+        return weights(reslab.train("digits", out=tmp_path / name, **given, **more).path)
+
+    plain, never, barely, late = (
+        after("plain"),
+        after("never", sam=0.3, sam_from=1.0),
+        after("barely", sam=1e-9, sam_from=0.5),
+        after("late", sam=0.3, sam_from=0.75),
+    )
+    assert same(plain, never)
+    assert all(torch.allclose(plain[name], barely[name], atol=1e-5) for name in plain), "next to no radius is next to no difference"
+    apart = {name for name in plain if not torch.allclose(plain[name], late[name], atol=1e-5)}
+    assert "conv1.weight" in apart
+    statistics = {name for name in plain if "running" in name}
+    assert statistics, "the state has them"
+    assert not statistics & apart, "the last step's forward pass is that of the plain training"
+    assert all(torch.equal(plain[name], late[name]) for name in plain if "num_batches" in name)
 
 
 def test_a_share_must_be_whole_micro_batches(tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import reslab
-from reslab.train.optim import Average, lr_at, optimizer, orthogonal, set_lr
+from reslab.train.optim import Average, lr_at, optimizer, orthogonal, set_lr, uphill
 from reslab.train.recipe import RECIPES, Recipe
 
 
@@ -46,6 +46,23 @@ def test_beside_muon_norms_and_head_have_their_own_rate_and_biases_a_multiple_of
     set_lr(optim, 0.5)
     rates = {id(p): g["lr"] for g in optim.param_groups for p in g["params"]}
     assert [rates[id(p)] for p in (net.conv1.weight, net.bn1.weight, net.bn1.bias, net.fc.weight, net.fc.bias)] == [0.5, 1.0, 10.0, 1.0, 1.0]
+
+
+def test_uphill_is_a_radius_along_the_gradient_and_back_to_the_bit() -> None:
+    net = reslab.build("resnet20")
+    before = {name: p.detach().clone() for name, p in net.named_parameters()}
+    for p in net.parameters():
+        p.grad = torch.randn_like(p)
+    net.fc.bias.grad = None
+    with pytest.raises(RuntimeError, match="also after an error"), uphill(net, 0.25):
+        moves = {name: p.detach() - before[name] for name, p in net.named_parameters()}
+        assert torch.cat([m.flatten() for m in moves.values()]).norm() == pytest.approx(0.25, rel=1e-4)
+        ratios = torch.cat([(moves[name] / p.grad).flatten() for name, p in net.named_parameters() if p.grad is not None])
+        assert ratios.median() > 0
+        assert (ratios / ratios.median() - 1).abs().quantile(0.9) < 0.01, "rounding shows where the gradient is next to nothing"
+        assert not moves["fc.bias"].any()
+        raise RuntimeError("also after an error")
+    assert all(torch.equal(p, before[name]) for name, p in net.named_parameters())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

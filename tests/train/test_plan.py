@@ -1,4 +1,5 @@
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import cycle
 
 import pytest
@@ -20,6 +21,17 @@ def test_the_first_step_which_pays_for_new_memory_is_no_estimate_however_long_it
         made = plan.make_plan(reslab.build("resnet20", num_classes=2), torch.randn(8, 3, 16, 16), recipe, train=80, val=16, macs=0, machine=here)
     assert (made.step_seconds, made.low_step_seconds, made.val_seconds) == (2, 2, 4)
     assert made.seconds(made.steps, 0.5) == 60 + 3 * 4
+
+
+def test_steps_of_two_passes_take_twice_the_time() -> None:
+    once = Plan(100, 10, "fp32", "", step_seconds=4.0, low_step_seconds=1.0, val_seconds=0.5)
+    assert once.seconds(100, 0.5) == 50 + 200 + 5
+    late, early = replace(once, twice_from=0.75), replace(once, twice_from=0.4)
+    assert late.seconds(100, 0.5) == once.seconds(100, 0.5) + 25 * 4
+    assert early.seconds(100, 0.5) == once.seconds(100, 0.5) + 10 * 1 + 50 * 4
+    assert late.seconds(100, 0.5, done=90) == 2 * 10 * 4 + 0.5
+    assert replace(once, twice_from=0.0).seconds(100, 0.5) == 2 * 250 + 5
+    assert late.steps_within(late.seconds(100, 0.5), 0.5) == 100
 
 
 def planned(
