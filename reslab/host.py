@@ -5,7 +5,6 @@ environment memory is left as it is, but for what `release_freed_memory` gives b
 """
 
 import ctypes
-import math
 import os
 import platform
 import time
@@ -41,10 +40,10 @@ def keep_freed_memory() -> None:
         libc.mallopt(M_TRIM_THRESHOLD, (1 << 31) - 1)
 
 
-def use_huge_pages(within: float = math.inf) -> None:
+def use_huge_pages(within: float) -> None:
     """Puts what the heap holds now onto pages of 2 MiB, whose addresses the processor looks up less often.
 
-    It ends after `within` seconds: a page takes a virtual machine up to 7 ms.
+    Begins no more of them after `within` seconds: a page takes a virtual machine up to 7 ms.
     """
     if _left_alone():
         return

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from reslab.host import cpu_name
+from reslab import host
+from reslab.host import cpu_name, use_huge_pages
 
 CORES = f"{len(os.sched_getaffinity(0))} cores"
 
@@ -33,7 +34,7 @@ for part in held:
 hole = held.pop(1)  # a page in it is nowhere, as of memory that was never written to
 at = -(-ctypes.addressof(ctypes.c_char.from_buffer(hole)) // HUGE) * HUGE
 ctypes.CDLL("libc.so.6").madvise(ctypes.c_void_p(at), ctypes.c_size_t(HUGE), 4)  # MADV_DONTNEED
-use_huge_pages()
+use_huge_pages(60.0)
 assert all(part[::1024] == b"resnet" * 1024 for part in held)
 heap = Path("/proc/self/smaps").read_text().partition("[heap]")[2].partition("VmFlags")[0]
 print(*(re.search(name + r":\\s+(\\d+)", heap)[1] for name in ("Size", "AnonHugePages")))
@@ -52,3 +53,15 @@ def test_the_heap_keeps_what_is_freed_on_huge_pages_unless_it_is_to_be_left_alon
         assert huge > 72 << 10, "a page that cannot be had keeps none but its neighbours"
     size, huge = kib(RESLAB_MALLOC="default")
     assert (size < 24 << 10, huge) == (True, 0), "they are maps of their own"
+
+
+def test_no_more_huge_pages_are_asked_for_once_the_time_is_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    pages: list[int] = []
+    heap = f"{10 * host.HUGE - 5:x}-{210 * host.HUGE + 5:x} rw-p 00000000 00:00 0 [heap]\n"
+    monkeypatch.setattr(Path, "read_text", lambda *_: heap)
+    monkeypatch.setattr(host, "_collapse", lambda madvise, first, last: pages.extend(range(first, last)))
+    monkeypatch.delenv("RESLAB_MALLOC", raising=False)
+    use_huge_pages(0.0)
+    assert not pages
+    use_huge_pages(60.0)
+    assert pages == list(range(10, 210)), "each once, and none that is not wholly on the heap"

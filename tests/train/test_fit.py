@@ -233,7 +233,7 @@ def test_batch_norm_may_see_fewer_images_than_a_micro_batch(tmp_path: Path) -> N
 
 
 def test_late_steps_may_take_their_gradient_uphill(tmp_path: Path) -> None:
-    """The first of four steps that do so is the second half's first; the running statistics are those of one pass a step."""
+    """The last of four steps does: weights differ, and running statistics are those of one pass a step."""
     given = {"steps": 4, "batch_size": 64, "seed": 7, "precision": "fp32", "optimizer": "sgd", "lr": 0.02, "warmup": 0.0, "schedule": "step", "keep": "last"}
 
     def after(name: str, **more: float) -> dict[str, torch.Tensor]:
