@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from reslab.host import keep_freed_memory
-from reslab.nets.fused import MaxPool, Norm, norm_add_relu, norm_relu, reason_against
+from reslab.nets.fused import MaxPool, Norm, norm_add_relu, norm_relu, reason_against, use_fused
+from reslab.nets.gram import conv_norm_add_relu
 from reslab.nets.parts import Add, Pointwise
 from reslab.nets.tiles import Conv3x3, filter_gradient, usable
 
@@ -27,6 +28,7 @@ DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16"}
 MAPS = ((2, 16, 8),) if SMOKE else ((128, 16, 32), (128, 64, 8), (500, 64, 16), (500, 256, 8), (32, 64, 112), (32, 256, 56), (32, 512, 28), (32, 2048, 7))
 POOLED = ((2, 16, 8, 2, 2, 0),) if SMOKE else ((500, 64, 32, 2, 2, 0), (500, 256, 16, 2, 2, 0), (32, 64, 112, 3, 2, 1))
 POINTWISE = ((2, 16, 32, 8),) if SMOKE else ((32, 64, 256, 56), (32, 256, 64, 56), (32, 512, 128, 28), (32, 1024, 256, 14), (32, 512, 2048, 7))
+ENDS = ((8, 64, 128, 12),) if SMOKE else ((32, 64, 256, 56), (32, 128, 512, 28), (32, 256, 1024, 14))
 SQUARE = (
     ((4, 32, 16, 4),)
     if SMOKE
@@ -91,6 +93,22 @@ def convolutions(kind: type[nn.Conv2d], n: int, inputs: int, outputs: int, size:
     return race(name, lambda: F.conv2d(x, made.weight, padding=side // 2), lambda: made(x), [x, made.weight])
 
 
+def ends(n: int, inputs: int, outputs: int, size: int) -> str:
+    """The end of a bottleneck: a 1x1 convolution, its norm, the addition and ReLU."""
+    x, shortcut = (image(torch.bfloat16, n, channels, size, size).requires_grad_() for channels in (inputs, outputs))
+    conv, norm, relu, add = Pointwise(inputs, outputs, 1, bias=False).train(), Norm(outputs).train(), nn.ReLU(), Add()
+    use_fused(nn.ModuleList([conv, norm]), True)
+    plain = nn.BatchNorm2d(outputs).train()
+
+    def ours() -> Tensor:
+        y = conv_norm_add_relu(conv, norm, add, relu, x, lambda: shortcut)
+        assert y is not None
+        return y
+
+    name = f"bf16 1x1 convolution, norm, addition, ReLU {n} x {inputs} x {size} x {size} to {outputs}"
+    return race(name, lambda: relu(plain(F.conv2d(x, conv.weight)) + shortcut), ours, [x, shortcut, conv.weight])
+
+
 def gradients(n: int, inputs: int, outputs: int, size: int, side: int) -> str:
     """Of the filters, oneDNN's way and by tiles."""
     x, dy, weight = (
@@ -124,5 +142,6 @@ if __name__ == "__main__":
     lines += [pools(dtype, *shape) for dtype in DTYPES for shape in POOLED]
     lines += [convolutions(Pointwise, *shape) for shape in POINTWISE] + [convolutions(Conv3x3, *shape) for shape in SQUARE]
     if usable():
+        lines += [ends(*shape) for shape in ENDS]
         lines += [gradients(*shape, 1) for shape in POINTWISE] + [gradients(*shape, 3) for shape in SQUARE]
     keep("fused", lines)

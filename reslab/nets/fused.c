@@ -16,8 +16,9 @@
 #define LANES 16
 #define WIDE 4 /* vectors of channels that go through registers together */
 #define TALL 16 /* rows at a time, which stay in the first cache between two groups of channels */
-#define PAST ((size_t)1 << 24) /* bytes; what is larger has left the caches when it is read again */
+#define PAST ((size_t)1 << 22) /* bytes; what is larger has left the caches when it is read again */
 #define BLOCK 256 /* rows whose sums are added up in fp32 */
+#define AHEAD (2048 / sizeof(T)) /* how far ahead a loop asks for what it will read */
 #define ALWAYS inline __attribute__((always_inline))
 
 typedef float Floats __attribute__((vector_size(4 * LANES)));
@@ -89,6 +90,11 @@ static inline Floats floats(const float *p) {
     return x;
 }
 
+/* Asks for what a loop reads AHEAD of here; NULL is never read. A prefetch past the end of an array does nothing. */
+static ALWAYS void ask(const T *p) {
+    if (p) __builtin_prefetch(p + AHEAD);
+}
+
 static inline Floats chosen(Ints where, Floats x) { return (Floats)(where & (Ints)x); } /* x or zero */
 
 static inline Floats relu(Floats x) { return chosen(~(x < 0), x); } /* a NaN stays one */
@@ -126,7 +132,14 @@ static ALWAYS void group(int kind, int width, const Pixels *p, int64_t begin, in
         second[v] = floats(near + C + c + v * LANES);
     }
     for (int64_t row = begin; row < end; row++)
-        for (int v = 0; v < width; v++) add(kind, p, row * C + c + v * LANES, c + v * LANES, first + v, second + v);
+        for (int v = 0; v < width; v++) {
+            int64_t at = row * C + c + v * LANES;
+            __builtin_prefetch(p->x + at + TALL * C);
+            if (kind != MOMENTS) __builtin_prefetch(p->dy + at + TALL * C);
+            if (kind == JOINED) __builtin_prefetch(p->y + at + TALL * C);
+            if (kind == JOINED && p->other) __builtin_prefetch(p->other + at + TALL * C);
+            add(kind, p, at, c + v * LANES, first + v, second + v);
+        }
     for (int v = 0; v < width; v++) {
         memcpy(near + c + v * LANES, first + v, sizeof *first);
         memcpy(near + C + c + v * LANES, second + v, sizeof *second);
@@ -207,6 +220,8 @@ int norm_forward(const T *x, const T *added, T *y, int64_t rows, int64_t C, int6
             const T *from = x + row * C, *plus = added ? added + row * C : NULL;
             T *to = y + row * C;
             for (int64_t c = 0; c < C; c += LANES) {
+                ask(from + c);
+                ask(plus ? plus + c : NULL);
                 Floats v = (load(from + c) - floats(middle + c)) * floats(scale + c) + floats(shift + c);
                 if (plus) v += load(plus + c);
                 put(to + c, rectify ? relu(v) : v, past);
@@ -274,6 +289,8 @@ int norm_backward(const T *dy, const T *other, const T *x, const T *y, T *dx, T 
                 const T *from = x + row * C, *by = (d_added ? d_added : dy) + row * C;
                 T *to = dx + row * C;
                 for (int64_t c = 0; c < C; c += LANES) {
+                    ask(from + c);
+                    ask(by + c);
                     Floats in = load(from + c), g = load(by + c);
                     if (rectify && !d_added) g = chosen((in - floats(middle + c)) * floats(scale + c) + floats(shift + c) > 0, g);
                     Floats out = floats(scale + c) * (g - floats(level + c) - (in - floats(middle + c)) * floats(slope + c));
@@ -285,6 +302,56 @@ int norm_backward(const T *dy, const T *other, const T *x, const T *y, T *dx, T 
     free(sums);
     free(factors);
     return failed;
+}
+
+/* g = dy + other where y is positive and zero elsewhere, and each channel's sum of g. `other` may be NULL; without y, nothing is
+   written and the sum is that of dy. dy, other, y, g: rows x C. Returns 0, or 1 without memory. */
+int gated(const T *dy, const T *other, const T *y, T *g, int64_t rows, int64_t C, float *total, int parts) {
+    int past = rows * C * sizeof(T) > PAST;
+    double *sums = calloc(parts * 2 * C, sizeof(double));
+    float *all = malloc(parts * C * sizeof(float));
+    if (sums && all) {
+#pragma omp parallel num_threads(parts)
+        {
+            int part = omp_get_thread_num(), count = omp_get_num_threads();
+            int64_t begin = share(rows, part, count), end = share(rows, part + 1, count);
+            float *near = all + part * C;
+            for (int64_t block = begin; block < end; block += BLOCK) {
+                int64_t until = block + BLOCK < end ? block + BLOCK : end;
+                memset(near, 0, C * sizeof *near);
+                for (int64_t at = block * C; at < until * C; at += C)
+                    for (int64_t c = 0; c < C; c += LANES) {
+                        ask(dy + at + c);
+                        Floats v = load(dy + at + c);
+                        if (y) {
+                            ask(y + at + c);
+                            ask(other ? other + at + c : NULL);
+                            if (other) v += load(other + at + c);
+                            v = chosen(load(y + at + c) > 0, v);
+                            put(g + at + c, v, past);
+                        }
+                        v += floats(near + c);
+                        memcpy(near + c, &v, sizeof v);
+                    }
+                for (int64_t c = 0; c < C; c++) sums[part * 2 * C + c] += near[c];
+            }
+            settle();
+        }
+        for (int64_t c = 0; c < C; c++) total[c] = (float)whole(sums, parts, C, C, c);
+    }
+    int failed = !sums || !all;
+    free(sums);
+    free(all);
+    return failed;
+}
+
+/* x where a window's largest was at that tap, else zero. */
+static ALWAYS Floats taken(Bytes found, uint8_t tap, Floats x) {
+#if defined(__AVX512BW__) && defined(__AVX512VL__)
+    return (Floats)_mm512_maskz_mov_ps(_mm_cmpeq_epi8_mask((__m128i)found, _mm_set1_epi8((char)tap)), (__m512)x);
+#else
+    return chosen(__builtin_convertvector(found == tap, Ints), x);
+#endif
 }
 
 /* How a max-pool walks: images, pixels in and out, the side of its square window, stride and padding. */
@@ -319,6 +386,12 @@ void pool_forward(const T *x, T *y, uint8_t *where, const Pool *p, int parts) {
     }
 }
 
+/* Moves on to the first and the last window, in one direction, that a pixel lies in; pixels are counted from where the padding begins. */
+static inline void cover(const Pool *p, int64_t pixel, int64_t windows, int64_t *first, int64_t *last) {
+    while (*first * p->stride + p->side <= pixel) ++*first;
+    while (*last + 1 < windows && (*last + 1) * p->stride <= pixel) ++*last;
+}
+
 /* dx of a line of windows of which no two overlap: each gradient is read once, and all pixels of its window are written. */
 static void apart_backward(const T *dy, const uint8_t *where, T *dx, const Pool *p, int64_t line) {
     int64_t C = p->C, side = p->side, wide = p->width * C, down = line % p->down, top = down * side;
@@ -344,45 +417,38 @@ static void apart_backward(const T *dy, const uint8_t *where, T *dx, const Pool 
     if (down == p->down - 1 && top + side < p->height) memset(dx + side * wide, 0, (p->height - top - side) * wide * sizeof *dx);
 }
 
-/* dx from dy and where the largest were. Returns 0, or 1 without memory. */
-int pool_backward(const T *dy, const uint8_t *where, T *dx, const Pool *p, int parts) {
-    int failed = 0;
-    int64_t C = p->C, wide = p->width * C;
+/* dx from dy and where the largest were. */
+void pool_backward(const T *dy, const uint8_t *where, T *dx, const Pool *p, int parts) {
+    int past = p->images * p->height * p->width * p->C * sizeof(T) > PAST;
     if (p->stride == p->side && !p->padding) {
 #pragma omp parallel for schedule(static) num_threads(parts)
         for (int64_t line = 0; line < p->images * p->down; line++) apart_backward(dy, where, dx, p, line);
-        return 0;
+        return;
     }
-#pragma omp parallel reduction(| : failed) num_threads(parts)
+#pragma omp parallel num_threads(parts)
     {
-        float *sums = malloc(wide * sizeof *sums);
-        failed = !sums;
 #pragma omp for schedule(static)
         for (int64_t line = 0; line < p->images * p->height; line++) {
-            if (failed) continue;
             int64_t image = line / p->height, y = line % p->height + p->padding;
-            int64_t top = y < p->side ? 0 : (y - p->side) / p->stride + 1, bottom = y / p->stride < p->down ? y / p->stride : p->down - 1;
-            memset(sums, 0, wide * sizeof *sums);
-            for (int64_t i = top; i <= bottom; i++)
-                for (int64_t j = 0; j < p->across; j++) {
-                    int64_t left = j * p->stride - p->padding, first = left < 0 ? -left : 0;
-                    int64_t last = left + p->side > p->width ? p->width - left : p->side;
-                    int64_t from = ((image * p->down + i) * p->across + j) * C;
-                    for (int64_t c = 0; c < C; c += LANES) {
-                        Floats g = load(dy + from + c);
-                        Bytes found;
-                        memcpy(&found, where + from + c, sizeof found);
-                        Ints tap = __builtin_convertvector(found, Ints) - (int)((y - i * p->stride) * p->side);
-                        for (int64_t t = first; t < last; t++) {
-                            float *at = sums + (left + t) * C + c;
-                            Floats sum = floats(at) + chosen(tap == (int)t, g);
-                            memcpy(at, &sum, sizeof sum);
+            int64_t top = 0, bottom = -1, left = 0, right = -1;
+            cover(p, y, p->down, &top, &bottom);
+            for (int64_t column = 0; column < p->width; column++) {
+                int64_t x = column + p->padding;
+                cover(p, x, p->across, &left, &right);
+                for (int64_t c = 0; c < p->C; c += LANES) {
+                    Floats sum = {0};
+                    for (int64_t i = top; i <= bottom; i++)
+                        for (int64_t j = left; j <= right; j++) {
+                            int64_t from = ((image * p->down + i) * p->across + j) * p->C + c;
+                            Bytes found;
+                            memcpy(&found, where + from, sizeof found);
+                            uint8_t tap = (uint8_t)((y - i * p->stride) * p->side + x - j * p->stride);
+                            sum += taken(found, tap, load(dy + from));
                         }
-                    }
+                    put(dx + (line * p->width + column) * p->C + c, sum, past);
                 }
-            for (int64_t c = 0; c < wide; c += LANES) store(dx + line * wide + c, floats(sums + c));
+            }
         }
-        free(sums);
+        settle();
     }
-    return failed;
 }

@@ -48,9 +48,21 @@ class Norm(nn.BatchNorm2d):
             ]
         return torch.cat(parts)
 
+    @property
+    def quick(self) -> bool:
+        """Whether the kernels are to do it, where they can."""
+        return self.fused and self.training and self.affine and self.track_running_stats and self.momentum is not None
+
     def groups(self, images: int) -> int:
         """How many are normalised one after the other."""
         return images // self.together if self.training and self.together and images % self.together == 0 else 1
+
+    def moved(self, mean: Tensor, var: Tensor) -> None:
+        """Moves the running statistics by those of a batch."""
+        assert self.running_mean is not None and self.running_var is not None and self.num_batches_tracked is not None and self.momentum is not None
+        self.num_batches_tracked.add_(1)
+        self.running_mean.lerp_(mean, self.momentum)
+        self.running_var.lerp_(var, self.momentum)
 
     @contextmanager
     def statistics(self, groups: int) -> Iterator[list[tuple[Tensor, Tensor]]]:
@@ -79,15 +91,15 @@ class MaxPool(nn.MaxPool2d):
 
 def norm_relu(norm: nn.Module | None, relu: nn.Module | None, x: Tensor) -> Tensor:
     """relu(norm(x)); either may be missing."""
-    if isinstance(norm, Norm) and relu is not None and _suits(norm, x) and not _hooked(norm, relu):
+    if isinstance(norm, Norm) and relu is not None and _suits(norm, x) and not hooked(norm, relu):
         return _NormReLU.apply(x, None, norm.weight, norm.bias, norm, True)  # type: ignore[no-untyped-call, no-any-return]
     x = x if norm is None else norm(x)
     return x if relu is None else relu(x)
 
 
-def norm_add_relu(norm: nn.Module | None, add: nn.Module, relu: nn.Module, x: Tensor, shortcut: Callable[[], Tensor]) -> Tensor | None:
+def norm_add_relu(norm: nn.Module | None, add: nn.Module | None, relu: nn.Module | None, x: Tensor, shortcut: Callable[[], Tensor]) -> Tensor | None:
     """relu(norm(x) + shortcut()) in one pass, or None, and nothing done, where that cannot be."""
-    if not (isinstance(norm, Norm) and _suits(norm, x) and not _hooked(norm, add, relu)):
+    if not (isinstance(norm, Norm) and _suits(norm, x) and not hooked(norm, add, relu)):
         return None
     added = shortcut().to(x.dtype).contiguous(memory_format=torch.channels_last)
     y: Tensor
@@ -130,10 +142,20 @@ def reason_against() -> str:
     return ""
 
 
+def gated(dy: Tensor, other: Tensor | None, y: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Gradients through a ReLU that gave y: dy + other where y is positive, or dy where there is no y; and each channel's sum, fp32.
+
+    All (N, C, H, W), channels-last, C a multiple of LANES.
+    """
+    g, channels = dy if y is None else torch.empty_like(dy), dy.shape[1]
+    total = torch.empty(channels)
+    rows = dy.numel() // channels
+    _checked(_library(dy.dtype).gated(at(dy), at(other), at(y), at(None if y is None else g), rows, channels, at(total), torch.get_num_threads()))
+    return g, total
+
+
 def _suits(norm: Norm, x: Tensor) -> bool:
-    if not (norm.fused and norm.training and norm.affine and norm.track_running_stats and norm.momentum is not None):
-        return False
-    if x.dtype not in TYPES or x.dim() != 4:
+    if not norm.quick or x.dtype not in TYPES or x.dim() != 4:
         return False
     pixels = x.numel() // x.shape[1] // norm.groups(len(x))
     return pixels > 1 and _fold(x.shape[1], pixels) > 0
@@ -148,8 +170,9 @@ def _fold(channels: int, pixels: int) -> int:
     return next((fold for fold in (wanted, least) if pixels % fold == 0), 0)
 
 
-def _hooked(*modules: nn.Module) -> bool:
-    return any(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks for m in modules)
+def hooked(*modules: nn.Module | None) -> bool:
+    """Whether someone looks at what goes in or comes out of any of these."""
+    return any(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks for m in modules if m)
 
 
 class _NormReLU(torch.autograd.Function):
@@ -235,7 +258,7 @@ class _MaxPool(torch.autograd.Function):
         (where,) = ctx.saved_tensors
         dy, pool = dy.contiguous(memory_format=torch.channels_last), ctx.pool
         dx = torch.empty((pool.images, pool.channels, pool.height, pool.width), dtype=dy.dtype, memory_format=torch.channels_last)
-        _checked(_library(dy.dtype).pool_backward(at(dy), at(where), at(dx), byref(pool), torch.get_num_threads()))
+        _library(dy.dtype).pool_backward(at(dy), at(where), at(dx), byref(pool), torch.get_num_threads())
         return dx, None, None, None, None, None
 
 
@@ -251,5 +274,6 @@ def _library(dtype: torch.dtype) -> ctypes.CDLL:
     p, n = c_void_p, c_int64
     library.norm_forward.argtypes = [p, p, p, n, n, n, p, p, c_float, c_float, p, p, p, p, c_int, c_int]
     library.norm_backward.argtypes = [p, p, p, p, p, p, n, n, n, p, p, p, p, p, p, c_int, c_int]
+    library.gated.argtypes = [p, p, p, p, n, n, p, c_int]
     library.pool_forward.argtypes = library.pool_backward.argtypes = [p, p, p, p, c_int]
     return library

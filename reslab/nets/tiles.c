@@ -19,8 +19,11 @@
 #define TILE 512 /* bf16 in a tile */
 #define SUMS 1024 /* floats in two by two */
 #define TERMS 512 /* pixels at a time for the filters' gradient: 32 channels of them stay in the first cache, all channels in the second */
+#define FEW (1 << 18) /* sums that the second cache holds beside all else, so that they may come more often */
 #define PIXELS 256 /* at a time for a convolution, whose sums stay in the second cache */
 #define DEPTH 18 /* times 32 channels at a time: those of 32 filters stay in the first */
+#define TALL 64 /* pixels at a time for a product, whose filters come from the second cache */
+#define PAST ((size_t)1 << 22) /* bytes; what is larger passes the caches by */
 #define LINE 64 /* bytes */
 
 typedef uint16_t T; /* bf16, as bits */
@@ -56,6 +59,11 @@ static void divide(int64_t pixels, int64_t parts, int64_t most, int64_t *share, 
     *share = rounded((pixels + parts - 1) / parts, STEP);
     int64_t blocks = (*share + most - 1) / most;
     *block = rounded((*share + blocks - 1) / blocks, STEP);
+}
+
+/* Asks for the part of `count` values from `from` on that is the turn of `number`, one of `of`, while something else is computed. */
+static inline void fetch(const T *from, int64_t count, int64_t number, int64_t of) {
+    for (int64_t i = count * number / of; i < count * (number + 1) / of; i += LINE / sizeof(T)) _mm_prefetch((const char *)(from + i), _MM_HINT_T1);
 }
 
 /* Swaps rows and columns. */
@@ -161,19 +169,33 @@ static inline void multiply(const T *rows, const T *pairs, int64_t steps, float 
     _tile_stored(3, sums + 768, 64);
 }
 
-/* Where the pixels of x are that a tap of the filters meets from `begin` on; `nothing` outside of the images and from `end` on. */
-static void find(const T *x, const T *nothing, const Conv *c, int64_t tap, int64_t begin, int64_t end, int64_t count, const T **pixel) {
+/* For pixels of what comes out, where each one's window of x begins: its first pixel, by number, and that one's row and column. */
+typedef struct {
+    int64_t pixel[TERMS], row[TERMS], column[TERMS];
+} Windows;
+
+/* Those of `count` pixels from `begin` on; from `end` on they are outside of every image. */
+static void find(const Conv *c, int64_t begin, int64_t end, int64_t count, Windows *w) {
     int64_t image = begin / (c->down * c->across), line = begin / c->across % c->down, column = begin % c->across;
-    int64_t right = tap % c->side - c->padding, below = tap / c->side - c->padding;
     for (int64_t p = 0; p < count; p++) {
-        int64_t y = line * c->stride + below, z = column * c->stride + right;
-        int inside = p < end - begin && y >= 0 && y < c->height && z >= 0 && z < c->width;
-        pixel[p] = inside ? x + ((image * c->height + y) * c->width + z) * c->inputs : nothing;
+        int64_t y = line * c->stride - c->padding, z = column * c->stride - c->padding;
+        w->pixel[p] = (image * c->height + y) * c->width + z;
+        w->row[p] = p < end - begin ? y : -c->side;
+        w->column[p] = z;
         if (++column < c->across) continue;
         column = 0;
         if (++line < c->down) continue;
         line = 0;
         image++;
+    }
+}
+
+/* The pixels of x that a tap of the filters meets in `count` windows; `nothing` outside of the images. */
+static void meet(const T *x, const T *nothing, const Conv *c, int64_t tap, const Windows *w, int64_t count, const T **pixel) {
+    int64_t below = tap / c->side, right = tap % c->side, on = (below * c->width + right) * c->inputs;
+    for (int64_t p = 0; p < count; p++) {
+        int64_t y = w->row[p] + below, z = w->column[p] + right, inside = (y >= 0) & (y < c->height) & (z >= 0) & (z < c->width);
+        pixel[p] = inside ? x + w->pixel[p] * c->inputs + on : nothing;
     }
 }
 
@@ -192,6 +214,7 @@ int convolve(const T *x, const T *w, T *y, const Conv *c, int back, int parts) {
 #pragma omp parallel num_threads(parts) if (!failed)
     if (!failed) {
         const T *pixel[PIXELS];
+        Windows windows;
         configure();
 #pragma omp for schedule(static) collapse(2)
         for (int64_t step = 0; step < steps; step++)
@@ -206,11 +229,12 @@ int convolve(const T *x, const T *w, T *y, const Conv *c, int back, int parts) {
             int64_t to = least((part + 1) * share, pixels);
             for (int64_t begin = part * share; begin < to; begin += block) {
                 int64_t end = least(begin + block, to), tall = rounded(end - begin, STEP) / STEP, known = -1;
+                find(c, begin, end, tall * STEP, &windows);
                 for (int64_t from = 0; from < steps; from += depth) {
                     int64_t here = least(depth, steps - from);
                     for (int64_t k = 0; k < here; k++) {
                         int64_t tap = (from + k) / deep, i = (from + k) % deep * PAIR;
-                        if (tap != known) find(x, nothing, c, known = tap, begin, end, tall * STEP, pixel);
+                        if (tap != known) meet(x, nothing, c, known = tap, &windows, tall * STEP, pixel);
                         for (int64_t p = 0; p < tall; p++) lay_pixels(pixel + p * STEP, i, both(c->inputs - i), rows + (p * here + k) * 2 * TILE);
                     }
                     for (int64_t o = 0; o < wide; o++)
@@ -233,22 +257,142 @@ int convolve(const T *x, const T *w, T *y, const Conv *c, int back, int parts) {
     return failed;
 }
 
+/* y = x W + second V + shift + added, for pixels as rows; every pointer but x and y may be NULL. With `rectify` what is negative
+   becomes zero, with `gate` what stands where that is not positive. Channels are multiples of 32, and there are 32 pixels or more. */
+typedef struct {
+    int64_t pixels, inputs, seconds, outputs;
+    const T *x, *second, *added, *gate;
+    const float *shift;
+    T *y;
+    int rectify;
+} Product;
+
+static inline __m512 widened(__m256i halves) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16)); }
+
+/* Adds products of 32 pixels, which lie as they are, and tiles of pairs to the sums in registers; `ahead`: and fetches later pixels. */
+static inline void add_product(const T *x, int64_t inputs, const T *pairs, int ahead) {
+    for (int64_t k = 0; k < inputs; k += STEP, pairs += 2 * TILE) {
+        if (ahead) fetch(x + TALL * inputs, PAIR * inputs, k / STEP, inputs / STEP);
+        _tile_loadd(4, x + k, inputs * sizeof(T));
+        _tile_loadd(6, pairs, 64);
+        _tile_loadd(5, x + LANES * inputs + k, inputs * sizeof(T));
+        _tile_loadd(7, pairs + TILE, 64);
+        _tile_dpbf16ps(0, 4, 6);
+        _tile_dpbf16ps(2, 5, 6);
+        _tile_dpbf16ps(1, 4, 7);
+        _tile_dpbf16ps(3, 5, 7);
+    }
+}
+
+/* 32 pixels from `at` on and 32 outputs from `o` on, but for the first `done` of the pixels; adds what was written to `totals`. */
+static inline void finish(const Product *p, const float *sums, int64_t at, int64_t o, int64_t done, int past, double *totals) {
+    const __m512 zero = _mm512_setzero_ps();
+    __m512 low_shift = p->shift ? _mm512_loadu_ps(p->shift + o) : zero, high_shift = p->shift ? _mm512_loadu_ps(p->shift + o + LANES) : zero;
+    __m512 low_total = zero, high_total = zero;
+    for (int64_t row = done; row < PAIR; row++) {
+        int64_t place = (at + row) * p->outputs + o;
+        const float *sum = sums + row * LANES + row / LANES * 256;
+        __m512 low = _mm512_add_ps(_mm512_load_ps(sum), low_shift), high = _mm512_add_ps(_mm512_load_ps(sum + 256), high_shift);
+        if (p->added) {
+            low = _mm512_add_ps(low, widened(_mm256_loadu_si256((const void *)(p->added + place))));
+            high = _mm512_add_ps(high, widened(_mm256_loadu_si256((const void *)(p->added + place + LANES))));
+        }
+        if (p->rectify) {
+            low = _mm512_max_ps(zero, low); /* a NaN stays one */
+            high = _mm512_max_ps(zero, high);
+        }
+        if (p->gate) {
+            __mmask32 open = _mm512_cmpgt_epi16_mask(_mm512_loadu_si512(p->gate + place), _mm512_setzero_si512());
+            low = _mm512_maskz_mov_ps((__mmask16)open, low);
+            high = _mm512_maskz_mov_ps((__mmask16)(open >> LANES), high);
+        }
+        low_total = _mm512_add_ps(low_total, low);
+        high_total = _mm512_add_ps(high_total, high);
+        __m512i halves = (__m512i)_mm512_cvtne2ps_pbh(high, low);
+        if (past)
+            _mm512_stream_si512((void *)(p->y + place), halves);
+        else
+            _mm512_storeu_si512(p->y + place, halves);
+    }
+    if (!totals) return;
+    for (int64_t i = 0; i < PAIR; i += LANES) {
+        __m512 total = i ? high_total : low_total;
+        double *to = totals + o + i;
+        _mm512_storeu_pd(to, _mm512_add_pd(_mm512_loadu_pd(to), _mm512_cvtps_pd(_mm512_castps512_ps256(total))));
+        _mm512_storeu_pd(to + 8, _mm512_add_pd(_mm512_loadu_pd(to + 8), _mm512_cvtps_pd(_mm512_extractf32x8_ps(total, 1))));
+    }
+}
+
+/* Filters are outputs x inputs and outputs x seconds, or with `back` the other way round. `total` of each output, or NULL, is the
+   sum of y. Returns 0, or 1 without memory. */
+int product(const Product *p, const T *filters, const T *others, int back, float *total, int parts) {
+    int64_t deep = p->inputs / PAIR, steps = deep + p->seconds / PAIR, wide = p->outputs / PAIR;
+    int past = p->pixels * p->outputs * sizeof(T) > PAST && (uintptr_t)p->y % LINE == 0;
+    T *pairs = aligned_alloc(LINE, steps * wide * 2 * TILE * sizeof(T));
+    double *totals = calloc(parts * p->outputs, sizeof(double));
+    int failed = !pairs || !totals;
+#pragma omp parallel num_threads(parts) if (!failed)
+    if (!failed) {
+        _Alignas(LINE) float sums[SUMS];
+        configure();
+#pragma omp for schedule(static) collapse(2)
+        for (int64_t o = 0; o < wide; o++)
+            for (int64_t k = 0; k < steps; k++) {
+                Conv c = {.inputs = k < deep ? p->inputs : p->seconds, .outputs = p->outputs, .side = 1};
+                lay_filters(k < deep ? filters : others, NULL, &c, back, 0, (k < deep ? k : k - deep) * PAIR, o * PAIR, pairs + (o * steps + k) * 2 * TILE);
+            }
+#pragma omp for schedule(static)
+        for (int64_t part = 0; part < parts; part++) {
+            int64_t share = rounded((p->pixels + parts - 1) / parts, PAIR), end = least((part + 1) * share, p->pixels);
+            for (int64_t begin = part * share; begin < end; begin += TALL)
+                for (int64_t o = 0; o < wide; o++)
+                    for (int64_t from = begin; from < least(begin + TALL, end); from += PAIR) {
+                        int64_t at = least(from, p->pixels - PAIR), turn = 2 * o + (from > begin); /* the last 32 begin among those that are done */
+                        if (p->added) fetch(p->added + (begin + TALL) * p->outputs, TALL * p->outputs, turn, 2 * wide);
+                        if (p->gate) fetch(p->gate + (begin + TALL) * p->outputs, TALL * p->outputs, turn, 2 * wide);
+                        _tile_zero(0);
+                        _tile_zero(1);
+                        _tile_zero(2);
+                        _tile_zero(3);
+                        add_product(p->x + at * p->inputs, p->inputs, pairs + o * steps * 2 * TILE, !o);
+                        if (p->second) add_product(p->second + at * p->seconds, p->seconds, pairs + (o * steps + deep) * 2 * TILE, !o);
+                        _tile_stored(0, sums, 64);
+                        _tile_stored(1, sums + 256, 64);
+                        _tile_stored(2, sums + 512, 64);
+                        _tile_stored(3, sums + 768, 64);
+                        finish(p, sums, at, o * PAIR, from - at, past, total ? totals + part * p->outputs : NULL);
+                    }
+        }
+        _tile_release();
+        _mm_sfence();
+    }
+    for (int64_t o = 0; total && !failed && o < p->outputs; o++) {
+        double sum = 0;
+        for (int part = 0; part < parts; part++) sum += totals[part * p->outputs + o];
+        total[o] = (float)sum;
+    }
+    free(pairs);
+    free(totals);
+    return failed;
+}
+
 /* dw (outputs x side x side x inputs, fp32) of x (images x height x width x inputs) and dy (images x down x across x outputs).
    Each thread adds up its share of the pixels, and the shares are added in one order whatever the timing. Returns 0, or 1 without memory. */
 int filter_gradient(const T *x, const T *dy, float *dw, const Conv *c, int parts) {
     int failed = 0;
-    int64_t pixels = c->images * c->down * c->across, taps = c->side * c->side;
+    int64_t pixels = c->images * c->down * c->across, taps = c->side * c->side, spread = c->stride * c->stride;
     int64_t wide = rounded(c->outputs, PAIR) / PAIR, deep = rounded(c->inputs, PAIR) / PAIR, size = taps * deep * wide * SUMS;
-    int64_t share, block;
-    divide(pixels, parts, TERMS, &share, &block);
+    int64_t room = (wide + (taps == 1 ? deep : 1)) * PAIR * TERMS, share, block;
+    divide(pixels, parts, taps > 1 && size < FEW ? TERMS / 2 : TERMS, &share, &block);
     float *all = aligned_alloc(LINE, (parts * size + SUMS) * sizeof(float)); /* what is fetched ahead may be past the last */
-    T *laid = aligned_alloc(LINE, parts * (wide + 1) * PAIR * TERMS * sizeof(T)), *nothing = calloc(deep * PAIR, sizeof(T));
+    T *laid = aligned_alloc(LINE, parts * room * sizeof(T)), *nothing = calloc(deep * PAIR, sizeof(T));
     if (!all || !laid || !nothing) failed = 1;
 #pragma omp parallel num_threads(parts) if (!failed)
     if (!failed) {
         int part = omp_get_thread_num(), count = omp_get_num_threads();
         const T *pixel[TERMS];
-        T *rows = laid + part * (wide + 1) * PAIR * TERMS, *pairs = rows + wide * PAIR * TERMS;
+        Windows windows;
+        T *rows = laid + part * room, *pairs = rows + wide * PAIR * TERMS;
         configure();
         for (int p = part; p < parts; p += count) { /* each part's, should there be fewer threads */
             int64_t from = least(p * share, pixels), to = least(from + share, pixels);
@@ -257,15 +401,25 @@ int filter_gradient(const T *x, const T *dy, float *dw, const Conv *c, int parts
             for (int64_t begin = from; begin < to; begin += block) {
                 int64_t end = least(begin + block, to), steps = rounded(end - begin, STEP) / STEP;
                 float *sums = own;
-                for (int64_t o = 0; o < 2 * wide; o++)
-                    for (int64_t k = 0; k < steps; k++)
+                find(c, begin, end, steps * STEP, &windows);
+                meet(x, nothing, c, 0, &windows, steps * STEP, pixel);
+                for (int64_t k = 0; k < steps; k++) {
+                    for (int64_t o = 0; o < 2 * wide; o++) {
+                        fetch(dy + (begin + (k + 1) * STEP) * c->outputs, STEP * c->outputs, o, 2 * wide);
                         lay_rows(dy + (begin + k * STEP) * c->outputs + o * LANES, c->outputs, end - begin - k * STEP, first(c->outputs - o * LANES),
                                  rows + ((o / 2 * steps + k) * 2 + o % 2) * TILE);
-                for (int64_t tap = 0; tap < taps; tap++) {
-                    find(x, nothing, c, tap, begin, end, steps * STEP, pixel);
+                    }
                     for (int64_t i = 0; i < deep; i++) {
-                        for (int64_t k = 0; k < steps; k++) lay_pairs(pixel + k * STEP, i * PAIR, both(c->inputs - i * PAIR), pairs + 2 * k * TILE);
-                        for (int64_t o = 0; o < wide; o++, sums += SUMS) multiply(rows + o * steps * 2 * TILE, pairs, steps, sums, begin == from);
+                        fetch(x + (begin + (k + 1) * STEP) * spread * c->inputs, STEP * spread * c->inputs, i, deep);
+                        if (taps == 1) lay_pairs(pixel + k * STEP, i * PAIR, both(c->inputs - i * PAIR), pairs + 2 * (i * steps + k) * TILE);
+                    }
+                }
+                for (int64_t tap = 0; tap < taps; tap++) {
+                    if (taps > 1) meet(x, nothing, c, tap, &windows, steps * STEP, pixel);
+                    for (int64_t i = 0; i < deep; i++) {
+                        for (int64_t k = 0; taps > 1 && k < steps; k++) lay_pairs(pixel + k * STEP, i * PAIR, both(c->inputs - i * PAIR), pairs + 2 * k * TILE);
+                        const T *here = taps == 1 ? pairs + 2 * i * steps * TILE : pairs;
+                        for (int64_t o = 0; o < wide; o++, sums += SUMS) multiply(rows + o * steps * 2 * TILE, here, steps, sums, begin == from);
                     }
                 }
             }

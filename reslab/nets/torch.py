@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from reslab.family import spec as find_spec
 from reslab.layout import SHORTCUT_DROPOUT, Unit, has_bias, is_normed, squeezed, stages
-from reslab.nets.fused import MaxPool, norm_add_relu, norm_relu, twin
+from reslab.nets.fused import MaxPool, hooked, norm_add_relu, norm_relu, twin
+from reslab.nets.gram import conv_norm, conv_norm_add_relu, entry
 from reslab.nets.initialise import initialise
 from reslab.nets.parts import (
     Add,
@@ -199,21 +200,39 @@ class Original(Block):
     """conv-BN-ReLU ... conv-BN, addition, ReLU: He et al. 2015."""
 
     def forward(self, x: Tensor) -> Tensor:
-        y = x
+        y, x = self.enter(x)
         for number in range(1, self.count):
-            y = self.activated(number, self.convolve(number, y))
+            y = self.activated(number, self.convolve(number, y) if number > 1 else y)
             if number == self.blurred:
                 y = through(self.blur, y)
-        return self.finish(self.convolve(self.count, y), y if self.late else x)
+        return self.finish(y, y if self.late else x)
+
+    def enter(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The first convolution of x, and x for the shortcut."""
+        out = None if "pre1" in self._modules or self.pooled == 1 else entry(self._modules["conv1"], x)
+        return (self.convolve(1, x), x) if out is None else out
 
     def finish(self, y: Tensor, x: Tensor) -> Tensor:
-        """The last norm, the addition and ReLU, at once where nothing else stands between them."""
-        norm, relu = self._modules[f"bn{self.count}"], self._modules[f"relu{self.count}"]
-        if isinstance(self.add, Add) and relu and not any((self.se, self.scale, self.drop_path, self.carry)):
-            out = norm_add_relu(norm, self.add, relu, y, lambda: through(self.downsample, twin(x)))
-            if out is not None:
-                return out
-        return through(relu, self.join(through(norm, y), x))
+        """The last convolution and norm, the addition and ReLU, at once as far as nothing else stands between them."""
+        conv, norm, relu = (self._modules[f"{name}{self.count}"] for name in ("conv", "bn", "relu"))
+        plain = isinstance(self.add, Add) and relu is not None and not any((self.se, self.scale, self.drop_path, self.carry))
+        out = None
+        if plain and not self.dropout and self.pooled != self.count:
+            out = conv_norm_add_relu(conv, norm, self.add, relu, y, lambda: self.shortcut(twin(x)))
+        if out is None:
+            y = self.convolve(self.count, y)
+            out = norm_add_relu(norm, self.add, relu, y, lambda: self.shortcut(twin(x))) if plain else None
+        return through(relu, self.join(through(norm, y), x)) if out is None else out
+
+    def shortcut(self, x: Tensor) -> Tensor:
+        """What is added of x."""
+        if not isinstance(self.downsample, nn.Sequential) or len(self.downsample) == 1 or hooked(self.downsample):
+            return through(self.downsample, x)
+        *pools, conv, norm = self.downsample
+        for pool in pools:
+            x = pool(x)
+        out = conv_norm(conv, norm, x)
+        return norm(conv(x)) if out is None else out
 
 
 class BNAfterAdd(Block):
