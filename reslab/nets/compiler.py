@@ -14,6 +14,8 @@ from torch import Tensor
 
 FLAGS = ("-O3", "-march=native", "-ffp-contract=fast", "-fno-math-errno", "-fopenmp", "-shared", "-fPIC")
 COMPILER_SECONDS = 60
+TYPES = {torch.float32: (), torch.bfloat16: ("-DBF16",)}  # what says so in vectors.h
+LANES = 16  # channels in a vector there
 FAILURES = OSError, ValueError, subprocess.SubprocessError  # of `compiled`
 
 

@@ -1,101 +1,17 @@
-/* Batch norm, the skip addition and ReLU as one pass over memory, forward and back, and max-pools that note where in one byte.
+/* Batch norm, the skip addition and ReLU as one pass over memory, forward and back.
 
    Images are channels-last: `rows` = N x H x W pixels of C channels each, C a multiple of LANES; a caller with fewer lays
-   several pixels side by side (`fold`). T is the type in memory; all arithmetic is in fp32, and sums of many rows go on
-   in fp64. What lies between the two passes of batch norm is one barrier. Compiled once a type by fused.py. */
+   several pixels side by side (`fold`). Sums of many rows go on in fp64. What lies between the two passes of batch norm is
+   one barrier. Compiled once a type by fused.py. */
 
+#include "vectors.h"
 #include <math.h>
 #include <omp.h>
-#include <stdint.h>
 #include <stdlib.h>
-#include <string.h>
-#if defined(__AVX512F__)
-#include <immintrin.h>
-#endif
 
-#define LANES 16
 #define WIDE 4 /* vectors of channels that go through registers together */
 #define TALL 16 /* rows at a time, which stay in the first cache between two groups of channels */
-#define PAST ((size_t)1 << 22) /* bytes; what is larger has left the caches when it is read again */
 #define BLOCK 256 /* rows whose sums are added up in fp32 */
-#define AHEAD (2048 / sizeof(T)) /* how far ahead a loop asks for what it will read */
-#define ALWAYS inline __attribute__((always_inline))
-
-typedef float Floats __attribute__((vector_size(4 * LANES)));
-typedef int32_t Ints __attribute__((vector_size(4 * LANES)));
-typedef uint32_t Bits __attribute__((vector_size(4 * LANES)));
-typedef uint16_t Halves __attribute__((vector_size(2 * LANES)));
-typedef uint8_t Bytes __attribute__((vector_size(LANES)));
-
-#if defined(BF16)
-typedef uint16_t T;
-typedef Halves Raw; /* as many Ts as bits */
-
-static inline Floats load(const T *p) {
-    Halves h;
-    memcpy(&h, p, sizeof h);
-    return (Floats)(__builtin_convertvector(h, Bits) << 16);
-}
-
-static inline void store(T *p, Floats x) {
-#if defined(__AVX512BF16__)
-    __m256bh h = _mm512_cvtneps_pbh((__m512)x);
-    memcpy(p, &h, sizeof h);
-#else
-    Bits bits = (Bits)x, rounded = bits + 0x7fff + ((bits >> 16) & 1); /* to the nearest, of two to the even */
-    Bits nan = (Bits)((bits & 0x7fffffff) > 0x7f800000);
-    Halves h = __builtin_convertvector((nan & 0x7fc00000) >> 16 | (~nan & rounded) >> 16, Halves);
-    memcpy(p, &h, sizeof h);
-#endif
-}
-#else
-typedef float T;
-typedef Bits Raw; /* as many Ts as bits */
-
-static inline Floats load(const T *p) {
-    Floats x;
-    memcpy(&x, p, sizeof x);
-    return x;
-}
-
-static inline void store(T *p, Floats x) { memcpy(p, &x, sizeof x); }
-#endif
-
-/* A store that passes the caches by, if `past` is set and the processor can. */
-static ALWAYS void put(T *p, Floats x, int past) {
-#if defined(BF16) && defined(__AVX512BF16__)
-    if (past) {
-        _mm256_stream_si256((void *)p, (__m256i)_mm512_cvtneps_pbh((__m512)x));
-        return;
-    }
-#elif !defined(BF16) && defined(__AVX512F__)
-    if (past) {
-        _mm512_stream_ps(p, (__m512)x);
-        return;
-    }
-#endif
-    store(p, x);
-}
-
-/* Before others read what was put past the caches. */
-static inline void settle(void) {
-#if defined(__AVX512F__)
-    _mm_sfence();
-#endif
-}
-
-static inline Floats floats(const float *p) {
-    Floats x;
-    memcpy(&x, p, sizeof x);
-    return x;
-}
-
-/* Asks for what a loop reads AHEAD of here; NULL is never read. A prefetch past the end of an array does nothing. */
-static ALWAYS void ask(const T *p) {
-    if (p) __builtin_prefetch(p + AHEAD);
-}
-
-static inline Floats chosen(Ints where, Floats x) { return (Floats)(where & (Ints)x); } /* x or zero */
 
 static inline Floats relu(Floats x) { return chosen(~(x < 0), x); } /* a NaN stays one */
 
@@ -343,112 +259,4 @@ int gated(const T *dy, const T *other, const T *y, T *g, int64_t rows, int64_t C
     free(sums);
     free(all);
     return failed;
-}
-
-/* x where a window's largest was at that tap, else zero. */
-static ALWAYS Floats taken(Bytes found, uint8_t tap, Floats x) {
-#if defined(__AVX512BW__) && defined(__AVX512VL__)
-    return (Floats)_mm512_maskz_mov_ps(_mm_cmpeq_epi8_mask((__m128i)found, _mm_set1_epi8((char)tap)), (__m512)x);
-#else
-    return chosen(__builtin_convertvector(found == tap, Ints), x);
-#endif
-}
-
-/* How a max-pool walks: images, pixels in and out, the side of its square window, stride and padding. */
-typedef struct {
-    int64_t images, height, width, C, down, across, side, stride, padding;
-} Pool;
-
-/* y = the largest of each window, and which of its side x side pixels that was, the first of equals; padding never wins. */
-void pool_forward(const T *x, T *y, uint8_t *where, const Pool *p, int parts) {
-#pragma omp parallel for schedule(static) num_threads(parts)
-    for (int64_t line = 0; line < p->images * p->down; line++) {
-        int64_t image = line / p->down, top = line % p->down * p->stride - p->padding;
-        for (int64_t column = 0; column < p->across; column++) {
-            int64_t left = column * p->stride - p->padding, to = (line * p->across + column) * p->C;
-            for (int64_t c = 0; c < p->C; c += LANES) {
-                Floats best = {0};
-                Ints at = (Ints){0} - 1;
-                for (int64_t i = 0; i < p->side; i++)
-                    for (int64_t j = 0; j < p->side; j++) {
-                        int64_t row = top + i, pixel = left + j;
-                        if (row < 0 || row >= p->height || pixel < 0 || pixel >= p->width) continue;
-                        Floats v = load(x + ((image * p->height + row) * p->width + pixel) * p->C + c);
-                        Ints wins = (v > best) | (v != v) | (at < 0); /* a NaN stays one */
-                        best = (Floats)((wins & (Ints)v) | (~wins & (Ints)best));
-                        at = (wins & (int)(i * p->side + j)) | (~wins & at);
-                    }
-                store(y + to + c, best);
-                Bytes found = __builtin_convertvector(at, Bytes);
-                memcpy(where + to + c, &found, sizeof found);
-            }
-        }
-    }
-}
-
-/* Moves on to the first and the last window, in one direction, that a pixel lies in; pixels are counted from where the padding begins. */
-static inline void cover(const Pool *p, int64_t pixel, int64_t windows, int64_t *first, int64_t *last) {
-    while (*first * p->stride + p->side <= pixel) ++*first;
-    while (*last + 1 < windows && (*last + 1) * p->stride <= pixel) ++*last;
-}
-
-/* dx of a line of windows of which no two overlap: each gradient is read once, and all pixels of its window are written. */
-static void apart_backward(const T *dy, const uint8_t *where, T *dx, const Pool *p, int64_t line) {
-    int64_t C = p->C, side = p->side, wide = p->width * C, down = line % p->down, top = down * side;
-    int64_t tall = top + side > p->height ? p->height - top : side, covered = p->across * side;
-    dx += (line / p->down * p->height + top) * wide;
-    for (int64_t j = 0; j < p->across; j++) {
-        int64_t from = (line * p->across + j) * C, left = j * side, last = left + side > p->width ? p->width - left : side;
-        for (int64_t c = 0; c < C; c += LANES) {
-            Raw g; /* bits are moved, nothing is computed */
-            Bytes found;
-            memcpy(&g, dy + from + c, sizeof g);
-            memcpy(&found, where + from + c, sizeof found);
-            Raw tap = __builtin_convertvector(found, Raw);
-            for (int64_t i = 0; i < tall; i++)
-                for (int64_t t = 0; t < last; t++) {
-                    Raw chosen = g & (Raw)(tap == (uint16_t)(i * side + t));
-                    memcpy(dx + i * wide + (left + t) * C + c, &chosen, sizeof chosen);
-                }
-        }
-    }
-    if (covered < p->width)
-        for (int64_t i = 0; i < tall; i++) memset(dx + i * wide + covered * C, 0, (p->width - covered) * C * sizeof *dx);
-    if (down == p->down - 1 && top + side < p->height) memset(dx + side * wide, 0, (p->height - top - side) * wide * sizeof *dx);
-}
-
-/* dx from dy and where the largest were. */
-void pool_backward(const T *dy, const uint8_t *where, T *dx, const Pool *p, int parts) {
-    int past = p->images * p->height * p->width * p->C * sizeof(T) > PAST;
-    if (p->stride == p->side && !p->padding) {
-#pragma omp parallel for schedule(static) num_threads(parts)
-        for (int64_t line = 0; line < p->images * p->down; line++) apart_backward(dy, where, dx, p, line);
-        return;
-    }
-#pragma omp parallel num_threads(parts)
-    {
-#pragma omp for schedule(static)
-        for (int64_t line = 0; line < p->images * p->height; line++) {
-            int64_t image = line / p->height, y = line % p->height + p->padding;
-            int64_t top = 0, bottom = -1, left = 0, right = -1;
-            cover(p, y, p->down, &top, &bottom);
-            for (int64_t column = 0; column < p->width; column++) {
-                int64_t x = column + p->padding;
-                cover(p, x, p->across, &left, &right);
-                for (int64_t c = 0; c < p->C; c += LANES) {
-                    Floats sum = {0};
-                    for (int64_t i = top; i <= bottom; i++)
-                        for (int64_t j = left; j <= right; j++) {
-                            int64_t from = ((image * p->down + i) * p->across + j) * p->C + c;
-                            Bytes found;
-                            memcpy(&found, where + from, sizeof found);
-                            uint8_t tap = (uint8_t)((y - i * p->stride) * p->side + x - j * p->stride);
-                            sum += taken(found, tap, load(dy + from));
-                        }
-                    put(dx + (line * p->width + column) * p->C + c, sum, past);
-                }
-            }
-        }
-        settle();
-    }
 }

@@ -1,4 +1,4 @@
-"""Batch norm, the skip addition and ReLU as one pass over memory, and max-pools that note places in one byte, in C (fused.c).
+"""Batch norm, the skip addition and ReLU as one pass over memory, in C (fused.c).
 
 Between its convolutions a net does little arithmetic and moves much memory, which torch does operation by operation. These
 kernels are for training on a CPU, on channels-last tensors in fp32 or bf16; without a C compiler torch's own operations do the work.
@@ -7,7 +7,7 @@ kernels are for training on a CPU, on channels-last tensors in fp32 or bf16; wit
 import ctypes
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from ctypes import byref, c_float, c_int, c_int64, c_void_p
+from ctypes import c_float, c_int, c_int64, c_void_p
 from functools import cache
 from math import gcd
 from pathlib import Path
@@ -16,11 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from reslab.nets.compiler import FAILURES, at, compiled, told
+from reslab.nets.compiler import FAILURES, LANES, TYPES, at, compiled, told
+from reslab.nets.pool import MaxPool, usable
 
 SOURCE = Path(__file__).with_name("fused.c")
-LANES, WIDE = 16, 64  # channels in a vector, and as many as keep the registers busy
-TYPES = {torch.float32: (), torch.bfloat16: ("-DBF16",)}
+WIDE = 64  # channels that keep the registers busy
 
 
 class Norm(nn.BatchNorm2d):
@@ -77,18 +77,6 @@ class Norm(nn.BatchNorm2d):
         self.running_var.copy_(var.mean(0))
 
 
-class MaxPool(nn.MaxPool2d):
-    """A max-pool over (N, C, H, W), likewise."""
-
-    fused = False
-
-    def forward(self, x: Tensor) -> Tensor:
-        if not (self.fused and self.training and x.dtype in TYPES and x.shape[1] % LANES == 0):
-            return super().forward(x)  # type: ignore[no-any-return]
-        out = nn.functional.max_pool2d(x[:1].to("meta"), self.kernel_size, self.stride, self.padding, ceil_mode=self.ceil_mode)
-        return _MaxPool.apply(x, *out.shape[2:], self.kernel_size, self.stride, self.padding)  # type: ignore[no-untyped-call, no-any-return]
-
-
 def norm_relu(norm: nn.Module | None, relu: nn.Module | None, x: Tensor) -> Tensor:
     """relu(norm(x)); either may be missing."""
     if isinstance(norm, Norm) and relu is not None and _suits(norm, x) and not hooked(norm, relu):
@@ -118,10 +106,13 @@ def use_fused(net: nn.Module, on: bool) -> None:
 
     Where a hook looks between a norm and its ReLU, the net does not use them there.
     """
-    made = on and not reason_against()
     for module in net.modules():
-        if hasattr(module, "fused"):
-            module.fused = made if isinstance(module, Norm | MaxPool) else on  # type: ignore[assignment]
+        if isinstance(module, Norm):
+            module.fused = on and not reason_against()
+        elif isinstance(module, MaxPool):
+            module.fused = on and usable()
+        elif hasattr(module, "fused"):
+            module.fused = on  # type: ignore[assignment]
 
 
 def norm_together(net: nn.Module, images: int) -> None:
@@ -232,39 +223,9 @@ def _chunks(groups: int, *tensors: Tensor | None) -> list[Sequence[Tensor | None
     return [[None] * groups if tensor is None else tensor.chunk(groups) for tensor in tensors]
 
 
-class _Pool(ctypes.Structure):
-    """As in fused.c."""
-
-    _fields_ = [(name, c_int64) for name in ("images", "height", "width", "channels", "down", "across", "side", "stride", "padding")]
-
-
-class _MaxPool(torch.autograd.Function):
-    """The largest of each window of side x side pixels, `down` x `across` of them. Once differentiable."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, down: int, across: int, side: int, stride: int, padding: int) -> Tensor:
-        x = x.contiguous(memory_format=torch.channels_last)
-        n, channels, height, width = x.shape
-        ctx.pool = _Pool(n, height, width, channels, down, across, side, stride, padding)
-        y = torch.empty((n, channels, down, across), dtype=x.dtype, memory_format=torch.channels_last)
-        where = torch.empty_like(y, dtype=torch.uint8)
-        _library(x.dtype).pool_forward(at(x), at(y), at(where), byref(ctx.pool), torch.get_num_threads())
-        ctx.save_for_backward(where)
-        return y
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        (where,) = ctx.saved_tensors
-        dy, pool = dy.contiguous(memory_format=torch.channels_last), ctx.pool
-        dx = torch.empty((pool.images, pool.channels, pool.height, pool.width), dtype=dy.dtype, memory_format=torch.channels_last)
-        _library(dy.dtype).pool_backward(at(dy), at(where), at(dx), byref(pool), torch.get_num_threads())
-        return dx, None, None, None, None, None
-
-
 def _checked(failed: int) -> None:
     if failed:
-        raise MemoryError("no memory for the sums of a batch norm or a max-pool")
+        raise MemoryError("no memory for the sums of a batch norm")
 
 
 @cache
@@ -275,5 +236,4 @@ def _library(dtype: torch.dtype) -> ctypes.CDLL:
     library.norm_forward.argtypes = [p, p, p, n, n, n, p, p, c_float, c_float, p, p, p, p, c_int, c_int]
     library.norm_backward.argtypes = [p, p, p, p, p, p, n, n, n, p, p, p, p, p, p, c_int, c_int]
     library.gated.argtypes = [p, p, p, p, n, n, p, c_int]
-    library.pool_forward.argtypes = library.pool_backward.argtypes = [p, p, p, p, c_int]
     return library

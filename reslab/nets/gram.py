@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from reslab.nets import tiles
 from reslab.nets.fused import Norm, gated, hooked
 from reslab.nets.parts import Pointwise, every
+from reslab.nets.product import PAIR, product, usable
 
 PIXELS = 16  # for each channel of the images, from which the small matrices cost less than they save
 
@@ -54,9 +55,9 @@ def conv_norm_add_relu(
 
 
 def _suits(conv: Pointwise, x: Tensor) -> bool:
-    if not (conv.fused and conv.training and conv.bias is None and conv.weight.dtype == torch.float32 and tiles.suits(x)) or hooked(conv):
+    if not (conv.fused and conv.training and conv.bias is None and conv.weight.dtype == torch.float32 and tiles.suits(x) and usable()) or hooked(conv):
         return False
-    return conv.in_channels % tiles.PAIR == conv.out_channels % tiles.PAIR == 0 and _pixels(conv, x) >= tiles.PAIR
+    return conv.in_channels % PAIR == conv.out_channels % PAIR == 0 and _pixels(conv, x) >= PAIR
 
 
 def _pays(conv: Pointwise, norm: Norm, x: Tensor) -> bool:
@@ -91,7 +92,7 @@ class _Entry(torch.autograd.Function):
         filters = weight.flatten(1).bfloat16()
         ctx.save_for_backward(x, filters)
         ctx.rectified = rectified
-        return tiles.product(x, filters)[0], x.data
+        return product(x, filters)[0], x.data
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -100,7 +101,7 @@ class _Entry(torch.autograd.Function):
         dy, carried = (g.contiguous(memory_format=torch.channels_last) for g in (dy, carried))
         dx = None
         if ctx.needs_input_grad[0]:
-            dx, total = tiles.product(dy, filters, back=True, added=carried, gate=x if ctx.rectified else None)
+            dx, total = product(dy, filters, back=True, added=carried, gate=x if ctx.rectified else None)
             if ctx.rectified:
                 _tell(dx, x, total)
         return dx, tiles.filter_gradient(x, dy, 1) if ctx.needs_input_grad[1] else None, None
@@ -124,7 +125,7 @@ class _ConvNorm(torch.autograd.Function):
             norm.moved(mean, squares / (pixels - 1))
             scale = gamma * invstd
             folded = torch.mul(filters, scale[:, None], out=torch.empty(filters.shape, dtype=x.dtype))
-            y, _ = tiles.product(x, folded, shift=beta - scale * mean, added=added, rectify=added is not None)
+            y, _ = product(x, folded, shift=beta - scale * mean, added=added, rectify=added is not None)
             ctx.save_for_backward(x, y if added is not None else None, weight, folded, scale, level, spread, mean, invstd)
             ctx.set_materialize_grads(False)
             return y if added is None else (y, y.data)
@@ -146,6 +147,6 @@ class _ConvNorm(torch.autograd.Function):
             if ctx.needs_input_grad[0]:
                 turn = folded.T @ torch.mul(filters, -steep, out=torch.empty_like(folded))
                 shift = -(level @ turn.float() + (scale * total / pixels) @ filters)
-                dx, _ = tiles.product(g, folded, back=True, second=(x, turn), shift=shift)
+                dx, _ = product(g, folded, back=True, second=(x, turn), shift=shift)
             dw.addr_(total, level, alpha=-1).addcmul_(spread, steep, value=-1).mul_(scale[:, None])
             return dx, g if y is not None else None, dw.view_as(weight), slope, total, None

@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from reslab.nets.compiler import FAILURES, at, compiled
 
 SOURCE = Path(__file__).with_name("tiles.c")
-PAIR = 32  # channels, and pixels, of two tiles
 LEAST = 64  # channels of the images; with fewer, laying them out costs what it saves
 SHARE = 512  # pixels that a thread should have, for its sums to be worth adding up
 SMALL, TINY = 8, 4  # pixels a row of maps that are convolved by tiles: small ones of many channels, tiny ones of any
@@ -103,34 +102,6 @@ def filter_gradient(x: Tensor, dy: Tensor, side: int, stride: int = 1) -> Tensor
     return dw
 
 
-def product(
-    x: Tensor,
-    filters: Tensor,
-    *,
-    back: bool = False,
-    shift: Tensor | None = None,
-    added: Tensor | None = None,
-    rectify: bool = False,
-    gate: Tensor | None = None,
-    second: tuple[Tensor, Tensor] | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Every pixel of x times filters (O, C), or (C, O) with `back`; and each channel's sum of what comes out, fp32.
-
-    Then come: what is `second`, images and filters likewise, fp32 `shift` (O), and `added`. With `rectify` what is negative becomes
-    zero, with `gate` what stands where that is not positive. Images are (N, C, H, W), channels-last, and like filters bf16;
-    channels are multiples of PAIR, and there are as many pixels. Sums are fp32, rounded once.
-    """
-    assert shift is None or shift.dtype == torch.float32
-    n, inputs, height, width = x.shape
-    outputs = filters.shape[1 if back else 0]
-    y, total = torch.empty((n, outputs, height, width), dtype=x.dtype, memory_format=torch.channels_last), torch.empty(outputs)
-    more, others = second or (None, None)
-    walk = _Product(n * height * width, inputs, 0 if more is None else more.shape[1], outputs, *map(at, (x, more, added, gate, shift, y)), rectify)
-    if _library().product(byref(walk), at(filters), at(others), back, at(total), torch.get_num_threads()):
-        raise MemoryError("no memory for the filters of a product")
-    return y, total
-
-
 def _product(x: Tensor, matrix: Tensor) -> Tensor:
     return F.linear(x.permute(0, 2, 3, 1), matrix).permute(0, 3, 1, 2)
 
@@ -161,21 +132,10 @@ class _Conv(ctypes.Structure):
     _fields_ = [(name, c_int64) for name in ("images", "height", "width", "inputs", "down", "across", "outputs", "side", "stride", "padding")]
 
 
-class _Product(ctypes.Structure):
-    """As in tiles.c."""
-
-    _fields_ = (
-        [(name, c_int64) for name in ("pixels", "inputs", "seconds", "outputs")]
-        + [(name, c_void_p) for name in ("x", "second", "added", "gate", "shift", "y")]
-        + [("rectify", c_int)]
-    )
-
-
 @cache
 def _library() -> ctypes.CDLL:
     """Raises one of FAILURES where it cannot be made."""
     library = compiled(SOURCE)
     library.filter_gradient.argtypes = [c_void_p, c_void_p, c_void_p, c_void_p, c_int]
-    library.product.argtypes = [c_void_p, c_void_p, c_void_p, c_int, c_void_p, c_int]
     library.convolve.argtypes = [c_void_p, c_void_p, c_void_p, c_void_p, c_int, c_int]
     return library

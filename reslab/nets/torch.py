@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from reslab.family import spec as find_spec
 from reslab.layout import SHORTCUT_DROPOUT, Unit, has_bias, is_normed, squeezed, stages
-from reslab.nets.fused import MaxPool, hooked, norm_add_relu, norm_relu, twin
+from reslab.nets.fused import hooked, norm_add_relu, norm_relu, twin
 from reslab.nets.gram import conv_norm, conv_norm_add_relu, entry
 from reslab.nets.initialise import initialise
 from reslab.nets.parts import (
@@ -30,6 +30,7 @@ from reslab.nets.parts import (
     norm,
     through,
 )
+from reslab.nets.pool import MaxPool
 from reslab.spec import FLAT_SIZE, STEMS, Conv, Spec
 
 ADDITIONS = {"scaling": AddScaled, "exclusive-gate": AddExclusive, "shortcut-gate": AddGated}

@@ -19,8 +19,9 @@ from torch import Tensor, fx, nn
 
 from reslab.host import cpu_name
 from reslab.interval import share
-from reslab.nets.fused import MaxPool, Norm
+from reslab.nets.fused import Norm
 from reslab.nets.parts import Add
+from reslab.nets.pool import MaxPool
 from reslab.nets.recording import Recording, shared_pool, warm_up
 from reslab.nets.torch import ResNet
 from reslab.use.int8 import Int8Conv, Ranges, connect, has_int8, observe

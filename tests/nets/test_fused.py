@@ -1,4 +1,4 @@
-"""The kernels of fused.c give what torch's operations give, forward and backward, and step aside where they cannot."""
+"""The kernels of fused.c and pool.c give what torch's operations give, forward and backward, and step aside where they cannot."""
 
 import copy
 from pathlib import Path
@@ -10,8 +10,10 @@ from torch.nn import functional as F
 
 import reslab
 from reslab.nets import compiler, fused
-from reslab.nets.fused import MaxPool, Norm, norm_add_relu, norm_relu, reason_against, twin, use_fused
+from reslab.nets import pool as pool_kernels
+from reslab.nets.fused import Norm, norm_add_relu, norm_relu, reason_against, twin, use_fused
 from reslab.nets.parts import Add, Pointwise
+from reslab.nets.pool import MaxPool
 
 pytestmark = pytest.mark.skipif(bool(reason_against()), reason=f"the kernels cannot be made here: {reason_against()}")
 SHAPES = [(4, 16, 5, 7), (2, 24, 6, 6), (3, 64, 9, 3), (8, 80, 4, 4), (16, 1, 4, 8), (8, 256, 1, 1), (300, 32, 3, 3)]
@@ -122,6 +124,7 @@ def test_a_wrong_line_is_noticed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     source = fused.SOURCE.read_text("utf-8")
     assert source.count(right) == 1
     (tmp_path / "fused.c").write_text(source.replace(right, wrong), "utf-8")
+    (tmp_path / "vectors.h").write_bytes(fused.SOURCE.with_name("vectors.h").read_bytes())
     monkeypatch.setattr(fused, "SOURCE", tmp_path / "fused.c")
     library = fused._library.__wrapped__(torch.float32)
     monkeypatch.setattr(fused, "_library", lambda dtype: library)
@@ -236,8 +239,9 @@ def test_without_a_compiler_training_goes_on_and_says_so(monkeypatch: pytest.Mon
 
 def test_a_compiler_that_fails_is_told_of_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CC", "/bin/false")
-    fused._library.cache_clear()
-    fused.reason_against.cache_clear()
+    caches = fused._library, fused.reason_against, pool_kernels._library, pool_kernels.usable
+    for cached in caches:
+        cached.cache_clear()
     try:
         assert reason_against() and "\n" not in reason_against()
         net = reslab.build("resnet8")
@@ -245,5 +249,5 @@ def test_a_compiler_that_fails_is_told_of_in_one_line(monkeypatch: pytest.Monkey
         fused_now = {type(module).__name__ for module in net.modules() if getattr(module, "fused", False)}
         assert fused_now and not fused_now & {"Norm", "MaxPool"}, "convolutions need no compiler"
     finally:
-        fused.reason_against.cache_clear()
-        fused._library.cache_clear()
+        for cached in caches:
+            cached.cache_clear()

@@ -12,7 +12,7 @@ from reslab.nets import gram
 from reslab.nets.fused import Norm, use_fused
 from reslab.nets.gram import conv_norm, conv_norm_add_relu, entry
 from reslab.nets.parts import Add, Pointwise
-from reslab.nets.tiles import usable
+from reslab.nets.product import usable
 
 by_tiles = pytest.mark.skipif(not usable(), reason="no matrix tiles (AMX) here, or no C compiler")
 SHAPES = [(8, 64, 256, 14, 14, 1), (8, 64, 128, 23, 24, 2), (3, 96, 512, 23, 29, 1)]  # images, channels in and out, height, width, stride
