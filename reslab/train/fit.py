@@ -1,7 +1,7 @@
-"""The training loop. One screen for the loop, one function for the step, every random choice from the seed.
+"""The training loop. One screen for the loop, one function for the step.
 
-The order of an epoch is drawn from (seed, epoch) and the augmentation of a step from (seed, step), so a training that
-was killed and resumed takes the same steps as one that was not: on a CPU, bit for bit.
+Every random choice is drawn from the seed and the epoch or the step, so a training that was killed and resumed takes the same
+steps as one that was not: on a CPU, bit for bit.
 """
 
 import math
@@ -15,15 +15,12 @@ from typing import Protocol
 
 import numpy as np
 import torch
-from torch import Generator, Tensor, nn
-from torch.nn.functional import cross_entropy, interpolate, one_hot
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
 
-from reslab.data import augment
 from reslab.data.batches import Batch, Batches
-from reslab.data.boxes import Boxes, Crops, resized, scaled
-from reslab.data.images import Indices
+from reslab.data.boxes import Crops
 from reslab.data.preprocess import Preprocess
-from reslab.data.shards import shuffled
 from reslab.errors import WorkError
 from reslab.host import release_freed_memory, use_huge_pages
 from reslab.interval import share
@@ -31,9 +28,10 @@ from reslab.nets.fused import norm_together, use_fused
 from reslab.nets.torch import ResNet
 from reslab.nets.winograd import use_winograd
 from reslab.run import Run
-from reslab.seeds import seed_of, seeded
+from reslab.seeds import seed_of
 from reslab.tensors import below, read_tensors, write_tensors
 from reslab.train.board import Board
+from reslab.train.feed import Feed
 from reslab.train.hardware import Machine
 from reslab.train.optim import Average, keep_gradients, lr_at, optimizer, set_lr, uphill
 from reslab.train.passes import Pass, ReplayedPass, ReplayedUpdate, Work
@@ -43,7 +41,7 @@ from reslab.train.recipe import Recipe, check_shares
 from reslab.train.state import Progress, load_state, save_state
 
 LOG_SECONDS = 1.0  # between two `step` records
-ORDER, AUGMENT, COIN, LAYERS, BOXES = 1, 2, 3, 4, 5  # streams of random numbers
+LAYERS = 4  # stream of random numbers, beside those in feed.py
 GENTLE_ERROR = 0.8  # training error below which warmup_lr ends
 GROWN = 4  # steps at one image size after which the heap grows no more
 PAGING = 0.02  # of the time that is left, at most, for huge pages: a step gains some hundredths by them
@@ -88,7 +86,7 @@ class Training:
         self.average = Average(net, recipe.ema) if recipe.ema else None
         self.progress = Progress(steps=plan.steps, gentle=recipe.warmup_lr > 0)
         self.class_weights = self._class_weights() if recipe.balance == "weights" else None
-        self.coins = torch.randint(0, 2, (len(train.images),), generator=seeded(recipe.seed, COIN))
+        self.feed = Feed(train, preprocess, recipe, plan.steps_per_epoch, machine.device)
         self.state_file = run.path / "state" / "last.safetensors"
         self.best_file = run.path / "state" / "best.safetensors"
         assert recipe.batch_size is not None and recipe.micro_batch is not None and recipe.image_size is not None
@@ -194,7 +192,7 @@ class Training:
             if index:
                 self.statistics.rewind(before)
             number = first + index  # of the micro-batch in the whole batch
-            x, targets = self._augmented(part, number)
+            x, targets = self.feed.shown(part, self.progress.step, number, self._size(self.progress.step))
             torch.manual_seed(seed_of(self.recipe.seed, LAYERS, self.progress.step, number))  # dropout and stochastic depth draw from it
             with nullcontext() if part is parts[-1] else self.machine.gather_later(self.shared):
                 loss, right = self.work(x, targets)
@@ -225,64 +223,11 @@ class Training:
     def _batches(self, epoch: int, done: int) -> Iterator[Batch]:
         """What is left of an epoch, this process's share of each batch."""
         last = min(self.plan.steps_per_epoch, self.progress.steps - epoch * self.plan.steps_per_epoch)
-        order = self._order(epoch)[done * self.batch_size : last * self.batch_size].reshape(-1, self.machine.world, self.share)
+        order = self.feed.order(epoch)[done * self.batch_size : last * self.batch_size].reshape(-1, self.machine.world, self.share)
         first = epoch * self.plan.steps_per_epoch + done
-        boxes = self._boxes(seeded(self.recipe.seed, BOXES, epoch))
+        boxes = self.feed.boxes(epoch)
         crops = None if boxes is None else Crops(boxes, lambda number: self._size(first + number))
         yield from self.train.epoch(self.share, order[:, self.machine.rank].reshape(-1), crops, self.pixels_on)
-
-    def _boxes(self, generator: Generator) -> Boxes | None:
-        """What an epoch's batches show of each training image; None for the whole canvas."""
-        n = len(self.train.items)
-        if self.recipe.crop == "resized":
-            return resized(n, generator)
-        return scaled(n, generator) if self.recipe.crop == "scale" else None
-
-    def _order(self, epoch: int) -> Indices:
-        rng = np.random.default_rng([self.recipe.seed, ORDER, epoch])
-        n = len(self.train.items)
-        if self.recipe.balance != "sampling":
-            shards = self.train.images.shards
-            return rng.permutation(n) if shards is None else shuffled(shards[self.train.items], rng)
-        labels = self.train.images.labels[self.train.items]
-        share = 1 / np.bincount(labels, minlength=1)[labels]
-        return rng.choice(n, n, p=share / share.sum())
-
-    def _augmented(self, batch: Batch, number: int) -> tuple[Tensor, Tensor]:
-        """Images (N, C, H, W), normalised and augmented, and targets (N, classes) as probabilities."""
-        recipe, size, device = self.recipe, self._size(self.progress.step), self.machine.device
-        generator = seeded(recipe.seed, AUGMENT, self.progress.step, number)
-        pixels = batch.pixels
-        if recipe.flip != "none":  # as bytes, which is a quarter of the work
-            pixels = augment.flip(pixels, self._mirrored(batch.items, generator), across=2)
-        x = self.preprocess.unit(pixels, device)
-        x = x if recipe.crop in ("resized", "scale") else self.preprocess.crop(x)
-        if recipe.jitter:
-            x = augment.jitter(x, recipe.jitter, generator)
-        if recipe.randaugment:
-            x = augment.randaugment(x, recipe.randaugment, generator)
-        x = self.preprocess.normalise(x)
-        if recipe.crop == "pad" and recipe.pad:
-            x = augment.pad_crop(x, recipe.pad, generator, recipe.edge == "reflect")
-        if recipe.lighting:
-            x = augment.lighting(x, recipe.lighting, torch.as_tensor(self.preprocess.std, device=device), generator)
-        if x.shape[2] != size:
-            x = interpolate(x, size=size, mode="bilinear", antialias=True)
-        if recipe.cutout:
-            x = augment.cutout(x, recipe.cutout, generator)
-        targets = one_hot(batch.labels.to(device), len(self.train.images.classes)).float()
-        mixes = [m for m in ("mixup", "cutmix") if getattr(recipe, m)]
-        if mixes:
-            mix = mixes[int(torch.randint(0, len(mixes), (1,), generator=generator))]
-            x, targets = getattr(augment, mix)(x, targets, getattr(recipe, mix), generator)
-        return x.contiguous(memory_format=torch.channels_last), targets
-
-    def _mirrored(self, items: Tensor, generator: Generator) -> Tensor:
-        """Which images are mirrored: each with probability 1/2, or every other epoch (Jordan 2024, 2404.00498, section 3.6)."""
-        if self.recipe.flip == "random":
-            return torch.rand(len(items), generator=generator) < 0.5
-        epoch = self.progress.step // self.plan.steps_per_epoch
-        return (self.coins[items] + epoch) % 2 == 1
 
     def _size(self, step: int) -> int:
         low = step < round((self.recipe.low_resolution or 0) * self.progress.steps)
