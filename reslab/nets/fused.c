@@ -220,8 +220,8 @@ int norm_backward(const T *dy, const T *other, const T *x, const T *y, T *dx, T 
     return failed;
 }
 
-/* g = dy + other where y is positive and zero elsewhere, and each channel's sum of g. `other` may be NULL; without y, nothing is
-   written and the sum is that of dy. dy, other, y, g: rows x C. Returns 0, or 1 without memory. */
+/* g = dy + other where y is positive and zero elsewhere, and each channel's sum of g before it is rounded. `other` may be NULL;
+   without y, nothing is written and the sum is that of dy. dy, other, y, g: rows x C. Returns 0, or 1 without memory. */
 int gated(const T *dy, const T *other, const T *y, T *g, int64_t rows, int64_t C, float *total, int parts) {
     int past = rows * C * sizeof(T) > PAST;
     double *sums = calloc(parts * 2 * C, sizeof(double));

@@ -89,14 +89,16 @@ def norm_add_relu(norm: nn.Module | None, add: nn.Module | None, relu: nn.Module
     """relu(norm(x) + shortcut()) in one pass, or None, and nothing done, where that cannot be."""
     if not (isinstance(norm, Norm) and _suits(norm, x) and not hooked(norm, add, relu)):
         return None
-    added = shortcut().to(x.dtype).contiguous(memory_format=torch.channels_last)
+    added = shortcut().expand(x.shape).to(x.dtype).contiguous(memory_format=torch.channels_last)
     y: Tensor
     y, y.twin = _NormReLU.apply(x, added, norm.weight, norm.bias, norm, True)  # type: ignore[no-untyped-call, attr-defined]
     return y
 
 
 def twin(x: Tensor) -> Tensor:
-    """x again, for the second of its two uses. What `norm_add_relu` gave then gets both gradients apart and adds them as it reads them."""
+    """x again, for the second of its two uses. What `norm_add_relu` or `conv_norm_add_relu` gave then gets both gradients apart, and adds
+    them as it reads them; so the gradient that is seen of x is that of the first use.
+    """
     found: Tensor = getattr(x, "twin", x)
     return found
 
@@ -134,9 +136,9 @@ def reason_against() -> str:
 
 
 def gated(dy: Tensor, other: Tensor | None, y: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Gradients through a ReLU that gave y: dy + other where y is positive, or dy where there is no y; and each channel's sum, fp32.
+    """Gradients through a ReLU that gave y: dy + other where y is positive; and each channel's sum, fp32, of what is not yet rounded.
 
-    All (N, C, H, W), channels-last, C a multiple of LANES.
+    Without y the first is dy, which may then be any images. All (N, C, H, W), channels-last, C a multiple of LANES.
     """
     g, channels = dy if y is None else torch.empty_like(dy), dy.shape[1]
     total = torch.empty(channels)

@@ -24,13 +24,14 @@ PIXELS = 16  # for each channel of the images, from which the small matrices cos
 def entry(conv: nn.Module | None, x: Tensor) -> tuple[Tensor, Tensor] | None:
     """conv(x), and x for the shortcut; or None, and nothing done, where that cannot be.
 
-    The gradients of both are added in one product; where x came out of a ReLU, that product is the ReLU's way back, too.
+    The gradients of both are added in one product. Where `conv_norm_add_relu` gave x, that product is its ReLU's way back, too, so that
+    what is seen of x's gradient in between is zero where x is.
     """
     if not (isinstance(conv, Pointwise) and conv.stride == (1, 1) and _suits(conv, x)):
         return None
     y: Tensor
     carried: Tensor
-    y, carried = _Entry.apply(x, conv.weight, hasattr(x, "twin"))  # type: ignore[no-untyped-call]
+    y, carried = _Entry.apply(x, conv.weight, getattr(x, "gate", None))  # type: ignore[no-untyped-call]
     return y, carried
 
 
@@ -38,7 +39,7 @@ def conv_norm(conv: nn.Module, norm: nn.Module, x: Tensor) -> Tensor | None:
     """norm(conv(x)) without what lies between, or None, and nothing done, where that cannot be or would not pay."""
     if not (isinstance(conv, Pointwise) and isinstance(norm, Norm) and _pays(conv, norm, x)):
         return None
-    y: Tensor = _ConvNorm.apply(every(conv.stride[0], x), None, conv.weight, norm.weight, norm.bias, norm)  # type: ignore[no-untyped-call]
+    y: Tensor = _ConvNorm.apply(every(conv.stride[0], x), None, conv.weight, norm.weight, norm.bias, norm, None)  # type: ignore[no-untyped-call]
     return y
 
 
@@ -48,14 +49,18 @@ def conv_norm_add_relu(
     """relu(norm(conv(x)) + shortcut()) likewise."""
     if not (isinstance(conv, Pointwise) and isinstance(norm, Norm) and _pays(conv, norm, x)) or hooked(add, relu):
         return None
-    added = shortcut().bfloat16().contiguous(memory_format=torch.channels_last)
+    x, gate = every(conv.stride[0], x), _Gate()
+    added = shortcut().expand(len(x), conv.out_channels, *x.shape[2:]).bfloat16().contiguous(memory_format=torch.channels_last)
     y: Tensor
-    y, y.twin = _ConvNorm.apply(every(conv.stride[0], x), added, conv.weight, norm.weight, norm.bias, norm)  # type: ignore[no-untyped-call, attr-defined]
+    y, y.twin = _ConvNorm.apply(x, added, conv.weight, norm.weight, norm.bias, norm, gate)  # type: ignore[no-untyped-call, attr-defined]
+    y.gate = gate  # type: ignore[attr-defined]
     return y
 
 
 def _suits(conv: Pointwise, x: Tensor) -> bool:
-    if not (conv.fused and conv.training and conv.bias is None and conv.weight.dtype == torch.float32 and tiles.suits(x) and usable()) or hooked(conv):
+    if not (conv.fused and conv.training and conv.bias is None and conv.weight.dtype == torch.float32) or hooked(conv):
+        return False
+    if not (x.dim() == 4 and x.dtype == torch.bfloat16 and x.shape[1] == conv.in_channels and tiles.suits(x) and usable()):
         return False
     return conv.in_channels % PAIR == conv.out_channels % PAIR == 0 and _pixels(conv, x) >= PAIR
 
@@ -71,27 +76,31 @@ def _pixels(conv: Pointwise, x: Tensor) -> int:
     return n * -(-height // conv.stride[0]) * -(-width // conv.stride[0])
 
 
-def _tell(g: Tensor, y: Tensor | None, total: Tensor) -> None:
-    """Notes at a gradient the sums of its channels, and that it has been through the ReLU that gave y."""
-    if y is not None:
-        g.told = y.data_ptr(), g._version, total  # type: ignore[attr-defined]
+class _Gate:
+    """The ReLU at the end of one block, in one forward pass."""
 
 
-def _told(g: Tensor, y: Tensor | None) -> Tensor | None:
-    """The sums noted at a gradient that nothing was added to since, and that has been through the ReLU that gave y, if one did."""
-    gate, version, total = getattr(g, "told", (None, None, None))
-    return total if version == g._version and (y is None or gate == y.data_ptr()) else None
+def _tell(g: Tensor, gate: _Gate | None, total: Tensor) -> None:
+    """Notes at a gradient the sums of its channels, and that it has been through that ReLU."""
+    if gate:
+        g.told = gate, g._version, total  # type: ignore[attr-defined]
+
+
+def _told(g: Tensor, gate: _Gate | None) -> Tensor | None:
+    """The sums noted at a gradient that nothing was added to since, and that has been through that ReLU, if there is one."""
+    passed, version, total = getattr(g, "told", (None, None, None))
+    return total if version == g._version and gate in (None, passed) else None
 
 
 class _Entry(torch.autograd.Function):
     """x W', and x once more. Once differentiable."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, rectified: bool) -> tuple[Tensor, Tensor]:
-        x = x.bfloat16().contiguous(memory_format=torch.channels_last)
+    def forward(ctx: Any, x: Tensor, weight: Tensor, gate: _Gate | None) -> tuple[Tensor, Tensor]:
+        x = x.contiguous(memory_format=torch.channels_last)
         filters = weight.flatten(1).bfloat16()
         ctx.save_for_backward(x, filters)
-        ctx.rectified = rectified
+        ctx.gate = gate
         return product(x, filters)[0], x.data
 
     @staticmethod
@@ -101,9 +110,8 @@ class _Entry(torch.autograd.Function):
         dy, carried = (g.contiguous(memory_format=torch.channels_last) for g in (dy, carried))
         dx = None
         if ctx.needs_input_grad[0]:
-            dx, total = product(dy, filters, back=True, added=carried, gate=x if ctx.rectified else None)
-            if ctx.rectified:
-                _tell(dx, x, total)
+            dx, total = product(dy, filters, back=True, added=carried, gate=x if ctx.gate else None)
+            _tell(dx, ctx.gate, total)
         return dx, tiles.filter_gradient(x, dy, 1) if ctx.needs_input_grad[1] else None, None
 
 
@@ -114,9 +122,11 @@ class _ConvNorm(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, added: Tensor | None, weight: Tensor, gamma: Tensor, beta: Tensor, norm: Norm) -> Tensor | tuple[Tensor, Tensor]:
+    def forward(
+        ctx: Any, x: Tensor, added: Tensor | None, weight: Tensor, gamma: Tensor, beta: Tensor, norm: Norm, gate: _Gate | None
+    ) -> Tensor | tuple[Tensor, Tensor]:
         with torch.autocast("cpu", enabled=False):
-            x = x.bfloat16().contiguous(memory_format=torch.channels_last)
+            x = x.contiguous(memory_format=torch.channels_last)
             filters, pixels = weight.flatten(1), x.numel() // x.shape[1]
             level = gated(x, None, None)[1] / pixels
             spread = filters @ tiles.filter_gradient(x, x, 1).flatten(1).addr_(level, level, alpha=-pixels)  # times the pixels, as all sums here
@@ -128,6 +138,7 @@ class _ConvNorm(torch.autograd.Function):
             y, _ = product(x, folded, shift=beta - scale * mean, added=added, rectify=added is not None)
             ctx.save_for_backward(x, y if added is not None else None, weight, folded, scale, level, spread, mean, invstd)
             ctx.set_materialize_grads(False)
+            ctx.gate = gate
             return y if added is None else (y, y.data)
 
     @staticmethod
@@ -137,10 +148,10 @@ class _ConvNorm(torch.autograd.Function):
             x, y, weight, folded, scale, level, spread, mean, invstd = ctx.saved_tensors
             dy, other, *_ = *(g.contiguous(memory_format=torch.channels_last) for g in gradients if g is not None), None
             filters, pixels = weight.flatten(1), x.numel() // x.shape[1]
-            g, total = dy, None if other is not None else _told(dy, y)
+            g, total = dy, None if other is not None else _told(dy, ctx.gate)
             if total is None:
                 g, total = gated(dy, other, y)
-                _tell(g, y, total)  # a norm of the shortcut needs them, too
+                _tell(g, ctx.gate, total)  # a norm of the shortcut needs them, too
             dw, dx = tiles.filter_gradient(x, g, 1).flatten(1), None
             slope = invstd * (torch.linalg.vecdot(dw, filters) - mean * total)  # the sum of g times the normalised y
             steep = (slope * invstd / pixels)[:, None]
@@ -149,4 +160,4 @@ class _ConvNorm(torch.autograd.Function):
                 shift = -(level @ turn.float() + (scale * total / pixels) @ filters)
                 dx, _ = product(g, folded, back=True, second=(x, turn), shift=shift)
             dw.addr_(total, level, alpha=-1).addcmul_(spread, steep, value=-1).mul_(scale[:, None])
-            return dx, g if y is not None else None, dw.view_as(weight), slope, total, None
+            return dx, g if y is not None else None, dw.view_as(weight), slope, total, None, None

@@ -4,7 +4,7 @@
 #include "tiles.h"
 
 #define TALL 64 /* pixels at a time, for which filters come from the second cache */
-#define PAST ((size_t)1 << 22) /* bytes; what is larger passes the caches by */
+#define PAST ((size_t)1 << 22) /* bytes; what is larger has left the caches when it is read again */
 
 /* y = x W + second V + shift + added, for pixels as rows; every pointer but x and y may be NULL. With `rectify` what is negative
    becomes zero, with `gate` what stands where that is not positive. Channels are multiples of 32, and there are 32 pixels or more. */
@@ -33,7 +33,7 @@ static inline void add_product(const T *x, int64_t inputs, const T *pairs, int a
     }
 }
 
-/* 32 pixels from `at` on and 32 outputs from `o` on, but for the first `done` of the pixels; adds what was written to `totals`. */
+/* 32 pixels from `at` on and 32 outputs from `o` on, but for the first `done` of the pixels; adds them, not yet rounded, to `totals`. */
 static inline void finish(const Product *p, const float *sums, int64_t at, int64_t o, int64_t done, int past, double *totals) {
     const __m512 zero = _mm512_setzero_ps();
     __m512 low_shift = p->shift ? _mm512_loadu_ps(p->shift + o) : zero, high_shift = p->shift ? _mm512_loadu_ps(p->shift + o + LANES) : zero;
@@ -63,7 +63,6 @@ static inline void finish(const Product *p, const float *sums, int64_t at, int64
         else
             _mm512_storeu_si512(p->y + place, halves);
     }
-    if (!totals) return;
     for (int64_t i = 0; i < PAIR; i += LANES) {
         __m512 total = i ? high_total : low_total;
         double *to = totals + o + i;
@@ -72,8 +71,8 @@ static inline void finish(const Product *p, const float *sums, int64_t at, int64
     }
 }
 
-/* Filters are outputs x inputs and outputs x seconds, or with `back` the other way round. `total` of each output, or NULL, is the
-   sum of y. Returns 0, or 1 without memory. */
+/* Filters are outputs x inputs and outputs x seconds, or with `back` the other way round. `total` of each output is the
+   sum of y before it is rounded. Returns 0, or 1 without memory. */
 int product(const Product *p, const T *filters, const T *others, int back, float *total, int parts) {
     int64_t deep = p->inputs / PAIR, steps = deep + p->seconds / PAIR, wide = p->outputs / PAIR;
     int past = p->pixels * p->outputs * sizeof(T) > PAST && (uintptr_t)p->y % LINE == 0;
@@ -106,13 +105,13 @@ int product(const Product *p, const T *filters, const T *others, int back, float
                         add_product(p->x + at * p->inputs, p->inputs, pairs + o * steps * 2 * TILE, !o);
                         if (p->second) add_product(p->second + at * p->seconds, p->seconds, pairs + (o * steps + deep) * 2 * TILE, !o);
                         keep(sums);
-                        finish(p, sums, at, o * PAIR, from - at, past, total ? totals + part * p->outputs : NULL);
+                        finish(p, sums, at, o * PAIR, from - at, past, totals + part * p->outputs);
                     }
         }
         _tile_release();
         _mm_sfence();
     }
-    for (int64_t o = 0; total && !failed && o < p->outputs; o++) {
+    for (int64_t o = 0; !failed && o < p->outputs; o++) {
         double sum = 0;
         for (int part = 0; part < parts; part++) sum += totals[part * p->outputs + o];
         total[o] = (float)sum;

@@ -30,11 +30,13 @@ def product(
 
     Then come: what is `second`, images and filters likewise, fp32 `shift` (O), and `added`. With `rectify` what is negative becomes
     zero, with `gate` what stands where that is not positive. Images are (N, C, H, W), channels-last, and like filters bf16;
-    channels are multiples of PAIR, and there are as many pixels. Sums are fp32, rounded once.
+    channels are multiples of PAIR, and there are as many pixels. Sums are fp32, rounded once when written; the channels' sums are of
+    what is not yet rounded. For where it is `usable`.
     """
-    assert shift is None or shift.dtype == torch.float32
     n, inputs, height, width = x.shape
     outputs = filters.shape[1 if back else 0]
+    assert usable() and filters.shape[0 if back else 1] == inputs and (shift is None or shift.dtype == torch.float32)
+    assert all(t is None or (t.dtype == x.dtype and t.shape == (n, outputs, height, width)) for t in (added, gate))
     y, total = torch.empty((n, outputs, height, width), dtype=x.dtype, memory_format=torch.channels_last), torch.empty(outputs)
     more, others = second or (None, None)
     walk = _Product(n * height * width, inputs, 0 if more is None else more.shape[1], outputs, *map(at, (x, more, added, gate, shift, y)), rectify)

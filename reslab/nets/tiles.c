@@ -186,7 +186,7 @@ int filter_gradient(const T *x, const T *dy, float *dw, const Conv *c, int parts
                 int64_t end = least(begin + block, to), steps = rounded(end - begin, STEP) / STEP;
                 float *sums = own;
                 find(c, begin, end, steps * STEP, &windows);
-                meet(x, nothing, c, 0, &windows, steps * STEP, pixel);
+                if (taps == 1) meet(x, nothing, c, 0, &windows, steps * STEP, pixel);
                 for (int64_t k = 0; k < steps; k++) {
                     for (int64_t o = 0; o < 2 * wide; o++) {
                         fetch(dy + (begin + (k + 1) * STEP) * c->outputs, STEP * c->outputs, o, 2 * wide);

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from reslab.family import spec as find_spec
 from reslab.layout import SHORTCUT_DROPOUT, Unit, has_bias, is_normed, squeezed, stages
-from reslab.nets.fused import hooked, norm_add_relu, norm_relu, twin
+from reslab.nets.fused import Norm, hooked, norm_add_relu, norm_relu, twin
 from reslab.nets.gram import conv_norm, conv_norm_add_relu, entry
 from reslab.nets.initialise import initialise
 from reslab.nets.parts import (
@@ -215,25 +215,26 @@ class Original(Block):
 
     def finish(self, y: Tensor, x: Tensor) -> Tensor:
         """The last convolution and norm, the addition and ReLU, at once as far as nothing else stands between them."""
-        conv, norm, relu = (self._modules[f"{name}{self.count}"] for name in ("conv", "bn", "relu"))
+        last, bn, relu = (self._modules[f"{name}{self.count}"] for name in ("conv", "bn", "relu"))
         plain = isinstance(self.add, Add) and relu is not None and not any((self.se, self.scale, self.drop_path, self.carry))
         out = None
         if plain and not self.dropout and self.pooled != self.count:
-            out = conv_norm_add_relu(conv, norm, self.add, relu, y, lambda: self.shortcut(twin(x)))
+            out = conv_norm_add_relu(last, bn, self.add, relu, y, lambda: self.shortcut(twin(x)))
         if out is None:
             y = self.convolve(self.count, y)
-            out = norm_add_relu(norm, self.add, relu, y, lambda: self.shortcut(twin(x))) if plain else None
-        return through(relu, self.join(through(norm, y), x)) if out is None else out
+            out = norm_add_relu(bn, self.add, relu, y, lambda: self.shortcut(twin(x))) if plain else None
+        return through(relu, self.join(through(bn, y), x)) if out is None else out
 
     def shortcut(self, x: Tensor) -> Tensor:
         """What is added of x."""
-        if not isinstance(self.downsample, nn.Sequential) or len(self.downsample) == 1 or hooked(self.downsample):
+        parts = list(self.downsample) if isinstance(self.downsample, nn.Sequential) and not hooked(self.downsample) else []
+        if not (len(parts) > 1 and isinstance(parts[-1], Norm)):
             return through(self.downsample, x)
-        *pools, conv, norm = self.downsample
+        *pools, last, bn = parts
         for pool in pools:
             x = pool(x)
-        out = conv_norm(conv, norm, x)
-        return norm(conv(x)) if out is None else out
+        out = conv_norm(last, bn, x)
+        return bn(last(x)) if out is None else out
 
 
 class BNAfterAdd(Block):

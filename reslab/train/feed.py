@@ -1,6 +1,7 @@
 """What a training's steps see: the order of an epoch, the boxes that are cut, the augmentation.
 
-Order and boxes are drawn from (seed, epoch), the augmentation from (seed, step), whatever came before.
+Order and boxes are drawn from (seed, epoch), the augmentation from (seed, step, micro-batch), the coins for mirrored images from
+the seed, whatever came before.
 """
 
 import numpy as np

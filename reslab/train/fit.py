@@ -1,6 +1,6 @@
 """The training loop. One screen for the loop, one function for the step.
 
-Every random choice is drawn from the seed and the epoch or the step, so a training that was killed and resumed takes the same
+Every random choice is drawn from the seed and from where the training is, so one that was killed and resumed takes the same
 steps as one that was not: on a CPU, bit for bit.
 """
 

@@ -1,6 +1,7 @@
 """The kernels of fused.c and pool.c give what torch's operations give, forward and backward, and step aside where they cannot."""
 
 import copy
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -224,30 +225,40 @@ def test_a_pointwise_convolution_is_a_product_of_matrices_in_bf16_alone() -> Non
         assert "Convolution" in type(made(x).grad_fn).__name__ and relative(made(x), exact) < 1e-6
 
 
-def test_without_a_compiler_training_goes_on_and_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(compiler.shutil, "which", lambda name: None)
-    monkeypatch.delenv("CC", raising=False)
-    fused._library.cache_clear()
-    fused.reason_against.cache_clear()
-    try:
-        assert reason_against() == "no C compiler: cc is not on the path"
-        run = reslab.train("digits", net="resnet8", out=tmp_path / "run", steps=2, batch_size=16)
-        assert run.last("plan")["fusing"] == reason_against()
-    finally:
-        fused.reason_against.cache_clear()
-
-
-def test_a_compiler_that_fails_is_told_of_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("CC", "/bin/false")
+@pytest.fixture
+def uncompiled() -> Iterator[None]:
+    """Nothing that was compiled is remembered, neither inside nor afterwards."""
     caches = fused._library, fused.reason_against, pool_kernels._library, pool_kernels.usable
     for cached in caches:
         cached.cache_clear()
-    try:
-        assert reason_against() and "\n" not in reason_against()
-        net = reslab.build("resnet8")
-        use_fused(net, True)
-        fused_now = {type(module).__name__ for module in net.modules() if getattr(module, "fused", False)}
-        assert fused_now and not fused_now & {"Norm", "MaxPool"}, "convolutions need no compiler"
-    finally:
-        for cached in caches:
-            cached.cache_clear()
+    yield
+    for cached in caches:
+        cached.cache_clear()
+
+
+@pytest.mark.usefixtures("uncompiled")
+def test_without_a_compiler_training_goes_on_and_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(compiler.shutil, "which", lambda name: None)
+    monkeypatch.delenv("CC", raising=False)
+    assert reason_against() == "no C compiler: cc is not on the path"
+    run = reslab.train("digits", net="resnet8", out=tmp_path / "run", steps=2, batch_size=16)
+    assert run.last("plan")["fusing"] == reason_against()
+
+
+@pytest.mark.usefixtures("uncompiled")
+def test_a_compiler_that_fails_is_told_of_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CC", "/bin/false")
+    assert reason_against() and "\n" not in reason_against()
+    net = reslab.build("resnet8")
+    use_fused(net, True)
+    fused_now = {type(module).__name__ for module in net.modules() if getattr(module, "fused", False)}
+    assert fused_now and not fused_now & {"Norm", "MaxPool"}, "convolutions need no compiler"
+
+
+def test_what_is_added_has_the_shape_of_what_it_is_added_to() -> None:
+    norm, x = normed(16), torch.randn(4, 16, 6, 6)
+    wide, shape = torch.randn(4, 1, 6, 6), torch.Size([4, 16, 6, 6])
+    found = norm_add_relu(norm, Add(), nn.ReLU(), x, lambda: wide)
+    assert found is not None and torch.equal(found, norm_add_relu(norm, Add(), nn.ReLU(), x, lambda: wide.expand(shape).contiguous()))
+    with pytest.raises(RuntimeError, match="expanded"):
+        norm_add_relu(norm, Add(), nn.ReLU(), x, lambda: torch.randn(4, 8, 6, 6))

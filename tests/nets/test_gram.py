@@ -157,6 +157,10 @@ def test_they_step_aside() -> None:
         assert conv_norm(*pair, x[:2]) is None, "few pixels"
         assert conv_norm(*made(128, 64), images(8, 128, 20, 20)) is None, "many channels to few"
         assert conv_norm(*made(64, 80), x) is None, "channels that do not fill tiles"
+        assert conv_norm(*pair, x.float()) is None and entry(pair[0], x.float()) is None, "images that are not bf16 yet, and are to stay so"
+        assert conv_norm(*pair, images(8, 96, 14, 14)) is None, "not the channels of the convolution, which torch is to say"
+        with pytest.raises(RuntimeError, match="expanded"):
+            conv_norm_add_relu(*pair, add, relu, x, lambda: x)
         for part in (*pair, add, relu):
             with part.register_forward_hook(lambda *_: None):
                 assert conv_norm_add_relu(*pair, add, relu, x, lambda: x) is None, "a hook"

@@ -16,16 +16,18 @@ from torch import Tensor, nn
 import reslab
 from reslab.catalogue.memory import Stretch, stretches
 from reslab.limits import bytes_of
+from reslab.nets.fused import use_fused
 from reslab.spec import Spec
 from reslab.train.checkpoint import Checkpointed, least, running_statistics_kept, segments_within
 from reslab.train.hardware import Machine
 
 
-def step(spec: Spec, segments: tuple[int, ...], precision: str = "fp32") -> tuple[Tensor, dict[str, Tensor]]:
+def step(spec: Spec, segments: tuple[int, ...], precision: str = "fp32", kernels: bool = False, side: int = 32) -> tuple[Tensor, dict[str, Tensor]]:
     """The loss of one training step, and every gradient and buffer that it leaves."""
     torch.manual_seed(0)
     net = reslab.build(spec).to(memory_format=torch.channels_last).train()  # type: ignore[call-overload]
-    x = torch.randn(4, spec.in_channels, 32, 32).contiguous(memory_format=torch.channels_last)
+    use_fused(net, kernels)
+    x = torch.randn(4, spec.in_channels, side, side).contiguous(memory_format=torch.channels_last)
     torch.manual_seed(1)
     with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
         loss = Checkpointed(net, segments, 1)(x).float().logsumexp(1).sum()
@@ -46,6 +48,15 @@ def test_loss_gradients_and_statistics_are_those_without_bit_for_bit(name: str, 
         loss, left = step(spec, segments, precision)
         assert torch.equal(loss, whole_loss)
         assert all(torch.equal(left[name], whole[name]) for name in whole)
+
+
+def test_the_kernels_of_bottlenecks_give_the_same_bits_over_the_ends_of_segments() -> None:
+    """Where a block's end is computed again, while the next block's entry remembers the first time."""
+    spec = reslab.spec("resnet50", depths=(3, 1), widths=(64, 128), num_classes=4)
+    whole_loss, whole = step(spec, (), "bf16", kernels=True, side=64)
+    loss, left = step(spec, (2, 1), "bf16", kernels=True, side=64)
+    assert torch.equal(loss, whole_loss)
+    assert all(torch.equal(left[name], whole[name]) for name in whole)
 
 
 def test_the_comparison_sees_statistics_that_are_updated_twice(monkeypatch: pytest.MonkeyPatch) -> None:
