@@ -141,3 +141,8 @@ def scramble(net: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
 def relative(a: torch.Tensor, b: torch.Tensor) -> float:
     """The largest difference, as a part of the largest value of `b`."""
     return ((a - b).abs().max() / b.abs().max()).item()
+
+
+def distance(a: torch.Tensor, b: torch.Tensor) -> float:
+    """The norm of the difference in fp64, as a part of the norm of `b`."""
+    return ((a.detach().double() - b.detach().double()).norm() / b.detach().double().norm()).item()

@@ -123,7 +123,8 @@ int convolve(const T *x, const T *w, T *y, const Conv *c, int back, int parts) {
         for (int64_t step = 0; step < steps; step++)
             for (int64_t o = 0; o < wide; o++) {
                 int64_t begin = step / depth * depth, here = least(depth, steps - begin);
-                lay_filters(w, nothing, c->outputs, c->side * c->side, c->inputs, back, step / deep, step % deep * PAIR, o * PAIR, filters + (begin * wide + o * here + step - begin) * 2 * TILE);
+                T *to = filters + (begin * wide + o * here + step - begin) * 2 * TILE;
+                lay_filters(w, nothing, c->outputs, c->side * c->side, c->inputs, back, step / deep, step % deep * PAIR, o * PAIR, to);
             }
 #pragma omp for schedule(static)
         for (int64_t part = 0; part < parts; part++) {
@@ -201,7 +202,8 @@ int filter_gradient(const T *x, const T *dy, float *dw, const Conv *c, int parts
                 for (int64_t tap = 0; tap < taps; tap++) {
                     if (taps > 1) meet(x, nothing, c, tap, &windows, steps * STEP, pixel);
                     for (int64_t i = 0; i < deep; i++) {
-                        for (int64_t k = 0; taps > 1 && k < steps; k++) lay_pairs(pixel + k * STEP, i * PAIR, both(c->inputs - i * PAIR), pairs + 2 * k * TILE);
+                        for (int64_t k = 0; taps > 1 && k < steps; k++)
+                            lay_pairs(pixel + k * STEP, i * PAIR, both(c->inputs - i * PAIR), pairs + 2 * k * TILE);
                         const T *here = taps == 1 ? pairs + 2 * i * steps * TILE : pairs;
                         for (int64_t o = 0; o < wide; o++, sums += SUMS) multiply(rows + o * steps * 2 * TILE, here, steps, sums, begin == from);
                     }

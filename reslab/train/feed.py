@@ -18,7 +18,7 @@ from reslab.data.shards import shuffled
 from reslab.seeds import seeded
 from reslab.train.recipe import Recipe
 
-ORDER, AUGMENT, COIN, BOXES = 1, 2, 3, 5  # streams of random numbers
+ORDER, AUGMENT, COIN, LAYERS, BOXES = 1, 2, 3, 4, 5  # a training's streams of random numbers; the layers of a net draw from one
 
 
 class Feed:

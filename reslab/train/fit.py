@@ -31,7 +31,7 @@ from reslab.run import Run
 from reslab.seeds import seed_of
 from reslab.tensors import below, read_tensors, write_tensors
 from reslab.train.board import Board
-from reslab.train.feed import Feed
+from reslab.train.feed import LAYERS, Feed
 from reslab.train.hardware import Machine
 from reslab.train.optim import Average, keep_gradients, lr_at, optimizer, set_lr, uphill
 from reslab.train.passes import Pass, ReplayedPass, ReplayedUpdate, Work
@@ -41,7 +41,6 @@ from reslab.train.recipe import Recipe, check_shares
 from reslab.train.state import Progress, load_state, save_state
 
 LOG_SECONDS = 1.0  # between two `step` records
-LAYERS = 4  # stream of random numbers, beside those in feed.py
 GENTLE_ERROR = 0.8  # training error below which warmup_lr ends
 GROWN = 4  # steps at one image size after which the heap grows no more
 PAGING = 0.02  # of the time that is left, at most, for huge pages: a step gains some hundredths by them

@@ -15,6 +15,7 @@ from reslab.nets import pool as pool_kernels
 from reslab.nets.fused import Norm, norm_add_relu, norm_relu, reason_against, twin, use_fused
 from reslab.nets.parts import Add, Pointwise
 from reslab.nets.pool import MaxPool
+from tests.conftest import distance
 
 pytestmark = pytest.mark.skipif(bool(reason_against()), reason=f"the kernels cannot be made here: {reason_against()}")
 SHAPES = [(4, 16, 5, 7), (2, 24, 6, 6), (3, 64, 9, 3), (8, 80, 4, 4), (16, 1, 4, 8), (8, 256, 1, 1), (300, 32, 3, 3)]
@@ -28,10 +29,6 @@ def normed(channels: int) -> Norm:
         norm.weight.uniform_(-2, 2)
         norm.bias.uniform_(-1, 1)
     return norm
-
-
-def relative(found: Tensor, right: Tensor) -> float:
-    return float((found.detach().double() - right.detach()).norm() / right.detach().norm())
 
 
 def both(shape: tuple[int, ...], dtype: torch.dtype, joined: bool, rectified: bool) -> dict[str, float]:
@@ -52,9 +49,9 @@ def both(shape: tuple[int, ...], dtype: torch.dtype, joined: bool, rectified: bo
     ours = torch.autograd.grad(found, [*inputs, norm.weight, norm.bias], dy)
     theirs = torch.autograd.grad(right, [*doubles, exact.weight, exact.bias], dy.double())
     names = ["dx", *["d_shortcut"] * joined, "d_weight", "d_bias"]
-    errors = {name: relative(one, other) for name, one, other in zip(names, ours, theirs, strict=True)}
-    running = {name: relative(buffer, exact.get_buffer(name).double()) for name, buffer in norm.named_buffers()}
-    return {"y": relative(found, right), **errors, **running}
+    errors = {name: distance(one, other) for name, one, other in zip(names, ours, theirs, strict=True)}
+    running = {name: distance(buffer, exact.get_buffer(name).double()) for name, buffer in norm.named_buffers()}
+    return {"y": distance(found, right), **errors, **running}
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -87,7 +84,7 @@ def test_the_gradients_of_both_uses_of_an_output_count(dtype: torch.dtype, bound
     given = [(out, torch.randn(y.shape).to(dtype)) for out, used in zip((y, twin(y)), uses, strict=True) if used]
     ours = torch.autograd.grad([out for out, _ in given], [x, added, norm.weight, norm.bias], [dy for _, dy in given])
     theirs = torch.autograd.grad(right, [*doubles, exact.weight, exact.bias], torch.stack([dy.double() for _, dy in given]).sum(0))
-    assert max(relative(one, other) for one, other in zip(ours, theirs, strict=True)) < bound
+    assert max(distance(one, other) for one, other in zip(ours, theirs, strict=True)) < bound
 
 
 @pytest.mark.parametrize("kernels", [True, False])
@@ -111,11 +108,11 @@ def test_a_group_of_images_is_normalised_as_if_alone(kernels: bool, joined: bool
         moved.append(torch.stack([one.get_buffer("running_mean"), one.get_buffer("running_var")]))
     *each, weight, bias = zip(*parts, strict=True)
     right = [*map(torch.cat, each), sum(weight), sum(bias)]
-    assert max(relative(one, other.double()) for one, other in zip(found, right, strict=True)) < 2e-6
+    assert max(distance(one, other.double()) for one, other in zip(found, right, strict=True)) < 2e-6
     running = torch.stack([norm.get_buffer("running_mean"), norm.get_buffer("running_var")])
-    assert relative(running, torch.stack(moved).mean(0).double()) < 2e-6 and norm.num_batches_tracked == 1
+    assert distance(running, torch.stack(moved).mean(0).double()) < 2e-6 and norm.num_batches_tracked == 1
     norm.together = 0
-    assert relative(gives(norm, x.detach(), added.detach(), dy.detach())[0], right[0].double()) > 0.01, "all at once is something else"
+    assert distance(gives(norm, x.detach(), added.detach(), dy.detach())[0], right[0].double()) > 0.01, "all at once is something else"
     norm.eval().together = 4
     assert norm.groups(12) == 1
 
@@ -137,7 +134,7 @@ def test_a_large_mean_costs_no_digits() -> None:
     norm = normed(16)
     y = norm(x)
     right = F.batch_norm(x.detach().double(), None, None, norm.weight.double(), norm.bias.double(), training=True)
-    assert relative(y.detach(), right.detach()) < 6e-5, "that is how fp32 holds 1000"
+    assert distance(y.detach(), right.detach()) < 6e-5, "that is how fp32 holds 1000"
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -189,7 +186,7 @@ def test_a_net_is_as_near_to_fp64_as_without(net: str, bf16: bool) -> None:
     use_fused(quick, True)
     x = torch.randn(16, 3, 32, 32).contiguous(memory_format=torch.channels_last)
     right = gradient(exact, x.double())
-    assert relative(gradient(quick, x, bf16), right) < 1.5 * relative(gradient(plain, x, bf16), right) + 1e-6
+    assert distance(gradient(quick, x, bf16), right) < 1.5 * distance(gradient(plain, x, bf16), right) + 1e-6
     pairs = [] if bf16 else zip(quick.named_buffers(), exact.buffers(), strict=True)
     for (name, one), other in pairs:
         torch.testing.assert_close(one.double(), other.double(), rtol=1e-3, atol=1e-3, msg=name)
@@ -199,7 +196,7 @@ def test_a_hook_between_norm_and_relu_sees_what_it_always_does() -> None:
     norm, relu, x = normed(16), nn.ReLU(), torch.randn(4, 16, 4, 4)
     norm.register_forward_hook(lambda module, inputs, y: -y)
     y = norm_relu(norm, relu, x)
-    assert relative(y, (-F.batch_norm(x, None, None, norm.weight, norm.bias, training=True)).relu().double()) < 1e-6
+    assert distance(y, (-F.batch_norm(x, None, None, norm.weight, norm.bias, training=True)).relu().double()) < 1e-6
     assert norm_add_relu(norm, Add(), relu, x, lambda: x) is None
 
 
@@ -221,8 +218,8 @@ def test_a_pointwise_convolution_is_a_product_of_matrices_in_bf16_alone() -> Non
         exact = F.conv2d(x.double(), made.weight.double(), made.bias.double() if made.bias is not None else None, stride)
         with torch.autocast("cpu", torch.bfloat16):
             y = made(x)
-        assert "Permute" in type(y.grad_fn).__name__ and relative(y, exact) < 0.01 and y.is_contiguous(memory_format=torch.channels_last)
-        assert "Convolution" in type(made(x).grad_fn).__name__ and relative(made(x), exact) < 1e-6
+        assert "Permute" in type(y.grad_fn).__name__ and distance(y, exact) < 0.01 and y.is_contiguous(memory_format=torch.channels_last)
+        assert "Convolution" in type(made(x).grad_fn).__name__ and distance(made(x), exact) < 1e-6
 
 
 @pytest.fixture

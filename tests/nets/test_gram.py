@@ -13,6 +13,7 @@ from reslab.nets.fused import Norm, use_fused
 from reslab.nets.gram import conv_norm, conv_norm_add_relu, entry
 from reslab.nets.parts import Add, Pointwise
 from reslab.nets.product import usable
+from tests.conftest import distance
 
 by_tiles = pytest.mark.skipif(not usable(), reason="no matrix tiles (AMX) here, or no C compiler")
 SHAPES = [(8, 64, 256, 14, 14, 1), (8, 64, 128, 23, 24, 2), (3, 96, 512, 23, 29, 1)]  # images, channels in and out, height, width, stride
@@ -33,10 +34,6 @@ def images(*shape: int) -> Tensor:
     return (torch.randn(shape) + 0.5).bfloat16().contiguous(memory_format=torch.channels_last).requires_grad_()
 
 
-def relative(found: Tensor, right: Tensor) -> float:
-    return float((found.detach().double() - right.detach()).norm() / right.detach().norm())
-
-
 def errors(n: int, inputs: int, outputs: int, height: int, width: int, stride: int, joined: bool) -> dict[str, float]:
     """The relative error of everything against fp64, which is told what the ReLU let through."""
     pair = made(inputs, outputs, stride)
@@ -50,8 +47,8 @@ def errors(n: int, inputs: int, outputs: int, height: int, width: int, stride: i
         ours = torch.autograd.grad(found, [x, *[added] * joined, *pair.parameters()], dy)  # in autocast as well, which must not matter
     theirs = torch.autograd.grad(right, [*doubles, *exact.parameters()], dy.double() * (found > 0 if joined else 1))
     names = ["dx", *["d_added"] * joined, "d_filters", "d_weight", "d_bias"]
-    running = {name: relative(buffer, exact[1].get_buffer(name).double()) for name, buffer in pair[1].named_buffers()}
-    return {"y": relative(found, right.relu() if joined else right), **{k: relative(*v) for k, *v in zip(names, ours, theirs, strict=True)}, **running}
+    running = {name: distance(buffer, exact[1].get_buffer(name).double()) for name, buffer in pair[1].named_buffers()}
+    return {"y": distance(found, right.relu() if joined else right), **{k: distance(*v) for k, *v in zip(names, ours, theirs, strict=True)}, **running}
 
 
 @by_tiles
@@ -85,7 +82,7 @@ def test_a_large_mean_costs_few_digits() -> None:
     pair[1].momentum = 1.0
     with torch.autocast("cpu", torch.bfloat16):
         assert conv_norm(*pair, x) is not None
-    assert relative(pair[1].running_var, right) < 1e-4
+    assert distance(pair[1].running_var, right) < 1e-4
 
 
 def block(x: Tensor, pair: nn.ModuleList, first: Pointwise, extra: Callable[[Tensor], Tensor] | None) -> Tensor:
@@ -118,7 +115,7 @@ def test_an_entry_adds_both_gradients_and_takes_them_through_the_relu(monkeypatc
     dy, d_weight = torch.autograd.grad(loss, [y, weight])
     exact, double = copy.deepcopy(pair).double(), x.detach().double().requires_grad_()
     right = torch.autograd.grad(exact[1](exact[0](double)), [double, *exact.parameters()], dy * (y > 0))
-    assert max(relative(one, other) for one, other in zip(found, (*right, d_weight), strict=True)) < 0.01
+    assert max(distance(one, other) for one, other in zip(found, (*right, d_weight), strict=True)) < 0.01
 
 
 @by_tiles
@@ -129,7 +126,7 @@ def test_the_gradient_of_what_no_relu_made_is_not_cut() -> None:
         assert out is not None
         (dx,) = torch.autograd.grad(out[0].sum() + 2 * out[1].sum(), x)
     right = 2 + first.weight.bfloat16().double().sum(0)
-    assert relative(dx, right.expand(4, -1, 5, 7)) < 0.004
+    assert distance(dx, right.expand(4, -1, 5, 7)) < 0.004
 
 
 @by_tiles

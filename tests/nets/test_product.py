@@ -2,15 +2,11 @@
 
 import pytest
 import torch
-from torch import Tensor
 
 from reslab.nets.product import product, usable
+from tests.conftest import distance
 
 by_tiles = pytest.mark.skipif(not usable(), reason="no matrix tiles (AMX) here, or no C compiler")
-
-
-def relative(found: Tensor, right: Tensor) -> float:
-    return float((found.double() - right).norm() / right.norm())
 
 
 @by_tiles
@@ -23,11 +19,11 @@ def test_a_product_is_rounded_once(n: int, inputs: int, seconds: int, outputs: i
     filters, others, shift = torch.randn(outputs, inputs).bfloat16(), torch.randn(outputs, seconds).bfloat16(), torch.randn(outputs)
     laid = [w.T.contiguous() if back else w for w in (filters, others)]
     plain = torch.einsum("nihw,oi->nohw", x.double(), filters.double())
-    assert relative(product(x, laid[0], back=back)[0], plain) < 0.002
+    assert distance(product(x, laid[0], back=back)[0], plain) < 0.002
     whole = plain + torch.einsum("nihw,oi->nohw", more.double(), others.double()) + added.double() + shift.double()[:, None, None]
     for rectify, door, right in ((True, None, whole.relu()), (False, gate, whole * (gate > 0))):
         found, total = product(x, laid[0], back=back, second=(more, laid[1]), shift=shift, added=added, rectify=rectify, gate=door)
-        assert relative(found, right) < 0.002 and relative(total, right.sum((0, 2, 3))) < 1e-6
+        assert distance(found, right) < 0.002 and distance(total, right.sum((0, 2, 3))) < 1e-6
         assert found.is_contiguous(memory_format=torch.channels_last)
     other = gate.clone()
     other[-1, -1, -1, -1] *= -1

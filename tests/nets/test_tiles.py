@@ -9,6 +9,7 @@ from reslab.nets import tiles
 from reslab.nets.parts import Pointwise
 from reslab.nets.tiles import Conv3x3, convolution, filter_gradient, usable
 from reslab.nets.winograd import WideConv
+from tests.conftest import distance
 
 by_tiles = pytest.mark.skipif(not usable(), reason="no matrix tiles (AMX) here, or no C compiler")
 
@@ -20,10 +21,6 @@ def made(n: int, inputs: int, outputs: int, height: int, width: int, side: int, 
     weight = torch.randn(outputs, inputs, side, side) / 16
     down, across = ((size + 2 * (side // 2) - side) // stride + 1 for size in (height, width))
     return x, torch.randn(n, outputs, down, across).bfloat16().contiguous(memory_format=torch.channels_last), weight
-
-
-def relative(one: Tensor, other: Tensor) -> float:
-    return float((one.detach().double() - other.detach()).norm() / other.detach().norm())
 
 
 def exact(x: Tensor, dy: Tensor, weight: Tensor, stride: int) -> list[Tensor]:
@@ -53,7 +50,7 @@ def test_the_gradient_of_filters_is_the_sum_of_products(shape: tuple[int, ...]) 
     stride = shape[6] if len(shape) > 6 else 1
     found = filter_gradient(x, dy, weight.shape[2], stride)
     assert found.is_contiguous(memory_format=torch.channels_last)
-    assert relative(found, exact(x, dy, weight, stride)[2]) < 1e-6, "sums are in fp32"
+    assert distance(found, exact(x, dy, weight, stride)[2]) < 1e-6, "sums are in fp32"
     assert torch.equal(found, filter_gradient(x, dy, weight.shape[2], stride))
 
 
@@ -62,7 +59,7 @@ def test_a_pixel_out_of_place_is_noticed() -> None:
     x, dy, weight = made(6, 32, 32, 8, 8, 3)
     right = exact(x, dy, weight, 1)[2]
     x[3, :, 7, 7] += 1
-    assert relative(filter_gradient(x, dy, 3), right) > 0.001
+    assert distance(filter_gradient(x, dy, 3), right) > 0.001
 
 
 CONVOLUTIONS = [
@@ -86,7 +83,7 @@ def test_output_and_gradients_are_those_of_the_convolution(shape: tuple[int, ...
     gradients = torch.autograd.grad(y, inputs, dy)
     assert y.dtype == torch.bfloat16 and y.is_contiguous(memory_format=torch.channels_last) and gradients[1].dtype == torch.float32
     for found, right in zip((y, *gradients), exact(x.detach(), dy, weight.detach(), stride), strict=True):
-        assert relative(found, right) < 0.004, "half a unit in the last of eight places"
+        assert distance(found, right) < 0.004, "half a unit in the last of eight places"
 
 
 @by_tiles
@@ -95,7 +92,7 @@ def test_a_tap_out_of_place_is_noticed() -> None:
     right = exact(x, dy, weight, 1)
     weight[:, :, 0] = weight[:, :, 0].flip(2)
     y = convolution(x.requires_grad_(), weight)
-    assert relative(y, right[0]) > 0.1 and relative(torch.autograd.grad(y, x, dy)[0], right[1]) > 0.1
+    assert distance(y, right[0]) > 0.1 and distance(torch.autograd.grad(y, x, dy)[0], right[1]) > 0.1
 
 
 def is_ours(conv: nn.Conv2d, x: Tensor) -> bool:
