@@ -93,6 +93,7 @@ def _he_2016(top1: float, table: int, **fields: Any) -> Row:
 FAMILY: dict[str, Row] = {
     "resnet8": Row(Spec("basic", (1, 1, 1), (64, 256, 256), "conv3", "A", "pool", stem_width=24, num_classes=10), 32, AIRBENCH),
     "wide_resnet8": Row(Spec("basic", (1, 1, 1), (128, 384, 384), "conv3", "late", "pool", stem_width=24, num_classes=10), 32, AIRBENCH),
+    "wide_resnet14": Row(Spec("basic", (2, 2, 2), (128, 384, 512), "conv3", "late", "pool", stem_width=24, num_classes=10), 32, AIRBENCH),
     "resnet20": _cifar(3, 0.9125, TABLE_6),
     "resnet32": _cifar(5, 0.9249, TABLE_6),
     "resnet44": _cifar(7, 0.9283, TABLE_6),
