@@ -68,10 +68,10 @@ class Feed:
             x = augment.pad_crop(x, recipe.pad, generator, recipe.edge == "reflect")
         if recipe.lighting:
             x = augment.lighting(x, recipe.lighting, torch.as_tensor(self.preprocess.std, device=device), generator)
-        if x.shape[2] != size:
-            x = interpolate(x, size=size, mode="bilinear", antialias=True)
         if recipe.cutout:
             x = augment.cutout(x, recipe.cutout, generator)
+        if x.shape[2] != size:
+            x = interpolate(x, size=size, mode="bilinear", antialias=True)
         targets = one_hot(batch.labels.to(device), len(self.train.images.classes)).float()
         mixes = [m for m in ("mixup", "cutmix") if getattr(recipe, m)]
         if mixes:

@@ -83,7 +83,7 @@ class Recipe:
     pad: Annotated[int | None, Help("pixels of shift; by default an eighth of the image", 0, 4096)] = None
     edge: Annotated[Edge, Help("what comes in where an image is shifted: zeros, or its own pixels reflected")] = "zero"
     flip: Annotated[Flip | None, Help("mirror left to right at random, or every other epoch; by default not for digits and letters")] = None
-    cutout: Annotated[int, Help("pixels a side of a square set to zero; 0 is off", 0, 4096)] = 0
+    cutout: Annotated[int, Help("pixels a side, at full size, of a square set to zero; 0 is off", 0, 4096)] = 0
     tta: Annotated[Tta, Help("test and predict with mirror images too, where training mirrors, or also shifted by a pixel: two or six times the time")] = "none"
     jitter: Annotated[float, Help("strength of colour jitter; 0 is off", 0, 1)] = 0.0
     lighting: Annotated[float, Help("standard deviation of AlexNet's colour shift along the principal components; 0 is off", 0, 10)] = 0.0
@@ -180,7 +180,8 @@ RECIPES["sprint-96"] = replace(RECIPES["sprint-95"], epochs=45, lr=0.12, momentu
 # The same with lr 0.01 until the training error is below 80 %, as the paper trains 110 layers
 RECIPES["paper-cifar-110"] = replace(RECIPES["paper-cifar"], warmup_lr=0.01)
 
-MADE_FOR = {"sprint": "resnet8", "sprint-95": "wide_resnet8", "sprint-96": "wide_resnet14"}  # the net that a recipe was made for; it is taken where none is named
+# The net that a recipe was made for; it is taken where none is named
+MADE_FOR = {"sprint": "resnet8", "sprint-95": "wide_resnet8", "sprint-96": "wide_resnet14"}
 
 
 def made_for(recipe: str | Recipe) -> str | None:
