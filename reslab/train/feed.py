@@ -68,8 +68,8 @@ class Feed:
             x = augment.pad_crop(x, recipe.pad, generator, recipe.edge == "reflect")
         if recipe.lighting:
             x = augment.lighting(x, recipe.lighting, torch.as_tensor(self.preprocess.std, device=device), generator)
-        if recipe.cutout:
-            x = augment.cutout(x, recipe.cutout, generator)
+        if recipe.cutout:  # boxes may have been cut smaller already
+            x = augment.cutout(x, max(1, round(recipe.cutout * x.shape[2] / self.preprocess.image_size)), generator)
         if x.shape[2] != size:
             x = interpolate(x, size=size, mode="bilinear", antialias=True)
         targets = one_hot(batch.labels.to(device), len(self.train.images.classes)).float()
