@@ -91,7 +91,7 @@ def _he_2016(top1: float, table: int, **fields: Any) -> Row:
 
 
 FAMILY: dict[str, Row] = {
-    "resnet8": Row(Spec("basic", (1, 1, 1), (64, 256, 256), "conv3", "A", "pool", stem_width=24, num_classes=10), 32, AIRBENCH),
+    "resnet8": Row(Spec("basic", (1, 1, 1), (64, 256, 256), "conv3", "late", "pool", stem_width=24, num_classes=10), 32, AIRBENCH),
     "wide_resnet8": Row(Spec("basic", (1, 1, 1), (128, 384, 384), "conv3", "late", "pool", stem_width=24, num_classes=10), 32, AIRBENCH),
     "wide_resnet14": Row(Spec("basic", (2, 2, 2), (128, 384, 512), "conv3", "late", "pool", stem_width=24, num_classes=10), 32, AIRBENCH),
     "resnet20": _cifar(3, 0.9125, TABLE_6),

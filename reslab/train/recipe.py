@@ -154,7 +154,7 @@ RECIPES: dict[str, Recipe] = {
 # (Jordan 2024, 2404.00498), Muon's large steps, and half the resolution for the first part
 RECIPES["sprint"] = replace(
     QUICK,
-    epochs=15,
+    epochs=13,
     batch_size=500,
     lr=0.2,
     sgd_lr=1.5,
