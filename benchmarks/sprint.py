@@ -1,6 +1,7 @@
 """CIFAR-10 to a given accuracy: `reslab train cifar10 --recipe sprint` as a whole process, seed by seed, and the peer's pace.
 
-    python benchmarks/sprint.py [sprint-95 | sprint-96]    about two hours on two cores, minutes on a GPU; asked: 94.0 % on average over 5 seeds
+    python benchmarks/sprint.py [RECIPE]       sprint (asked: 94.0 % on average over 5 seeds), half an hour on two cores; sprint-95, two hours;
+                                               sprint-96, a night; minutes on a GPU
     python benchmarks/sprint.py --smoke        some steps; figures that mean nothing
 
 Seconds count from starting Python to its exit: reading the data, choosing a plan, training, the test over 10,000 images and the

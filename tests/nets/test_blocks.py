@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 import reslab
 from reslab.nets.parts import BlurPool, DropPath
+from reslab.spec import Shortcut
 from tests.conftest import scramble
 
 
@@ -103,13 +104,14 @@ def test_blur_smooths_with_the_binomial_filter_and_takes_every_second_pixel() ->
     assert torch.equal(BlurPool(2)(torch.ones(1, 1, 5, 5)), torch.ones(1, 1, 3, 3)), "edges are reflected, not dark"
 
 
-def test_pooling_nets_halve_behind_the_first_convolution_before_its_norm() -> None:
-    block = scramble(reslab.build("resnet8")).eval().layer2[0]
+@pytest.mark.parametrize("shortcut", ["A", "late"])
+def test_pooling_nets_halve_behind_the_first_convolution_before_its_norm(shortcut: Shortcut) -> None:
+    block = scramble(reslab.build(reslab.spec("resnet8", shortcut=shortcut))).eval().layer2[0]
     x = torch.randn(2, 64, 9, 9, generator=torch.Generator().manual_seed(1))
     pooled = torch.nn.functional.max_pool2d(torch.nn.functional.pad(block.conv1(x), (0, 1, 0, 1), value=-torch.inf), 2)
-    branch = block.bn2(block.conv2(torch.relu(block.bn1(pooled))))
-    shortcut = torch.cat((torch.zeros(2, 96, 5, 5), x[:, :, ::2, ::2], torch.zeros(2, 96, 5, 5)), dim=1)
-    assert torch.allclose(block(x), torch.relu(branch + shortcut), atol=1e-5)
+    first = torch.relu(block.bn1(pooled))
+    padded = torch.cat((torch.zeros(2, 96, 5, 5), x[:, :, ::2, ::2], torch.zeros(2, 96, 5, 5)), dim=1)
+    assert torch.allclose(block(x), torch.relu(block.bn2(block.conv2(first)) + (padded if shortcut == "A" else first)), atol=1e-5)
 
 
 def test_stochastic_depth_leaves_whole_branches_out_and_keeps_the_mean() -> None:
