@@ -8,7 +8,7 @@ Seconds count from starting Python to its exit: reading the data, choosing a pla
 report. Between the seeds the peer's net, airbench94's written anew, takes steps of its own on the same machine, in fp32 and in
 bf16; its published 9.9 epochs at the better of the two are what its training alone would take here. Every seed is kept as soon
 as it is measured (results/RECIPE.jsonl), and a later call, on whichever machine, goes on with those that are missing; those of a
-recipe that has changed since do not count.
+recipe that has changed since do not count. Its net is not compared: where that changes alone, the kept file has to go.
 """
 
 import json
