@@ -1,6 +1,6 @@
-"""3x3 convolutions, forward and backward: Winograd's algorithm against torch's direct one. In turns, medians.
+"""3x3 convolutions, forward and backward: Winograd's algorithm, as a net that trains takes it, against torch's direct one. In turns, medians.
 
-python winograd.py            about two minutes
+python winograd.py            about three minutes
 python winograd.py --smoke    seconds; figures that mean nothing
 """
 
@@ -11,26 +11,33 @@ import time
 
 import torch
 from measure import keep
+from torch import nn
 from torch.nn.functional import conv2d
 
 from reslab.host import keep_freed_memory
-from reslab.nets.winograd import Winograd
+from reslab.nets.winograd import WinogradConv, pays
 
 SMOKE = "--smoke" in sys.argv
 ROUNDS = 1 if SMOKE else 9
 DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16"}
 SHAPES = ((2, 128, 128, 8),) if SMOKE else (
-    (128, 64, 64, 16), (128, 64, 256, 16), (128, 128, 128, 16), (128, 256, 256, 8),
+    (128, 32, 32, 16), (128, 64, 64, 8), (128, 64, 64, 16), (128, 64, 256, 16), (128, 128, 128, 16), (128, 256, 256, 8),
     (32, 64, 64, 56), (32, 128, 128, 28), (32, 256, 256, 14), (32, 512, 512, 7), (32, 512, 512, 8),
 )  # fmt: skip
 
 
 def one(dtype: torch.dtype, n: int, channels: int, outputs: int, size: int) -> str:
+    shape = f"{DTYPES[dtype]} {n} x {channels} x {size} x {size} to {outputs}"
     torch.manual_seed(0)
     x = torch.randn(n, channels, size, size).to(dtype, memory_format=torch.channels_last).requires_grad_()
-    weight = (torch.randn(outputs, channels, 3, 3) / math.sqrt(9 * channels)).to(dtype, memory_format=torch.channels_last).requires_grad_()
+    conv = WinogradConv(channels, outputs, 3, padding=1, bias=False).to(memory_format=torch.channels_last)
+    weight = conv.weight
+    nn.init.normal_(weight, std=1 / math.sqrt(9 * channels))
+    conv.winograd = True
     dy = torch.randn(n, outputs, size, size).to(dtype, memory_format=torch.channels_last)
-    ways = (lambda: conv2d(x, weight, padding=1), lambda: Winograd.apply(x, weight))  # type: ignore[no-untyped-call]
+    ways = (lambda: conv2d(x, weight.to(dtype), padding=1), lambda: conv(x))
+    if not (conv.able(dtype) and pays(x)):
+        return f"{shape}: direct"
     direct, ours = ([y, *torch.autograd.grad(y, (x, weight), dy)] for y in (way() for way in ways))
     off = max(((a - b).float().norm() / a.float().norm()).item() for a, b in zip(direct, ours, strict=True))
     forward: list[list[float]] = [[], []]
@@ -44,7 +51,6 @@ def one(dtype: torch.dtype, n: int, channels: int, outputs: int, size: int) -> s
             forward[number].append(between - start)
             whole[number].append(time.perf_counter() - start)
     (a, b), (c, d) = ([1000 * statistics.median(times) for times in pair] for pair in (forward, whole))
-    shape = f"{DTYPES[dtype]} {n} x {channels} x {size} x {size} to {outputs}"
     return f"{shape}: forward {a:.1f} / {b:.1f} ms, {a / b:.2f}x; with backward {c:.1f} / {d:.1f} ms, {c / d:.2f}x; relative difference {off:.1e}"
 
 

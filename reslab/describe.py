@@ -104,7 +104,7 @@ def sentence(job: Job, net: str, plan: Plan) -> str:
         f"({plan.reason}): about {duration(total)}"
     )
     if plan.winograd:
-        told += "\nwide 3x3 convolutions by Winograd's algorithm (--convolution direct switches it off)"
+        told += "\n3x3 convolutions by Winograd's algorithm (--convolution direct switches it off)"
     if plan.fusing:
         told += f"\nnorms by torch, which is slower than our kernels: {shown(plan.fusing)}"
     if plan.compiled:

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from reslab.layout import SCALING, norm_groups, norm_kind
 from reslab.nets import tiles
 from reslab.nets.fused import Norm
-from reslab.nets.winograd import WideConv, suits
+from reslab.nets.winograd import WinogradConv, suits
 from reslab.spec import Conv, Spec
 
 NARROW = 16  # channels
@@ -18,7 +18,7 @@ def conv(inputs: int, c: Conv, bias: bool) -> nn.Conv2d:
     if c.kernel == 1 and c.groups == 1:
         return Pointwise(inputs, c.outputs, 1, c.stride, bias=bias)
     if suits(inputs, c.outputs, c.kernel, c.stride, c.groups):
-        return WideConv(inputs, c.outputs, c.kernel, padding=1, bias=bias)
+        return WinogradConv(inputs, c.outputs, c.kernel, padding=1, bias=bias)
     if (c.kernel, c.groups) == (3, 1) and c.stride <= 2:
         return tiles.Conv3x3(inputs, c.outputs, c.kernel, c.stride, padding=1, bias=bias)
     return nn.Conv2d(inputs, c.outputs, c.kernel, c.stride, padding=c.kernel // 2, groups=c.groups, bias=bias)

@@ -3,7 +3,8 @@
 The image is cut into overlapping tiles of 6x6 pixels; tiles and filters are transformed, multiplied point by point, which
 for all channels together is 36 matrix products, and transformed back to 4x4 pixels of output. On a CPU it pays for wide
 layers, where those products outweigh the transforms, and as long as what lies between two steps stays in the cache: the
-images go through a few at a time. Rounding differs from the direct convolution's: forward and backward at most 2e-6
+images go through a few at a time. In bf16, where the processor has dot products for it, all of it is in C (dots.py), which pays
+for narrow layers too. Rounding differs from the direct convolution's: forward and backward at most 2e-6
 relative in fp32, 0.017 in bf16 (benchmarks/results/winograd-amd.txt).
 """
 
@@ -15,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from reslab.nets import dots
 from reslab.nets.tiles import Conv3x3
 
 WIDE = 128  # channels in and out, their geometric mean, below which the transforms cost what the products save
@@ -27,35 +29,53 @@ TALL = 128  # tiles at a time that a matrix product needs to be fast
 POINTS = (0, 3 / 4, -3 / 4, 3 / 2, -3 / 2)  # where polynomials are evaluated, infinity beside; half the rounding of the usual 0, 1, -1, 2, -2
 
 
-class WideConv(Conv3x3):
+class WinogradConv(Conv3x3):
     """A padded 3x3 convolution with stride 1 that can be done by Winograd's algorithm; it is not unless `winograd` is set.
 
     Where it would not pay (few or small images, another device) the convolution is direct all the same. `keep` spends
-    memory for time: the transformed tiles, 2.25 times as large as the input or more, wait for the backward pass.
+    memory for time: by torch's operations the transformed tiles, 2.25 times as large as the input or more, wait for the backward pass.
     """
 
     winograd = False
     keep = True
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.winograd and pays(x):
-            dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
-            y: Tensor = Winograd.apply(x.to(dtype), self.weight, self.keep)  # type: ignore[no-untyped-call]
-            return y if self.bias is None else y + self.bias.to(dtype)[:, None, None]
-        return super().forward(x)
+        dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
+        if not (self.winograd and self.able(dtype) and pays(x)):
+            return super().forward(x)
+        if self._by_dots(dtype):
+            y: Tensor = dots.Dots.apply(x.to(dtype), self.weight.float())  # type: ignore[no-untyped-call]
+        else:
+            y = Winograd.apply(x.to(dtype), self.weight, self.keep)  # type: ignore[no-untyped-call]
+        return y if self.bias is None else y + self.bias.to(dtype)[:, None, None]
+
+    def able(self, dtype: torch.dtype) -> bool:
+        """Whether the algorithm may pay for these channels."""
+        return _wide(self.in_channels, self.out_channels) or self._by_dots(dtype)
+
+    def _by_dots(self, dtype: torch.dtype) -> bool:
+        return dtype == torch.bfloat16 and dots.divides(self.in_channels, self.out_channels) and dots.usable()
 
 
-def use_winograd(net: nn.Module, on: bool, keep: bool = True) -> bool:
-    """Sets how the wide convolutions of a net are done. Returns whether it has any."""
-    wide = [module for module in net.modules() if isinstance(module, WideConv)]
-    for module in wide:
-        module.winograd, module.keep = on, keep
-    return bool(wide)
+def use_winograd(net: nn.Module, on: bool, keep: bool = True) -> None:
+    """Sets how the convolutions of a net are done that can be done so."""
+    for module in net.modules():
+        if isinstance(module, WinogradConv):
+            module.winograd, module.keep = on, keep
+
+
+def has_winograd(net: nn.Module, dtype: torch.dtype) -> bool:
+    """Whether a net has convolutions for which the algorithm may pay."""
+    return any(module.able(dtype) for module in net.modules() if isinstance(module, WinogradConv))
 
 
 def suits(inputs: int, outputs: int, kernel: int, stride: int, groups: int) -> bool:
-    """Whether a convolution is one that Winograd's algorithm makes faster."""
-    return (kernel, stride, groups) == (3, 1, 1) and min(inputs, outputs) >= NARROWEST and inputs * outputs >= WIDE**2
+    """Whether a convolution is one that Winograd's algorithm may make faster."""
+    return (kernel, stride, groups) == (3, 1, 1) and (_wide(inputs, outputs) or dots.divides(inputs, outputs))
+
+
+def _wide(inputs: int, outputs: int) -> bool:
+    return min(inputs, outputs) >= NARROWEST and inputs * outputs >= WIDE**2
 
 
 def pays(x: Tensor) -> bool:

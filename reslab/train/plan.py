@@ -16,7 +16,7 @@ from reslab.errors import CallError, WorkError, shown
 from reslab.nets.fused import Norm, norm_together, reason_against, use_fused
 from reslab.nets.tiles import has_amx
 from reslab.nets.torch import ResNet
-from reslab.nets.winograd import use_winograd
+from reslab.nets.winograd import has_winograd, use_winograd
 from reslab.train.checkpoint import Checkpointed, Segments, choose_segments
 from reslab.train.hardware import Machine, synchronise
 from reslab.train.optim import keep_gradients, optimizer
@@ -46,7 +46,7 @@ class Plan:
     val_seconds: float = 0.0  # one pass over val
     memory: int | None = None  # bytes that a process may hold
     segments: Segments = ()  # the first blocks, grouped, that are computed again in the backward pass
-    winograd: bool = False  # wide convolutions by Winograd's algorithm
+    winograd: bool = False  # convolutions by Winograd's algorithm, where it may pay
     fused: bool = False  # norm, addition and ReLU in one pass and convolutions by products, unless the net is compiled
     fusing: str = ""  # why the norms are not, if the kernels cannot be made
     compiled: bool = False  # the net by torch.compile
@@ -98,7 +98,9 @@ def make_plan(
     precision, reason = (recipe.precision, "as asked") if recipe.precision != "auto" else _choose_precision(macs, machine)
     per_epoch = train // recipe.batch_size
     segments = choose_segments(net.spec, recipe, precision, memory, machine)
-    wide = recipe.convolution == "auto" and machine.device.type == "cpu" and not (precision == "bf16" and has_amx()) and use_winograd(net, True)
+    bf16 = precision == "bf16"
+    tries = recipe.convolution == "auto" and machine.device.type == "cpu" and not (bf16 and has_amx())
+    tries = tries and has_winograd(net, torch.bfloat16 if bf16 else torch.float32)
     fuses = recipe.fuse == "auto" and machine.device.type == "cpu"
     plan = Plan(
         recipe.steps or recipe.epochs * per_epoch,
@@ -117,7 +119,7 @@ def make_plan(
     if low:
         sizes.append(interpolate(x, size=low_size(x.shape[2], recipe.low_size), mode="bilinear").contiguous(memory_format=torch.channels_last))
     plan = _timed(plan, net, sizes, recipe, machine, pieces)
-    if wide:  # how fast direct convolutions are, next to matrix products, differs between machines; with AMX, in bf16, they win everywhere
+    if tries:  # how fast direct convolutions are, next to matrix products, differs between machines; with AMX, in bf16, they win everywhere
         plan = _better(plan, _timed(replace(plan, winograd=True), net, sizes, recipe, machine, pieces))
     if machine.replays and memory is None:
         plan = _better(plan, _timed(replace(plan, replayed=True), net, sizes, recipe, machine, pieces))

@@ -90,7 +90,7 @@ class Recipe:
     randaugment: Annotated[int, Help("operations of RandAugment; 0 is off", 0, 10)] = 0
     normalize: Annotated[Normalize, Help("mean and deviation of each channel, or the mean image")] = "channel"
     precision: Annotated[Precision, Help("bf16 where it is faster")] = "auto"
-    convolution: Annotated[Convolution, Help("Winograd's algorithm for wide ones on a CPU in fp32, or all direct")] = "auto"
+    convolution: Annotated[Convolution, Help("on a CPU: Winograd's algorithm where that is faster, or all direct")] = "auto"
     fuse: Annotated[Fuse, Help("on a CPU: norm, addition and ReLU in one pass, with a C compiler, and in bf16 quicker convolutions; or all by torch")] = "auto"
     compile: Annotated[Compile, Help("torch.compile where it is repaid within the training; always, never")] = "auto"
     save_every: Annotated[float, Help("seconds of training that a crash may cost", 0, 1e6)] = 60.0

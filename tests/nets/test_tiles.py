@@ -8,7 +8,7 @@ from torch.nn.functional import conv2d
 from reslab.nets import tiles
 from reslab.nets.parts import Pointwise
 from reslab.nets.tiles import Conv3x3, convolution, filter_gradient, usable
-from reslab.nets.winograd import WideConv
+from reslab.nets.winograd import WinogradConv
 from tests.conftest import distance
 
 by_tiles = pytest.mark.skipif(not usable(), reason="no matrix tiles (AMX) here, or no C compiler")
@@ -99,7 +99,7 @@ def is_ours(conv: nn.Conv2d, x: Tensor) -> bool:
     return "_Convolution" in type(conv(x).grad_fn).__name__
 
 
-@pytest.mark.parametrize("kind", [Conv3x3, WideConv, Pointwise])
+@pytest.mark.parametrize("kind", [Conv3x3, WinogradConv, Pointwise])
 def test_it_is_for_training_in_bf16_with_channels_for_two_tiles(monkeypatch: pytest.MonkeyPatch, kind: type[nn.Conv2d]) -> None:
     side = 1 if kind is Pointwise else 3
     conv, few = (kind(channels, 64, side, padding=side // 2, bias=False).train() for channels in (64, 16))

@@ -8,8 +8,8 @@ from torch import Tensor
 from torch.nn.functional import conv2d
 
 import reslab
-from reslab.nets import winograd
-from reslab.nets.winograd import WideConv, Winograd, pays, use_winograd
+from reslab.nets import dots, winograd
+from reslab.nets.winograd import Winograd, WinogradConv, has_winograd, pays, use_winograd
 
 
 def of(x: Tensor, weight: Tensor) -> Tensor:
@@ -53,9 +53,11 @@ def test_rounding_stays_small_forward_and_backward(dtype: torch.dtype, bound: fl
         assert ((one - other).norm() / other.norm()).item() < bound
 
 
-def test_under_autocast_it_computes_in_bf16_and_the_gradient_of_a_weight_is_as_exact_as_the_weight() -> None:
+@pytest.mark.parametrize("by_dots", [False, pytest.param(True, marks=pytest.mark.skipif(not dots.usable(), reason="no dot products of bf16 here"))])
+def test_under_autocast_it_computes_in_bf16_and_the_gradient_of_a_weight_is_as_exact_as_the_weight(monkeypatch: pytest.MonkeyPatch, by_dots: bool) -> None:
+    monkeypatch.setattr(dots, "usable", lambda: by_dots)
     torch.manual_seed(4)
-    conv = WideConv(128, 128, 3, padding=1)
+    conv = WinogradConv(128, 128, 3, padding=1)
     x = torch.randn(16, 128, 8, 8)
     with torch.autocast("cpu", torch.bfloat16):
         direct = conv(x)
@@ -71,22 +73,33 @@ def test_under_autocast_it_computes_in_bf16_and_the_gradient_of_a_weight_is_as_e
 
 def test_it_is_used_where_asked_for_and_worth_it() -> None:
     net = reslab.build("resnet18", num_classes=5)
-    wide = {name for name, module in net.named_modules() if isinstance(module, WideConv)}
+    wide = {name for name, module in net.named_modules() if isinstance(module, WinogradConv) and module.able(torch.float32)}
     assert wide == {f"layer{n}.{b}.conv{c}" for n in (2, 3, 4) for b in (0, 1) for c in (1, 2)} - {f"layer{n}.0.conv1" for n in (2, 3, 4)}
-    assert not any(module.winograd for module in net.modules() if isinstance(module, WideConv))
-    assert not use_winograd(reslab.build("resnet20"), True), "a narrow net has none"
-    assert [name for name, module in reslab.build("resnet8").named_modules() if isinstance(module, WideConv)] == [
+    assert not any(module.winograd for module in net.modules() if isinstance(module, WinogradConv))
+    assert [n for n, module in reslab.build("resnet8").named_modules() if isinstance(module, WinogradConv) and module.able(torch.float32)] == [
         "layer2.0.conv1", "layer2.0.conv2", "layer3.0.conv1", "layer3.0.conv2",
     ], "64 channels to 256 are wide enough"  # fmt: skip
     x = torch.randn(16, 3, 64, 64).contiguous(memory_format=torch.channels_last)
     direct = net.eval()(x)
-    assert use_winograd(net, True)
+    use_winograd(net, True)
     fast = net(x)
     assert not torch.equal(fast, direct)
     torch.testing.assert_close(fast, direct, rtol=1e-4, atol=1e-5)
     assert copy.deepcopy(net).layer4[1].conv2.winograd, "a copy is timed as the net will train"
     use_winograd(net, False)
     assert torch.equal(net(x), direct)
+
+
+def test_narrow_nets_have_some_where_the_processor_has_dot_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    net = reslab.build("resnet20")
+    for usable in (False, True):
+        monkeypatch.setattr(dots, "usable", lambda usable=usable: usable)
+        assert not has_winograd(net, torch.float32)
+        assert has_winograd(net, torch.bfloat16) == usable
+        assert has_winograd(reslab.build("resnet8"), torch.bfloat16)
+    assert {name for name, module in net.named_modules() if isinstance(module, WinogradConv)} == {
+        f"layer{n}.{b}.conv{c}" for n in (2, 3) for b in (0, 1, 2) for c in (1, 2)
+    } - {"layer2.0.conv1", "layer3.0.conv1"}, "of 32 and 64 channels"
 
 
 def test_few_small_and_other_images_are_left_to_the_direct_convolution() -> None:

@@ -7,6 +7,7 @@ import torch
 
 import reslab
 from reslab.errors import WorkError
+from reslab.nets import dots
 from reslab.train import plan
 from reslab.train.hardware import machine
 from reslab.train.plan import Plan
@@ -103,6 +104,8 @@ def test_winograds_algorithm_is_taken_where_it_was_faster(monkeypatch: pytest.Mo
 
     assert (winograd(0.5), winograd(0.99)) == (True, False)
     assert not winograd(0.5, convolution="direct")
-    assert not winograd(0.5, net="resnet20"), "a narrow net has no wide convolutions"
+    for usable in (False, True):
+        monkeypatch.setattr(dots, "usable", lambda usable=usable: usable)
+        assert winograd(0.5, net="resnet20") == (usable and precision == "bf16"), "narrow ones by dot products only"
     monkeypatch.setattr(plan, "has_amx", lambda: True)
     assert winograd(0.5) == (precision == "fp32"), "with AMX it was slower in bf16 wherever it was measured"

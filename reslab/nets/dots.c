@@ -1,0 +1,309 @@
+/* 3x3 convolutions by Winograd's algorithm, F(4x4, 3x3), in bf16 by AVX-512's dot products; sums and transforms are in fp32.
+
+   Images are channels-last and padded by one pixel of zeros; channels are whole panels. A tile is 6x6 pixels of what goes in, four
+   apart, and 4x4 of what comes out. Which points polynomials are evaluated at, and why, is in winograd.py. Compiled by dots.py. */
+
+#define BF16
+#include "vectors.h"
+#include <stdlib.h>
+
+#if !defined(__AVX512BF16__)
+#error "the processor has no dot products of bf16"
+#endif
+
+#define POINTS 36
+#define PANEL 32 /* channels that lie together, and sums in a row of a block */
+#define ROWS 12 /* of a block in registers, for a convolution */
+#define OUTPUTS 8 /* of a block in registers, for the filters' gradient; they divide a panel */
+#define LINE 64 /* bytes */
+
+/* Points, their powers, and what the polynomials that are 1 at one and 0 at the others are divided by. */
+#define A 0.75f
+#define B 1.5f
+#define A2 (A * A)
+#define B2 (B * B)
+#define A3 (A2 * A)
+#define B3 (B2 * B)
+#define DA (1 / (2 * A2 * (A2 - B2)))
+#define DB (1 / (2 * B2 * (B2 - A2)))
+
+typedef struct {
+    int64_t images, height, width, inputs, outputs;
+} Conv;
+
+static int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+
+static int64_t rounded(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+
+static int64_t count_tiles(const Conv *c) { return c->images * ((c->height + 3) / 4) * ((c->width + 3) / 4); }
+
+/* Of a row: six pixels to six points, their products to four pixels, four gradients to six points; filters there and back. */
+static ALWAYS void of_pixels(const Floats *d, int by, Floats *to, int on) {
+    Floats even = (d[4 * by] - B2 * d[2 * by]) * DA, odd = (d[3 * by] - B2 * d[by]) * (A * DA);
+    Floats even_b = (d[4 * by] - A2 * d[2 * by]) * DB, odd_b = (d[3 * by] - A2 * d[by]) * (B * DB);
+    to[0] = d[0] - (A2 + B2) / (A2 * B2) * d[2 * by] + 1 / (A2 * B2) * d[4 * by];
+    to[on] = even + odd;
+    to[2 * on] = even - odd;
+    to[3 * on] = even_b + odd_b;
+    to[4 * on] = even_b - odd_b;
+    to[5 * on] = A2 * B2 * d[by] - (A2 + B2) * d[3 * by] + d[5 * by];
+}
+
+static ALWAYS void to_pixels(const Floats *p, int by, Floats *to, int on) {
+    Floats sum = p[by] + p[2 * by], off = p[by] - p[2 * by], sum_b = p[3 * by] + p[4 * by], off_b = p[3 * by] - p[4 * by];
+    to[0] = p[0] + sum + sum_b;
+    to[on] = A * off + B * off_b;
+    to[2 * on] = A2 * sum + B2 * sum_b;
+    to[3 * on] = A3 * off + B3 * off_b + p[5 * by];
+}
+
+static ALWAYS void of_gradients(const Floats *g, int by, Floats *to, int on) {
+    Floats even = g[0] + A2 * g[2 * by], odd = A * g[by] + A3 * g[3 * by];
+    Floats even_b = g[0] + B2 * g[2 * by], odd_b = B * g[by] + B3 * g[3 * by];
+    to[0] = g[0];
+    to[on] = even + odd;
+    to[2 * on] = even - odd;
+    to[3 * on] = even_b + odd_b;
+    to[4 * on] = even_b - odd_b;
+    to[5 * on] = g[3 * by];
+}
+
+static ALWAYS void of_filters(const Floats *w, int by, Floats *to, int on) {
+    Floats even = w[0] + A2 * w[2 * by], even_b = w[0] + B2 * w[2 * by];
+    to[0] = w[0];
+    to[on] = even + A * w[by];
+    to[2 * on] = even - A * w[by];
+    to[3 * on] = even_b + B * w[by];
+    to[4 * on] = even_b - B * w[by];
+    to[5 * on] = w[2 * by];
+}
+
+static ALWAYS void to_filters(const Floats *p, int by, Floats *to, int on) {
+    Floats sum = p[by] + p[2 * by], sum_b = p[3 * by] + p[4 * by];
+    to[0] = p[0] + sum + sum_b;
+    to[on] = A * (p[by] - p[2 * by]) + B * (p[3 * by] - p[4 * by]);
+    to[2 * on] = A2 * sum + B2 * sum_b + p[5 * by];
+}
+
+/* Where the `side` x `side` pixels of a tile begin, `before` rows and columns before its own four; `nothing` outside of the images. */
+static ALWAYS void cut(const T *x, const T *nothing, const Conv *c, int64_t channels, int64_t tile, int64_t tiles, int side, int before, const T **pixel) {
+    int64_t across = (c->width + 3) / 4, down = (c->height + 3) / 4, image = tile / (down * across);
+    int64_t top = tile / across % down * 4 - before, left = tile % across * 4 - before;
+    int64_t first = (image * c->height + top) * c->width + left;
+    for (int i = 0; i < side; i++)
+        for (int j = 0; j < side; j++) {
+            int inside = (tile < tiles) & (top + i >= 0) & (top + i < c->height) & (left + j >= 0) & (left + j < c->width);
+            pixel[i * side + j] = inside ? x + (first + i * c->width + j) * channels : nothing;
+        }
+}
+
+/* Of a row of x or of dy. */
+static ALWAYS void of_row(int of_dy, const Floats *from, int by, Floats *to, int on) {
+    if (of_dy)
+        of_gradients(from, by, to, on);
+    else
+        of_pixels(from, by, to, on);
+}
+
+/* The rows of a tile, sixteen channels of x or of dy; what is left are its columns. */
+static ALWAYS void rows_of(int of_dy, const T *const *pixel, int64_t channel, Floats *half) {
+    int side = of_dy ? 4 : 6;
+    for (int i = 0; i < side; i++) {
+        Floats row[6];
+        for (int j = 0; j < side; j++) row[j] = load(pixel[i * side + j] + channel);
+        of_row(of_dy, row, 1, half + i * 6, 1);
+    }
+}
+
+/* Sixteen channels of two tiles, or of two filters, side by side. */
+static ALWAYS __m512i paired(Floats one, Floats other) {
+    __m512i low = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh((__m512)one));
+    return _mm512_or_si512(low, _mm512_slli_epi32(_mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh((__m512)other)), 16));
+}
+
+/* Sums over pairs of products: `rows` rows of a times a panel of b. Row r's pair k is at a + r * down + k * on, a panel's at b + k * 64. */
+static ALWAYS void multiply(const T *a, int64_t down, int64_t on, const T *b, int64_t pairs, float *sums, int rows, int begin) {
+    __m512 s[ROWS][2];
+    for (int r = 0; r < rows; r++)
+        for (int v = 0; v < 2; v++) s[r][v] = begin ? _mm512_setzero_ps() : _mm512_load_ps(sums + r * PANEL + v * LANES);
+    for (int64_t k = 0; k < pairs; k++) {
+        __m512bh left = (__m512bh)_mm512_load_si512(b + k * 2 * PANEL), right = (__m512bh)_mm512_load_si512(b + k * 2 * PANEL + PANEL);
+        for (int r = 0; r < rows; r++) {
+            int32_t pair;
+            memcpy(&pair, a + r * down + k * on, sizeof pair);
+            __m512bh both = (__m512bh)_mm512_set1_epi32(pair);
+            s[r][0] = _mm512_dpbf16_ps(s[r][0], both, left);
+            s[r][1] = _mm512_dpbf16_ps(s[r][1], both, right);
+        }
+    }
+    for (int r = 0; r < rows; r++)
+        for (int v = 0; v < 2; v++) _mm512_store_ps(sums + r * PANEL + v * LANES, s[r][v]);
+}
+
+/* A tile of x at the points, `apart` from each other. */
+static ALWAYS void lay_tile(const T *const *pixel, int64_t channels, T *to, int64_t apart) {
+    for (int64_t i = 0; i < channels; i += LANES) {
+        Floats half[POINTS], column[6];
+        rows_of(0, pixel, i, half);
+        for (int n = 0; n < 6; n++) {
+            of_pixels(half + n, 6, column, 1);
+            for (int m = 0; m < 6; m++) store(to + (m * 6 + n) * apart + i, column[m]);
+        }
+    }
+}
+
+/* Two tiles of x or of dy at the points, side by side, in panels of which each point has `tall` rows of pairs. */
+static ALWAYS void lay_pair(int of_dy, const T *x, const T *nothing, const Conv *c, int64_t channels, int64_t tile, int64_t tiles, T *to, int64_t tall) {
+    const T *one[POINTS], *other[POINTS];
+    int side = of_dy ? 4 : 6, before = of_dy ? 0 : 1;
+    cut(x, nothing, c, channels, tile, tiles, side, before, one);
+    cut(x, nothing, c, channels, tile + 1, tiles, side, before, other);
+    for (int64_t i = 0; i < channels; i += LANES) {
+        Floats even[POINTS], odd[POINTS], left[6], right[6];
+        rows_of(of_dy, one, i, even);
+        rows_of(of_dy, other, i, odd);
+        for (int n = 0; n < 6; n++) {
+            of_row(of_dy, even + n, 6, left, 1);
+            of_row(of_dy, odd + n, 6, right, 1);
+            for (int m = 0; m < 6; m++) {
+                int64_t panel = ((m * 6 + n) * channels + i / PANEL * PANEL) * tall;
+                _mm512_store_si512(to + (panel + i % PANEL) * 2, paired(left[m], right[m]));
+            }
+        }
+    }
+}
+
+/* Sums at the points, `apart` from each other, to sixteen channels of a tile of y; of pixels that are NULL nothing is written. */
+static ALWAYS void write_tile(const float *sums, int64_t apart, const T *const *pixel, int64_t channel) {
+    Floats half[24], row[6], column[4];
+    for (int n = 0; n < 6; n++) {
+        for (int m = 0; m < 6; m++) row[m] = floats(sums + (n * 6 + m) * apart);
+        to_pixels(row, 1, half + n * 4, 1);
+    }
+    for (int n = 0; n < 4; n++) {
+        to_pixels(half + n, 4, column, 1);
+        for (int m = 0; m < 4; m++)
+            if (pixel[m * 4 + n]) store((T *)pixel[m * 4 + n] + channel, column[m]);
+    }
+}
+
+/* Sixteen inputs of one filter (3 x 3 x inputs) at the points; with `back` its taps come in reverse. */
+static ALWAYS void at_points(const float *w, int64_t inputs, int back, Floats *to) {
+    Floats taps[9], half[18];
+    for (int tap = 0; tap < 9; tap++) taps[back ? 8 - tap : tap] = floats(w + tap * inputs);
+    for (int n = 0; n < 3; n++) of_filters(taps + n * 3, 1, half + n * 6, 1);
+    for (int n = 0; n < 6; n++) of_filters(half + n, 6, to + n, 6);
+}
+
+/* Filters `o` and the next of (outputs x 3 x 3 x inputs) at the points, in panels of outputs, each with pairs of inputs. With `back`
+   filters of the gradient of the images: inputs and outputs are swapped. */
+static void lay_filters(const float *w, T *to, const Conv *c, int back, int64_t o) {
+    for (int64_t i = 0; i < c->inputs; i += LANES) {
+        Floats one[POINTS], other[POINTS];
+        at_points(w + o * 9 * c->inputs + i, c->inputs, back, one);
+        at_points(w + (o + 1) * 9 * c->inputs + i, c->inputs, back, other);
+        for (int64_t p = 0; p < POINTS; p++) {
+            if (back) {
+                _mm512_store_si512(to + (p * c->inputs + i / PANEL * PANEL) * c->outputs + o * PANEL + i % PANEL * 2, paired(one[p], other[p]));
+                continue;
+            }
+            uint32_t pairs[LANES]; /* of inputs: eight of one filter, eight of the next */
+            store((T *)pairs, one[p]);
+            store((T *)(pairs + LANES / 2), other[p]);
+            T *row = to + (p * c->outputs + o / PANEL * PANEL) * c->inputs + i * PANEL + o % PANEL * 2;
+            for (int64_t k = 0; k < LANES; k++) memcpy(row + k % 8 * 2 * PANEL + k / 8 * 2, pairs + k, sizeof *pairs);
+        }
+    }
+}
+
+/* y (images x height x width x outputs) of x and fp32 filters (outputs x 3 x 3 x inputs); with `back`, of the gradient of what came out,
+   that of what went in, and `inputs` and `outputs` are still those of the filters. `most` tiles go through at a time. Returns 0, or 1 without memory. */
+int convolve(const T *x, const float *w, T *y, const Conv *c, int back, int64_t most, int parts) {
+    int failed = 0;
+    int64_t inputs = back ? c->outputs : c->inputs, outputs = back ? c->inputs : c->outputs, tiles = count_tiles(c), tall = rounded(most, ROWS);
+    int64_t apart = tall * inputs, size = POINTS * (apart + 2 * tall * PANEL);
+    T *filters = aligned_alloc(LINE, POINTS * inputs * outputs * sizeof(T)), *nothing = calloc(inputs, sizeof(T));
+    T *all = aligned_alloc(LINE, parts * size * sizeof(T));
+    if (!filters || !nothing || !all) failed = 1;
+#pragma omp parallel num_threads(parts) if (!failed)
+    if (!failed) {
+#pragma omp for schedule(static)
+        for (int64_t o = 0; o < c->outputs; o += 2) lay_filters(w, filters, c, back, o);
+#pragma omp for schedule(static)
+        for (int64_t part = 0; part < parts; part++) {
+            T *points = all + part * size;
+            float *sums = (float *)(points + POINTS * apart);
+            const T *pixel[POINTS];
+            int64_t end = tiles * (part + 1) / parts;
+            for (int64_t begin = tiles * part / parts; begin < end; begin += most) {
+                int64_t count = least(most, end - begin);
+                for (int64_t t = 0; t < count; t++) {
+                    cut(x, nothing, c, inputs, begin + t, tiles, 6, 1, pixel);
+                    lay_tile(pixel, inputs, points + t * inputs, apart);
+                }
+                for (int64_t o = 0; o < outputs; o += PANEL) {
+                    for (int64_t p = 0; p < POINTS; p++)
+                        for (int64_t r = 0; r < count; r += ROWS) /* rows past the last tile hold whatever was there, and are not read */
+                            multiply(points + p * apart + r * inputs, inputs, 2, filters + (p * outputs + o) * inputs, inputs / 2, sums + (p * tall + r) * PANEL, ROWS, 1);
+                    for (int64_t t = 0; t < count; t++) {
+                        cut(y, NULL, c, outputs, begin + t, tiles, 4, 0, pixel);
+                        for (int64_t v = 0; v < PANEL; v += LANES) write_tile(sums + t * PANEL + v, tall * PANEL, pixel, o + v);
+                    }
+                }
+            }
+        }
+    }
+    free(filters);
+    free(nothing);
+    free(all);
+    return failed;
+}
+
+/* Sums at the points to sixteen inputs of one filter's gradient. */
+static ALWAYS void write_filter(const float *sums, int64_t apart, float *dw, int64_t inputs) {
+    Floats half[18], row[6], column[3];
+    for (int n = 0; n < 6; n++) {
+        for (int m = 0; m < 6; m++) row[m] = floats(sums + (n * 6 + m) * apart);
+        to_filters(row, 1, half + n * 3, 1);
+    }
+    for (int n = 0; n < 3; n++) {
+        to_filters(half + n, 3, column, 1);
+        for (int m = 0; m < 3; m++) memcpy(dw + (m * 3 + n) * inputs, column + m, sizeof *column);
+    }
+}
+
+/* dw (outputs x 3 x 3 x inputs, fp32) of x and dy. `most` tiles, an even number, go through at a time. Returns 0, or 1 without memory. */
+int filter_gradient(const T *x, const T *dy, float *dw, const Conv *c, int64_t most, int parts) {
+    int failed = 0;
+    int64_t inputs = c->inputs, outputs = c->outputs, tiles = count_tiles(c), tall = most / 2;
+    float *sums = aligned_alloc(LINE, POINTS * inputs * outputs * sizeof(float)); /* in panels of inputs, each with all outputs */
+    T *laid = aligned_alloc(LINE, POINTS * most * (inputs + outputs) * sizeof(T)), *nothing = calloc(inputs > outputs ? inputs : outputs, sizeof(T));
+    if (!sums || !laid || !nothing) failed = 1;
+#pragma omp parallel num_threads(parts) if (!failed)
+    if (!failed) {
+        T *of_x = laid, *of_dy = laid + POINTS * most * inputs;
+        for (int64_t begin = 0; begin < tiles; begin += most) {
+            int64_t pairs = (least(most, tiles - begin) + 1) / 2;
+#pragma omp for schedule(static)
+            for (int64_t k = 0; k < pairs; k++) {
+                lay_pair(0, x, nothing, c, inputs, begin + 2 * k, tiles, of_x + k * 2 * PANEL, tall);
+                lay_pair(1, dy, nothing, c, outputs, begin + 2 * k, tiles, of_dy + k * 2 * PANEL, tall);
+            }
+#pragma omp for schedule(static) collapse(2)
+            for (int64_t p = 0; p < POINTS; p++)
+                for (int64_t i = 0; i < inputs; i += PANEL)
+                    for (int64_t o = 0; o < outputs; o += OUTPUTS) {
+                        const T *rows = of_dy + (p * outputs + o / PANEL * PANEL) * most + o % PANEL * 2;
+                        multiply(rows, 2, 2 * PANEL, of_x + (p * inputs + i) * most, pairs, sums + (p * inputs + i) * outputs + o * PANEL, OUTPUTS, !begin);
+                    }
+        }
+#pragma omp for schedule(static)
+        for (int64_t o = 0; o < outputs; o++)
+            for (int64_t i = 0; i < inputs; i += LANES)
+                write_filter(sums + i / PANEL * PANEL * outputs + o * PANEL + i % PANEL, inputs * outputs, dw + o * 9 * inputs + i, inputs);
+    }
+    free(sums);
+    free(laid);
+    free(nothing);
+    return failed;
+}
