@@ -1,7 +1,7 @@
 /* 3x3 convolutions by Winograd's algorithm, F(4x4, 3x3), in bf16 by AVX-512's dot products; sums and transforms are in fp32.
 
-   Images are channels-last and padded by one pixel of zeros; channels are whole panels. A tile is 6x6 pixels of what goes in, four
-   apart, and 4x4 of what comes out. Which points polynomials are evaluated at, and why, is in winograd.py. Compiled by dots.py. */
+   Images are channels-last and padded by one pixel of zeros; what lies between has zeros for channels that no panel is full of. A tile
+   is 6x6 pixels of what goes in, four apart, and 4x4 of what comes out. Which points polynomials are evaluated at, and why, is in winograd.py. Compiled by dots.py. */
 
 #define BF16
 #include "vectors.h"
@@ -34,6 +34,10 @@ typedef struct {
 static int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
 static int64_t rounded(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+
+static __mmask16 first(int64_t lanes) { return lanes >= LANES ? 0xffff : lanes > 0 ? (1 << lanes) - 1 : 0; }
+
+static ALWAYS Floats some(__mmask16 lanes, const T *p) { return (Floats)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(lanes, p)), 16); }
 
 static int64_t count_tiles(const Conv *c) { return c->images * ((c->height + 3) / 4) * ((c->width + 3) / 4); }
 
@@ -106,11 +110,11 @@ static ALWAYS void of_row(int of_dy, const Floats *from, int by, Floats *to, int
 }
 
 /* The rows of a tile, sixteen channels of x or of dy; what is left are its columns. */
-static ALWAYS void rows_of(int of_dy, const T *const *pixel, int64_t channel, Floats *half) {
+static ALWAYS void rows_of(int of_dy, const T *const *pixel, int64_t channel, __mmask16 lanes, Floats *half) {
     int side = of_dy ? 4 : 6;
     for (int i = 0; i < side; i++) {
         Floats row[6];
-        for (int j = 0; j < side; j++) row[j] = load(pixel[i * side + j] + channel);
+        for (int j = 0; j < side; j++) row[j] = some(lanes, pixel[i * side + j] + channel);
         of_row(of_dy, row, 1, half + i * 6, 1);
     }
 }
@@ -142,9 +146,9 @@ static ALWAYS void multiply(const T *a, int64_t down, int64_t on, const T *b, in
 
 /* A tile of x at the points, `apart` from each other. */
 static ALWAYS void lay_tile(const T *const *pixel, int64_t channels, T *to, int64_t apart) {
-    for (int64_t i = 0; i < channels; i += LANES) {
+    for (int64_t i = 0; i < rounded(channels, PANEL); i += LANES) {
         Floats half[POINTS], column[6];
-        rows_of(0, pixel, i, half);
+        rows_of(0, pixel, i, first(channels - i), half);
         for (int n = 0; n < 6; n++) {
             of_pixels(half + n, 6, column, 1);
             for (int m = 0; m < 6; m++) store(to + (m * 6 + n) * apart + i, column[m]);
@@ -155,18 +159,19 @@ static ALWAYS void lay_tile(const T *const *pixel, int64_t channels, T *to, int6
 /* Two tiles of x or of dy at the points, side by side, in panels of which each point has `tall` rows of pairs. */
 static ALWAYS void lay_pair(int of_dy, const T *x, const T *nothing, const Conv *c, int64_t channels, int64_t tile, int64_t tiles, T *to, int64_t tall) {
     const T *one[POINTS], *other[POINTS];
+    int64_t wide = rounded(channels, PANEL);
     int side = of_dy ? 4 : 6, before = of_dy ? 0 : 1;
     cut(x, nothing, c, channels, tile, tiles, side, before, one);
     cut(x, nothing, c, channels, tile + 1, tiles, side, before, other);
-    for (int64_t i = 0; i < channels; i += LANES) {
+    for (int64_t i = 0; i < wide; i += LANES) {
         Floats even[POINTS], odd[POINTS], left[6], right[6];
-        rows_of(of_dy, one, i, even);
-        rows_of(of_dy, other, i, odd);
+        rows_of(of_dy, one, i, first(channels - i), even);
+        rows_of(of_dy, other, i, first(channels - i), odd);
         for (int n = 0; n < 6; n++) {
             of_row(of_dy, even + n, 6, left, 1);
             of_row(of_dy, odd + n, 6, right, 1);
             for (int m = 0; m < 6; m++) {
-                int64_t panel = ((m * 6 + n) * channels + i / PANEL * PANEL) * tall;
+                int64_t panel = ((m * 6 + n) * wide + i / PANEL * PANEL) * tall;
                 _mm512_store_si512(to + (panel + i % PANEL) * 2, paired(left[m], right[m]));
             }
         }
@@ -174,7 +179,7 @@ static ALWAYS void lay_pair(int of_dy, const T *x, const T *nothing, const Conv 
 }
 
 /* Sums at the points, `apart` from each other, to sixteen channels of a tile of y; of pixels that are NULL nothing is written. */
-static ALWAYS void write_tile(const float *sums, int64_t apart, const T *const *pixel, int64_t channel) {
+static ALWAYS void write_tile(const float *sums, int64_t apart, const T *const *pixel, int64_t channel, __mmask16 lanes) {
     Floats half[24], row[6], column[4];
     for (int n = 0; n < 6; n++) {
         for (int m = 0; m < 6; m++) row[m] = floats(sums + (n * 6 + m) * apart);
@@ -183,14 +188,14 @@ static ALWAYS void write_tile(const float *sums, int64_t apart, const T *const *
     for (int n = 0; n < 4; n++) {
         to_pixels(half + n, 4, column, 1);
         for (int m = 0; m < 4; m++)
-            if (pixel[m * 4 + n]) store((T *)pixel[m * 4 + n] + channel, column[m]);
+            if (pixel[m * 4 + n]) _mm256_mask_storeu_epi16((T *)pixel[m * 4 + n] + channel, lanes, (__m256i)_mm512_cvtneps_pbh((__m512)column[m]));
     }
 }
 
 /* Sixteen inputs of one filter (3 x 3 x inputs) at the points; with `back` its taps come in reverse. */
-static ALWAYS void at_points(const float *w, int64_t inputs, int back, Floats *to) {
+static ALWAYS void at_points(const float *w, int64_t inputs, int back, __mmask16 lanes, Floats *to) {
     Floats taps[9], half[18];
-    for (int tap = 0; tap < 9; tap++) taps[back ? 8 - tap : tap] = floats(w + tap * inputs);
+    for (int tap = 0; tap < 9; tap++) taps[back ? 8 - tap : tap] = (Floats)_mm512_maskz_loadu_ps(lanes, w + tap * inputs);
     for (int n = 0; n < 3; n++) of_filters(taps + n * 3, 1, half + n * 6, 1);
     for (int n = 0; n < 6; n++) of_filters(half + n, 6, to + n, 6);
 }
@@ -198,19 +203,20 @@ static ALWAYS void at_points(const float *w, int64_t inputs, int back, Floats *t
 /* Filters `o` and the next of (outputs x 3 x 3 x inputs) at the points, in panels of outputs, each with pairs of inputs. With `back`
    filters of the gradient of the images: inputs and outputs are swapped. */
 static void lay_filters(const float *w, T *to, const Conv *c, int back, int64_t o) {
-    for (int64_t i = 0; i < c->inputs; i += LANES) {
+    int64_t deep = rounded(c->inputs, PANEL), wide = rounded(c->outputs, PANEL);
+    for (int64_t i = 0; i < deep; i += LANES) {
         Floats one[POINTS], other[POINTS];
-        at_points(w + o * 9 * c->inputs + i, c->inputs, back, one);
-        at_points(w + (o + 1) * 9 * c->inputs + i, c->inputs, back, other);
+        at_points(w + o * 9 * c->inputs + i, c->inputs, back, o < c->outputs ? first(c->inputs - i) : 0, one);
+        at_points(w + (o + 1) * 9 * c->inputs + i, c->inputs, back, o + 1 < c->outputs ? first(c->inputs - i) : 0, other);
         for (int64_t p = 0; p < POINTS; p++) {
             if (back) {
-                _mm512_store_si512(to + (p * c->inputs + i / PANEL * PANEL) * c->outputs + o * PANEL + i % PANEL * 2, paired(one[p], other[p]));
+                _mm512_store_si512(to + (p * deep + i / PANEL * PANEL) * wide + o * PANEL + i % PANEL * 2, paired(one[p], other[p]));
                 continue;
             }
             uint32_t pairs[LANES]; /* of inputs: eight of one filter, eight of the next */
             store((T *)pairs, one[p]);
             store((T *)(pairs + LANES / 2), other[p]);
-            T *row = to + (p * c->outputs + o / PANEL * PANEL) * c->inputs + i * PANEL + o % PANEL * 2;
+            T *row = to + (p * wide + o / PANEL * PANEL) * deep + i * PANEL + o % PANEL * 2;
             for (int64_t k = 0; k < LANES; k++) memcpy(row + k % 8 * 2 * PANEL + k / 8 * 2, pairs + k, sizeof *pairs);
         }
     }
@@ -221,14 +227,14 @@ static void lay_filters(const float *w, T *to, const Conv *c, int back, int64_t 
 int convolve(const T *x, const float *w, T *y, const Conv *c, int back, int64_t most, int parts) {
     int failed = 0;
     int64_t inputs = back ? c->outputs : c->inputs, outputs = back ? c->inputs : c->outputs, tiles = count_tiles(c), tall = rounded(most, ROWS);
-    int64_t apart = tall * inputs, size = POINTS * (apart + 2 * tall * PANEL);
-    T *filters = aligned_alloc(LINE, POINTS * inputs * outputs * sizeof(T)), *nothing = calloc(inputs, sizeof(T));
+    int64_t deep = rounded(inputs, PANEL), wide = rounded(outputs, PANEL), apart = tall * deep, size = POINTS * (apart + 2 * tall * PANEL);
+    T *filters = aligned_alloc(LINE, POINTS * deep * wide * sizeof(T)), *nothing = calloc(deep, sizeof(T));
     T *all = aligned_alloc(LINE, parts * size * sizeof(T));
     if (!filters || !nothing || !all) failed = 1;
 #pragma omp parallel num_threads(parts) if (!failed)
     if (!failed) {
 #pragma omp for schedule(static)
-        for (int64_t o = 0; o < c->outputs; o += 2) lay_filters(w, filters, c, back, o);
+        for (int64_t o = 0; o < rounded(c->outputs, PANEL); o += 2) lay_filters(w, filters, c, back, o);
 #pragma omp for schedule(static)
         for (int64_t part = 0; part < parts; part++) {
             T *points = all + part * size;
@@ -239,15 +245,15 @@ int convolve(const T *x, const float *w, T *y, const Conv *c, int back, int64_t 
                 int64_t count = least(most, end - begin);
                 for (int64_t t = 0; t < count; t++) {
                     cut(x, nothing, c, inputs, begin + t, tiles, 6, 1, pixel);
-                    lay_tile(pixel, inputs, points + t * inputs, apart);
+                    lay_tile(pixel, inputs, points + t * deep, apart);
                 }
                 for (int64_t o = 0; o < outputs; o += PANEL) {
                     for (int64_t p = 0; p < POINTS; p++)
                         for (int64_t r = 0; r < count; r += ROWS) /* rows past the last tile hold whatever was there, and are not read */
-                            multiply(points + p * apart + r * inputs, inputs, 2, filters + (p * outputs + o) * inputs, inputs / 2, sums + (p * tall + r) * PANEL, ROWS, 1);
+                            multiply(points + p * apart + r * deep, deep, 2, filters + (p * wide + o) * deep, deep / 2, sums + (p * tall + r) * PANEL, ROWS, 1);
                     for (int64_t t = 0; t < count; t++) {
                         cut(y, NULL, c, outputs, begin + t, tiles, 4, 0, pixel);
-                        for (int64_t v = 0; v < PANEL; v += LANES) write_tile(sums + t * PANEL + v, tall * PANEL, pixel, o + v);
+                        for (int64_t v = 0; v < PANEL; v += LANES) write_tile(sums + t * PANEL + v, tall * PANEL, pixel, o + v, first(outputs - o - v));
                     }
                 }
             }
@@ -260,7 +266,7 @@ int convolve(const T *x, const float *w, T *y, const Conv *c, int back, int64_t 
 }
 
 /* Sums at the points to sixteen inputs of one filter's gradient. */
-static ALWAYS void write_filter(const float *sums, int64_t apart, float *dw, int64_t inputs) {
+static ALWAYS void write_filter(const float *sums, int64_t apart, float *dw, int64_t inputs, __mmask16 lanes) {
     Floats half[18], row[6], column[3];
     for (int n = 0; n < 6; n++) {
         for (int m = 0; m < 6; m++) row[m] = floats(sums + (n * 6 + m) * apart);
@@ -268,39 +274,39 @@ static ALWAYS void write_filter(const float *sums, int64_t apart, float *dw, int
     }
     for (int n = 0; n < 3; n++) {
         to_filters(half + n, 3, column, 1);
-        for (int m = 0; m < 3; m++) memcpy(dw + (m * 3 + n) * inputs, column + m, sizeof *column);
+        for (int m = 0; m < 3; m++) _mm512_mask_storeu_ps(dw + (m * 3 + n) * inputs, lanes, (__m512)column[m]);
     }
 }
 
 /* dw (outputs x 3 x 3 x inputs, fp32) of x and dy. `most` tiles, an even number, go through at a time. Returns 0, or 1 without memory. */
 int filter_gradient(const T *x, const T *dy, float *dw, const Conv *c, int64_t most, int parts) {
     int failed = 0;
-    int64_t inputs = c->inputs, outputs = c->outputs, tiles = count_tiles(c), tall = most / 2;
-    float *sums = aligned_alloc(LINE, POINTS * inputs * outputs * sizeof(float)); /* in panels of inputs, each with all outputs */
-    T *laid = aligned_alloc(LINE, POINTS * most * (inputs + outputs) * sizeof(T)), *nothing = calloc(inputs > outputs ? inputs : outputs, sizeof(T));
+    int64_t deep = rounded(c->inputs, PANEL), wide = rounded(c->outputs, PANEL), tiles = count_tiles(c), tall = most / 2;
+    float *sums = aligned_alloc(LINE, POINTS * deep * wide * sizeof(float)); /* in panels of inputs, each with all outputs */
+    T *laid = aligned_alloc(LINE, POINTS * most * (deep + wide) * sizeof(T)), *nothing = calloc(deep > wide ? deep : wide, sizeof(T));
     if (!sums || !laid || !nothing) failed = 1;
 #pragma omp parallel num_threads(parts) if (!failed)
     if (!failed) {
-        T *of_x = laid, *of_dy = laid + POINTS * most * inputs;
+        T *of_x = laid, *of_dy = laid + POINTS * most * deep;
         for (int64_t begin = 0; begin < tiles; begin += most) {
             int64_t pairs = (least(most, tiles - begin) + 1) / 2;
 #pragma omp for schedule(static)
             for (int64_t k = 0; k < pairs; k++) {
-                lay_pair(0, x, nothing, c, inputs, begin + 2 * k, tiles, of_x + k * 2 * PANEL, tall);
-                lay_pair(1, dy, nothing, c, outputs, begin + 2 * k, tiles, of_dy + k * 2 * PANEL, tall);
+                lay_pair(0, x, nothing, c, c->inputs, begin + 2 * k, tiles, of_x + k * 2 * PANEL, tall);
+                lay_pair(1, dy, nothing, c, c->outputs, begin + 2 * k, tiles, of_dy + k * 2 * PANEL, tall);
             }
 #pragma omp for schedule(static) collapse(2)
             for (int64_t p = 0; p < POINTS; p++)
-                for (int64_t i = 0; i < inputs; i += PANEL)
-                    for (int64_t o = 0; o < outputs; o += OUTPUTS) {
-                        const T *rows = of_dy + (p * outputs + o / PANEL * PANEL) * most + o % PANEL * 2;
-                        multiply(rows, 2, 2 * PANEL, of_x + (p * inputs + i) * most, pairs, sums + (p * inputs + i) * outputs + o * PANEL, OUTPUTS, !begin);
+                for (int64_t i = 0; i < deep; i += PANEL)
+                    for (int64_t o = 0; o < wide; o += OUTPUTS) {
+                        const T *rows = of_dy + (p * wide + o / PANEL * PANEL) * most + o % PANEL * 2;
+                        multiply(rows, 2, 2 * PANEL, of_x + (p * deep + i) * most, pairs, sums + (p * deep + i) * wide + o * PANEL, OUTPUTS, !begin);
                     }
         }
 #pragma omp for schedule(static)
-        for (int64_t o = 0; o < outputs; o++)
-            for (int64_t i = 0; i < inputs; i += LANES)
-                write_filter(sums + i / PANEL * PANEL * outputs + o * PANEL + i % PANEL, inputs * outputs, dw + o * 9 * inputs + i, inputs);
+        for (int64_t o = 0; o < c->outputs; o++)
+            for (int64_t i = 0; i < c->inputs; i += LANES)
+                write_filter(sums + i / PANEL * PANEL * wide + o * PANEL + i % PANEL, deep * wide, dw + o * 9 * c->inputs + i, c->inputs, first(c->inputs - i));
     }
     free(sums);
     free(laid);

@@ -16,13 +16,13 @@ from torch import Tensor
 from reslab.nets.compiler import FAILURES, at, compiled
 
 SOURCE = Path(__file__).with_name("dots.c")
-PANEL = 32  # channels come in these
+PANEL = 32  # channels that lie together; what is missing to the last is zeros
 TILES, MORE = 48, 384  # at a time: for a convolution, for the gradient of its filters
 
 
-def divides(inputs: int, outputs: int) -> bool:
-    """Whether channels come in whole panels."""
-    return inputs % PANEL == outputs % PANEL == 0
+def fills(*channels: int) -> bool:
+    """Whether channels fill panels well enough: at most a quarter is empty."""
+    return all(3 * -(-count // PANEL) * PANEL <= 4 * count for count in channels)
 
 
 @cache

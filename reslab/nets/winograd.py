@@ -54,7 +54,7 @@ class WinogradConv(Conv3x3):
         return _wide(self.in_channels, self.out_channels) or self._by_dots(dtype)
 
     def _by_dots(self, dtype: torch.dtype) -> bool:
-        return dtype == torch.bfloat16 and dots.divides(self.in_channels, self.out_channels) and dots.usable()
+        return dtype == torch.bfloat16 and dots.fills(self.in_channels, self.out_channels) and dots.usable()
 
 
 def use_winograd(net: nn.Module, on: bool, keep: bool = True) -> None:
@@ -71,7 +71,7 @@ def has_winograd(net: nn.Module, dtype: torch.dtype) -> bool:
 
 def suits(inputs: int, outputs: int, kernel: int, stride: int, groups: int) -> bool:
     """Whether a convolution is one that Winograd's algorithm may make faster."""
-    return (kernel, stride, groups) == (3, 1, 1) and (_wide(inputs, outputs) or dots.divides(inputs, outputs))
+    return (kernel, stride, groups) == (3, 1, 1) and (_wide(inputs, outputs) or dots.fills(inputs, outputs))
 
 
 def _wide(inputs: int, outputs: int) -> bool:

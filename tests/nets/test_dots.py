@@ -16,6 +16,8 @@ SHAPES = [
     (70, 96, 32, 4, 4),
     (9, 32, 160, 16, 16),  # more tiles than go through at a time
     (1, 32, 32, 1, 2),
+    (5, 24, 43, 7, 8),  # panels that are not full
+    (3, 43, 24, 5, 5),
 ]
 
 
@@ -96,7 +98,8 @@ def test_a_processor_without_them_is_told_apart(monkeypatch: pytest.MonkeyPatch)
         usable.cache_clear()
 
 
-def test_channels_come_in_whole_panels() -> None:
-    assert dots.divides(32, 96)
-    assert not dots.divides(16, 32)
-    assert not dots.divides(64, 48)
+def test_panels_are_well_filled() -> None:
+    assert dots.fills(32, 96)
+    assert dots.fills(24, 48)
+    assert not dots.fills(16, 32)
+    assert not dots.fills(64, 40)
