@@ -1,7 +1,8 @@
 /* 3x3 convolutions by Winograd's algorithm, F(4x4, 3x3), in bf16 by AVX-512's dot products; sums and transforms are in fp32.
 
-   Images are channels-last and padded by one pixel of zeros; what lies between has zeros for channels that no panel is full of. A tile
-   is 6x6 pixels of what goes in, four apart, and 4x4 of what comes out. Which points polynomials are evaluated at, and why, is in winograd.py. Compiled by dots.py. */
+   Images are channels-last and padded by one pixel of zeros. A tile is 6x6 pixels of what goes in, four apart, and 4x4 of what comes
+   out. At the points channels lie in panels, the last filled up with zeros. Which points polynomials are evaluated at, and why, is in
+   winograd.py. Compiled by dots.py. */
 
 #define BF16
 #include "vectors.h"

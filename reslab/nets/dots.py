@@ -1,7 +1,7 @@
 """Winograd's convolutions in bf16 by AVX-512's dot products, in C (dots.c): for processors that have these and no matrix tiles.
 
 By torch's operations (winograd.py) every step of the algorithm is written to memory and read again; here transforms and products
-stay in the caches, and all sums are fp32. Without a C compiler the convolution is direct.
+stay in the caches, and all sums are fp32. What it gains is in benchmarks/results/winograd-amd.txt.
 """
 
 import ctypes

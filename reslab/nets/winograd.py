@@ -5,7 +5,7 @@ for all channels together is 36 matrix products, and transformed back to 4x4 pix
 layers, where those products outweigh the transforms, and as long as what lies between two steps stays in the cache: the
 images go through a few at a time. In bf16, where the processor has dot products for it, all of it is in C (dots.py), which pays
 for narrow layers too. Rounding differs from the direct convolution's: forward and backward at most 2e-6
-relative in fp32, 0.017 in bf16 (benchmarks/results/winograd-amd.txt).
+relative in fp32, in bf16 0.013 in C and 0.017 by torch's operations (benchmarks/results/winograd-amd.txt, docs/log.md).
 """
 
 from functools import cache
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from reslab.nets import dots
 from reslab.nets.tiles import Conv3x3
 
-WIDE = 128  # channels in and out, their geometric mean, below which the transforms cost what the products save
+WIDE = 128  # channels in and out, their geometric mean, below which torch's transforms cost what the products save
 NARROWEST = 64
 FEW_TILES = 64  # below so many, reading the transformed filters takes longest
 WASTE = 1.8  # of tiles that reach over the edge
