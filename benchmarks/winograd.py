@@ -1,6 +1,6 @@
 """3x3 convolutions, forward and backward: Winograd's algorithm, as a net that trains takes it, against torch's direct one. In turns, medians.
 
-python winograd.py            about three minutes
+python winograd.py            about a minute
 python winograd.py --smoke    seconds; figures that mean nothing
 """
 
@@ -20,7 +20,7 @@ from reslab.nets.winograd import WinogradConv, pays
 SMOKE = "--smoke" in sys.argv
 ROUNDS = 1 if SMOKE else 9
 DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16"}
-SHAPES = ((2, 128, 128, 8),) if SMOKE else (
+SHAPES = ((16, 128, 128, 8),) if SMOKE else (
     (128, 32, 32, 16), (128, 64, 64, 8), (128, 64, 64, 16), (128, 64, 256, 16), (128, 128, 128, 16), (128, 256, 256, 8),
     (32, 64, 64, 56), (32, 128, 128, 28), (32, 256, 256, 14), (32, 512, 512, 7), (32, 512, 512, 8),
 )  # fmt: skip

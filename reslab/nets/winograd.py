@@ -40,13 +40,15 @@ class WinogradConv(Conv3x3):
     keep = True
 
     def forward(self, x: Tensor) -> Tensor:
-        dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
-        if not (self.winograd and self.able(dtype) and pays(x)):
+        if not (self.winograd and pays(x)):
             return super().forward(x)
+        dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
         if self._by_dots(dtype):
             y: Tensor = dots.Dots.apply(x.to(dtype), self.weight.float())  # type: ignore[no-untyped-call]
-        else:
+        elif _wide(self.in_channels, self.out_channels):
             y = Winograd.apply(x.to(dtype), self.weight, self.keep)  # type: ignore[no-untyped-call]
+        else:
+            return super().forward(x)
         return y if self.bias is None else y + self.bias.to(dtype)[:, None, None]
 
     def able(self, dtype: torch.dtype) -> bool:

@@ -98,10 +98,9 @@ def make_plan(
     precision, reason = (recipe.precision, "as asked") if recipe.precision != "auto" else _choose_precision(macs, machine)
     per_epoch = train // recipe.batch_size
     segments = choose_segments(net.spec, recipe, precision, memory, machine)
-    bf16 = precision == "bf16"
-    tries = recipe.convolution == "auto" and machine.device.type == "cpu" and not (bf16 and has_amx())
-    tries = tries and has_winograd(net, torch.bfloat16 if bf16 else torch.float32)
-    fuses = recipe.fuse == "auto" and machine.device.type == "cpu"
+    dtype, on_cpu = torch.bfloat16 if precision == "bf16" else torch.float32, machine.device.type == "cpu"
+    other_way = recipe.convolution == "auto" and on_cpu and not (precision == "bf16" and has_amx()) and has_winograd(net, dtype)
+    fuses = recipe.fuse == "auto" and on_cpu
     plan = Plan(
         recipe.steps or recipe.epochs * per_epoch,
         per_epoch,
@@ -119,7 +118,7 @@ def make_plan(
     if low:
         sizes.append(interpolate(x, size=low_size(x.shape[2], recipe.low_size), mode="bilinear").contiguous(memory_format=torch.channels_last))
     plan = _timed(plan, net, sizes, recipe, machine, pieces)
-    if tries:  # how fast direct convolutions are, next to matrix products, differs between machines; with AMX, in bf16, they win everywhere
+    if other_way:  # how fast direct convolutions are, next to matrix products, differs between machines; with AMX, in bf16, they win everywhere
         plan = _better(plan, _timed(replace(plan, winograd=True), net, sizes, recipe, machine, pieces))
     if machine.replays and memory is None:
         plan = _better(plan, _timed(replace(plan, replayed=True), net, sizes, recipe, machine, pieces))

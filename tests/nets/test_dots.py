@@ -14,7 +14,7 @@ SHAPES = [
     (3, 32, 64, 8, 8),
     (2, 64, 32, 9, 6),  # tiles that reach over the edge, an odd number of them
     (70, 96, 32, 4, 4),
-    (9, 32, 160, 16, 16),  # more tiles than go through at a time
+    (25, 32, 160, 16, 16),  # more tiles than go through at a time, for the filters' gradient as well
     (1, 32, 32, 1, 2),
     (5, 24, 43, 7, 8),  # panels that are not full
     (3, 43, 24, 5, 5),
