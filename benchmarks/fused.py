@@ -17,11 +17,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from reslab.host import keep_freed_memory
+from reslab.nets.conv3x3 import Conv3x3
 from reslab.nets.fused import Norm, norm_add_relu, norm_relu, reason_against, use_fused
 from reslab.nets.gram import conv_norm_add_relu
 from reslab.nets.parts import Add, Pointwise
 from reslab.nets.pool import MaxPool
-from reslab.nets.tiles import Conv3x3, filter_gradient, usable
+from reslab.nets.tiles import filter_gradient, usable
 
 SMOKE = "--smoke" in sys.argv
 ROUNDS = 1 if SMOKE else 15

@@ -1,7 +1,8 @@
-"""Winograd's convolutions in bf16 by AVX-512's dot products, in C (dots.c): for processors that have these and no matrix tiles.
+"""3x3 convolutions in bf16 by AVX-512's dot products, in C: for processors that have these and no matrix tiles.
 
-By torch's operations (winograd.py) every step of the algorithm is written to memory and read again; here transforms and products
-stay in the caches, and all sums are fp32. What it gains is in benchmarks/results/winograd-amd.txt.
+By Winograd's algorithm in winograd.c: by torch's operations (winograd.py) every step of it is written to memory and read again; here
+transforms and products stay in the caches. From 16 channels to 16, where the transforms would cost what they save, directly in
+narrow.c. All sums are fp32. What it gains is in benchmarks/results/winograd-amd.txt.
 """
 
 import ctypes
@@ -15,7 +16,8 @@ from torch import Tensor
 
 from reslab.nets.compiler import FAILURES, at, compiled
 
-SOURCE = Path(__file__).with_name("dots.c")
+WINOGRAD, DIRECT = (Path(__file__).with_name(name) for name in ("winograd.c", "narrow.c"))
+NARROW = 16  # channels
 PANEL = 32  # channels that lie together; what is missing to the last is zeros
 TILES, MORE = 48, 384  # at a time: for a convolution, for the gradient of its filters
 
@@ -25,11 +27,16 @@ def fills(*channels: int) -> bool:
     return all(3 * -(-count // PANEL) * PANEL <= 4 * count for count in channels)
 
 
+def narrow(*channels: int) -> bool:
+    """Whether channels are those of direct convolutions."""
+    return all(count == NARROW for count in channels)
+
+
 @cache
 def usable() -> bool:
-    """Whether the processor has dot products of bf16 and a compiler makes the library."""
+    """Whether the processor has dot products of bf16 and a compiler makes the libraries."""
     try:
-        return bool(_library())
+        return bool(_winograd() and _direct())
     except FAILURES:
         return False
 
@@ -52,7 +59,9 @@ class Dots(torch.autograd.Function):
         dw = None
         if ctx.needs_input_grad[1]:
             dw = torch.empty_like(weight, memory_format=torch.channels_last)
-            if _library().filter_gradient(at(x), at(dy), at(dw), byref(_conv(x, weight)), MORE, torch.get_num_threads()):
+            given, threads = (at(x), at(dy), at(dw), byref(_conv(x, weight))), torch.get_num_threads()
+            direct = narrow(*weight.shape[:2])
+            if _direct().filter_gradient(*given, threads) if direct else _winograd().filter_gradient(*given, MORE, threads):
                 raise MemoryError("no memory for the sums of a filter's gradient")
         return dx, dw
 
@@ -60,7 +69,8 @@ class Dots(torch.autograd.Function):
 def _convolved(x: Tensor, weight: Tensor, back: bool) -> Tensor:
     weight = weight.contiguous(memory_format=torch.channels_last)
     y = torch.empty((len(x), weight.shape[1 if back else 0], *x.shape[2:]), dtype=x.dtype, memory_format=torch.channels_last)
-    if _library().convolve(at(x), at(weight), at(y), byref(_conv(x, weight)), back, TILES, torch.get_num_threads()):
+    given, threads = (at(x), at(weight), at(y), byref(_conv(x, weight)), back), torch.get_num_threads()
+    if _direct().convolve(*given, threads) if narrow(*weight.shape[:2]) else _winograd().convolve(*given, TILES, threads):
         raise MemoryError("no memory for the tiles of a convolution")
     return y
 
@@ -70,15 +80,24 @@ def _conv(x: Tensor, weight: Tensor) -> "_Conv":
 
 
 class _Conv(ctypes.Structure):
-    """As in dots.c."""
+    """As in winograd.c."""
 
     _fields_ = [(name, c_int64) for name in ("images", "height", "width", "inputs", "outputs")]
 
 
 @cache
-def _library() -> ctypes.CDLL:
+def _winograd() -> ctypes.CDLL:
     """Raises one of FAILURES where it cannot be made."""
-    library = compiled(SOURCE)
+    library = compiled(WINOGRAD)
     library.convolve.argtypes = [c_void_p, c_void_p, c_void_p, c_void_p, c_int, c_int64, c_int]
     library.filter_gradient.argtypes = [c_void_p, c_void_p, c_void_p, c_void_p, c_int64, c_int]
+    return library
+
+
+@cache
+def _direct() -> ctypes.CDLL:
+    """Raises one of FAILURES where it cannot be made."""
+    library = compiled(DIRECT)
+    library.convolve.argtypes = [c_void_p, c_void_p, c_void_p, c_void_p, c_int, c_int]
+    library.filter_gradient.argtypes = [c_void_p, c_void_p, c_void_p, c_void_p, c_int]
     return library

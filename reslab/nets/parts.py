@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from reslab.layout import SCALING, norm_groups, norm_kind
 from reslab.nets import tiles
+from reslab.nets.conv3x3 import Conv3x3
 from reslab.nets.fused import Norm
 from reslab.nets.winograd import WinogradConv, suits
 from reslab.spec import Conv, Spec
@@ -20,7 +21,7 @@ def conv(inputs: int, c: Conv, bias: bool) -> nn.Conv2d:
     if suits(inputs, c.outputs, c.kernel, c.stride, c.groups):
         return WinogradConv(inputs, c.outputs, c.kernel, padding=1, bias=bias)
     if (c.kernel, c.groups) == (3, 1) and c.stride <= 2:
-        return tiles.Conv3x3(inputs, c.outputs, c.kernel, c.stride, padding=1, bias=bias)
+        return Conv3x3(inputs, c.outputs, c.kernel, c.stride, padding=1, bias=bias)
     return nn.Conv2d(inputs, c.outputs, c.kernel, c.stride, padding=c.kernel // 2, groups=c.groups, bias=bias)
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from reslab.nets.compiler import FAILURES, at, compiled
 
@@ -22,17 +22,6 @@ LEAST = 64  # channels of the images; with fewer, laying them out costs what it 
 SHARE = 512  # pixels that a thread should have, for its sums to be worth adding up
 SMALL, TINY = 8, 4  # pixels a row of maps that are convolved by tiles: small ones of many channels, tiny ones of any
 MANY = 128
-
-
-class Conv3x3(nn.Conv2d):
-    """A padded 3x3 convolution, stride 1 or 2. Where it is `fused` and in bf16, the gradient of its filters is by tiles."""
-
-    fused = False
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self.fused and self.training and self.bias is None and suits(x):
-            return convolution(x, self.weight, self.stride[0])
-        return super().forward(x)
 
 
 @cache

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from reslab.nets import dots
-from reslab.nets.tiles import Conv3x3
+from reslab.nets.conv3x3 import Conv3x3
 
 WIDE = 128  # channels in and out, their geometric mean, below which torch's transforms cost what the products save
 NARROWEST = 64

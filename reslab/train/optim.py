@@ -3,13 +3,19 @@
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import reduce
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from reslab.nets.tiles import has_amx
 from reslab.nets.torch import ResNet
 from reslab.train.recipe import Recipe
+
+STEPS, FIFTH = 5, (3.4445, -4.7750, 2.0315)  # Newton-Schulz, by a polynomial of fifth degree: Jordan et al. 2024
+LEAST = 1e-7  # added to a norm
+WIDE = 4  # times as wide as it is tall a matrix must be, for the detour by its Gram matrix to be shorter
 
 
 def optimizer(net: ResNet, recipe: Recipe, precision: str = "fp32") -> torch.optim.Optimizer:
@@ -108,14 +114,38 @@ def orthogonal(updates: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
         x = torch.stack([updates[i].movedim(1, -1).flatten(1) for i in members])  # in the order in which a channels-last filter lies in memory
         tall = x.shape[1] > x.shape[2]
         x = x.mT if tall else x
-        x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
-        x = x.to(dtype)
-        for _ in range(5):
-            gram = x @ x.mT
-            x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315), x, beta=3.4445)
+        x = _by_gram(x, dtype) if x.shape[2] > WIDE * x.shape[1] and not _quick(x, dtype) else _by_steps(x, dtype)
         for i, matrix in zip(members, (x.mT if tall else x).to(updates[0].dtype), strict=True):
             found[i] = matrix.view(shape[0], *shape[2:], shape[1]).movedim(-1, 1)
     return found
+
+
+def _by_steps(x: Tensor, dtype: torch.dtype) -> Tensor:
+    x = (x / (x.norm(dim=(1, 2), keepdim=True) + LEAST)).to(dtype)
+    for _ in range(STEPS):
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=FIFTH[1], alpha=FIFTH[2]), x, beta=FIFTH[0])
+    return x
+
+
+def _by_gram(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """The same, but for rounding: a step multiplies x by a polynomial of x x', so x itself is only needed at both ends.
+
+    In between everything is as small as x x', and in fp32, without which its least eigenvalues would be lost.
+    """
+    gram = x @ x.mT
+    norm = gram.diagonal(dim1=1, dim2=2).sum(1)[:, None, None].sqrt() + LEAST
+    gram, factors = gram / norm.square(), [norm.reciprocal()]
+    for step in range(STEPS):
+        gram = factors[-1] @ gram @ factors[-1] if step else gram
+        factors.append(torch.baddbmm(gram, gram, gram, beta=FIFTH[1], alpha=FIFTH[2]))
+        factors[-1].diagonal(dim1=1, dim2=2).add_(FIFTH[0])
+    return (factors[0] * reduce(torch.matmul, factors[1:])).to(dtype) @ x.to(dtype)
+
+
+def _quick(x: Tensor, dtype: torch.dtype) -> bool:
+    """Whether products in `dtype` are so much faster than in fp32 that more of them take less time."""
+    return dtype == torch.bfloat16 and (x.is_cuda or has_amx())
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:

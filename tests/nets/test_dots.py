@@ -1,4 +1,4 @@
-"""Winograd's convolutions by dot products give what direct ones give, forward and backward."""
+"""Convolutions by dot products give what torch's give, forward and backward."""
 
 import pytest
 import torch
@@ -18,6 +18,9 @@ SHAPES = [
     (1, 32, 32, 1, 2),
     (5, 24, 43, 7, 8),  # panels that are not full
     (3, 43, 24, 5, 5),
+    (9, 16, 16, 8, 16),  # directly, all blocks full; images of two groups
+    (2, 16, 16, 9, 13),
+    (17, 16, 16, 1, 1),
 ]
 
 
@@ -55,8 +58,9 @@ def test_outputs_and_gradients_are_those_of_the_direct_convolution(shape: tuple[
 
 
 @by_dots
-def test_a_pixel_out_of_place_is_noticed() -> None:
-    x, weight, dy = made(3, 32, 32, 8, 8)
+@pytest.mark.parametrize("channels", [32, 16])
+def test_a_pixel_out_of_place_is_noticed(channels: int) -> None:
+    x, weight, dy = made(3, channels, channels, 8, 8)
     right = exact(x, weight, dy)
     with torch.no_grad():
         x[1, :, 3, 4], dy[1, :, 3, 4] = x[1, :, 3, 5], dy[1, :, 3, 5]
@@ -64,8 +68,9 @@ def test_a_pixel_out_of_place_is_noticed() -> None:
 
 
 @by_dots
-def test_neither_threads_nor_how_the_memory_lies_change_a_bit() -> None:
-    x, weight, dy = made(9, 32, 64, 12, 12)
+@pytest.mark.parametrize("shape", [(9, 32, 64, 12, 12), (27, 16, 16, 12, 12)])
+def test_neither_threads_nor_how_the_memory_lies_change_a_bit(shape: tuple[int, ...]) -> None:
+    x, weight, dy = made(*shape)
     ours, threads = found(x, weight, dy), torch.get_num_threads()
     try:
         torch.set_num_threads(1)
@@ -89,12 +94,12 @@ def test_a_processor_without_them_is_told_apart(monkeypatch: pytest.MonkeyPatch)
         raise OSError("no C compiler")
 
     monkeypatch.setattr(dots, "compiled", missing)
-    dots._library.cache_clear()
+    dots._winograd.cache_clear()
     usable.cache_clear()
     try:
         assert not usable()
     finally:
-        dots._library.cache_clear()
+        dots._winograd.cache_clear()
         usable.cache_clear()
 
 

@@ -6,8 +6,9 @@ from torch import Tensor, nn
 from torch.nn.functional import conv2d
 
 from reslab.nets import tiles
+from reslab.nets.conv3x3 import Conv3x3
 from reslab.nets.parts import Pointwise
-from reslab.nets.tiles import Conv3x3, convolution, filter_gradient, usable
+from reslab.nets.tiles import convolution, filter_gradient, usable
 from reslab.nets.winograd import WinogradConv
 from tests.conftest import distance
 

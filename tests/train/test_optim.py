@@ -4,8 +4,9 @@ import pytest
 import torch
 
 import reslab
-from reslab.train.optim import Average, lr_at, optimizer, orthogonal, set_lr, uphill
+from reslab.train.optim import Average, _by_gram, _by_steps, lr_at, optimizer, orthogonal, set_lr, uphill
 from reslab.train.recipe import RECIPES, Recipe
+from tests.conftest import distance
 
 
 def test_schedules_start_peak_and_end_where_they_should() -> None:
@@ -76,6 +77,16 @@ def test_orthogonal_updates_have_nearly_equal_singular_values(dtype: torch.dtype
         assert 0.5 < values.min() <= values.max() < 1.3
         u, _, v = torch.linalg.svd(before.reshape(len(before), -1), full_matrices=False)
         assert torch.nn.functional.cosine_similarity(after.flatten(), (u @ v).flatten(), dim=0) > 0.97
+
+
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-4), (torch.bfloat16, 0.01)])
+def test_the_detour_by_the_gram_matrix_changes_the_rounding_only(dtype: torch.dtype, bound: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2, 32, 288, generator=generator, dtype=torch.float64) @ torch.diag(torch.logspace(0, -3, 288, dtype=torch.float64))
+    right = _by_steps(x, torch.float64)
+    assert distance(_by_gram(x.float(), dtype), right) < bound
+    x[1, 3, 0] *= 2
+    assert distance(_by_gram(x.float(), dtype), right) > bound, "one entry doubled"
 
 
 def test_muon_multiplies_in_bf16_where_the_net_does() -> None:

@@ -16,7 +16,7 @@
 #define PANEL 32 /* channels that lie together, and sums in a row of a block */
 #define ROWS 12 /* of a block in registers, for a convolution */
 #define OUTPUTS 8 /* of a block in registers, for the filters' gradient; they divide a panel */
-#define LINE 64 /* bytes */
+#define LINE 64 /* bytes; points lie one more than their numbers take from each other, so that they do not compete for the same places in a cache */
 
 /* Points, their powers, and what the polynomials that are 1 at one and 0 at the others are divided by. */
 #define A 0.75f
@@ -36,9 +36,7 @@ static int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
 static int64_t rounded(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
-static __mmask16 first(int64_t lanes) { return lanes >= LANES ? 0xffff : lanes > 0 ? (1 << lanes) - 1 : 0; }
-
-static ALWAYS Floats some(__mmask16 lanes, const T *p) { return (Floats)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(lanes, p)), 16); }
+static uint32_t first(int64_t lanes) { return lanes >= PANEL ? UINT32_MAX : lanes > 0 ? ((uint32_t)1 << lanes) - 1 : 0; }
 
 static int64_t count_tiles(const Conv *c) { return c->images * ((c->height + 3) / 4) * ((c->width + 3) / 4); }
 
@@ -110,20 +108,31 @@ static ALWAYS void of_row(int of_dy, const Floats *from, int by, Floats *to, int
         of_pixels(from, by, to, on);
 }
 
-/* The rows of a tile, sixteen channels of x or of dy; what is left are its columns. */
-static ALWAYS void rows_of(int of_dy, const T *const *pixel, int64_t channel, __mmask16 lanes, Floats *half) {
-    int side = of_dy ? 4 : 6;
-    for (int i = 0; i < side; i++) {
-        Floats row[6];
-        for (int j = 0; j < side; j++) row[j] = some(lanes, pixel[i * side + j] + channel);
-        of_row(of_dy, row, 1, half + i * 6, 1);
-    }
+/* The even and the odd channels of a panel; or any two vectors that are to be put in turns. */
+typedef struct {
+    Floats even, odd;
+} Panel;
+
+static ALWAYS Panel split(__m512i channels) {
+    return (Panel){(Floats)_mm512_slli_epi32(channels, 16), (Floats)_mm512_and_si512(channels, _mm512_set1_epi32((int)0xffff0000))};
 }
 
-/* Sixteen channels of two tiles, or of two filters, side by side. */
-static ALWAYS __m512i paired(Floats one, Floats other) {
-    __m512i low = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh((__m512)one));
-    return _mm512_or_si512(low, _mm512_slli_epi32(_mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh((__m512)other)), 16));
+/* Rounded to bf16: the even channels, then the odd ones. */
+static ALWAYS __m512i rounded_panel(Panel p) { return (__m512i)_mm512_cvtne2ps_pbh((__m512)p.odd, (__m512)p.even); }
+
+/* The rows of a tile, a panel of x or of dy; what is left are its columns. */
+static ALWAYS void rows_of(int of_dy, const T *const *pixel, int64_t channel, __mmask32 lanes, Floats *even, Floats *odd) {
+    int side = of_dy ? 4 : 6;
+    for (int i = 0; i < side; i++) {
+        Floats row[2][6];
+        for (int j = 0; j < side; j++) {
+            Panel p = split(_mm512_maskz_loadu_epi16(lanes, pixel[i * side + j] + channel));
+            row[0][j] = p.even;
+            row[1][j] = p.odd;
+        }
+        of_row(of_dy, row[0], 1, even + i * 6, 1);
+        of_row(of_dy, row[1], 1, odd + i * 6, 1);
+    }
 }
 
 /* Sums over pairs of products: `rows` rows of a times a panel of b. Row r's pair k is at a + r * down + k * on, a panel's at b + k * 64. */
@@ -145,53 +154,75 @@ static ALWAYS void multiply(const T *a, int64_t down, int64_t on, const T *b, in
         for (int v = 0; v < 2; v++) _mm512_store_ps(sums + r * PANEL + v * LANES, s[r][v]);
 }
 
+/* What follows what, of a rounded panel: its channels in order; and of two of them, channel by channel, the first sixteen and the others. */
+static const uint16_t IN_ORDER[PANEL] = {0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+static const uint16_t SIDE_BY_SIDE[2][PANEL] = {
+    {0, 32, 16, 48, 1, 33, 17, 49, 2, 34, 18, 50, 3, 35, 19, 51, 4, 36, 20, 52, 5, 37, 21, 53, 6, 38, 22, 54, 7, 39, 23, 55},
+    {8, 40, 24, 56, 9, 41, 25, 57, 10, 42, 26, 58, 11, 43, 27, 59, 12, 44, 28, 60, 13, 45, 29, 61, 14, 46, 30, 62, 15, 47, 31, 63},
+};
+
 /* A tile of x at the points, `apart` from each other. */
 static ALWAYS void lay_tile(const T *const *pixel, int64_t channels, T *to, int64_t apart) {
-    for (int64_t i = 0; i < rounded(channels, PANEL); i += LANES) {
-        Floats half[POINTS], column[6];
-        rows_of(0, pixel, i, first(channels - i), half);
+    __m512i order = _mm512_loadu_si512(IN_ORDER);
+    for (int64_t i = 0; i < channels; i += PANEL) {
+        Floats even[POINTS], odd[POINTS], left[6], right[6];
+        rows_of(0, pixel, i, first(channels - i), even, odd);
         for (int n = 0; n < 6; n++) {
-            of_pixels(half + n, 6, column, 1);
-            for (int m = 0; m < 6; m++) store(to + (m * 6 + n) * apart + i, column[m]);
+            of_pixels(even + n, 6, left, 1);
+            of_pixels(odd + n, 6, right, 1);
+            for (int m = 0; m < 6; m++) {
+                __m512i panel = rounded_panel((Panel){left[m], right[m]});
+                _mm512_store_si512(to + (m * 6 + n) * apart + i, _mm512_permutexvar_epi16(order, panel));
+            }
         }
     }
 }
 
 /* Two tiles of x or of dy at the points, side by side, in panels of which each point has `tall` rows of pairs. */
 static ALWAYS void lay_pair(int of_dy, const T *x, const T *nothing, const Conv *c, int64_t channels, int64_t tile, int64_t tiles, T *to, int64_t tall) {
-    const T *one[POINTS], *other[POINTS];
+    const T *pixel[2][POINTS];
+    __m512i first_half = _mm512_loadu_si512(SIDE_BY_SIDE[0]), second_half = _mm512_loadu_si512(SIDE_BY_SIDE[1]);
     int64_t wide = rounded(channels, PANEL);
     int side = of_dy ? 4 : 6, before = of_dy ? 0 : 1;
-    cut(x, nothing, c, channels, tile, tiles, side, before, one);
-    cut(x, nothing, c, channels, tile + 1, tiles, side, before, other);
-    for (int64_t i = 0; i < wide; i += LANES) {
-        Floats even[POINTS], odd[POINTS], left[6], right[6];
-        rows_of(of_dy, one, i, first(channels - i), even);
-        rows_of(of_dy, other, i, first(channels - i), odd);
+    for (int t = 0; t < 2; t++) cut(x, nothing, c, channels, tile + t, tiles, side, before, pixel[t]);
+    for (int64_t i = 0; i < wide; i += PANEL) {
+        Floats even[2][POINTS], odd[2][POINTS];
+        for (int t = 0; t < 2; t++) rows_of(of_dy, pixel[t], i, first(channels - i), even[t], odd[t]);
         for (int n = 0; n < 6; n++) {
-            of_row(of_dy, even + n, 6, left, 1);
-            of_row(of_dy, odd + n, 6, right, 1);
+            __m512i column[2][6];
+            for (int t = 0; t < 2; t++) {
+                Floats left[6], right[6];
+                of_row(of_dy, even[t] + n, 6, left, 1);
+                of_row(of_dy, odd[t] + n, 6, right, 1);
+                for (int m = 0; m < 6; m++) column[t][m] = rounded_panel((Panel){left[m], right[m]});
+            }
             for (int m = 0; m < 6; m++) {
-                int64_t panel = ((m * 6 + n) * wide + i / PANEL * PANEL) * tall;
-                _mm512_store_si512(to + (panel + i % PANEL) * 2, paired(left[m], right[m]));
+                T *panel = to + ((m * 6 + n) * wide + i) * tall * 2 + (m * 6 + n) * PANEL;
+                _mm512_store_si512(panel, _mm512_permutex2var_epi16(column[0][m], first_half, column[1][m]));
+                _mm512_store_si512(panel + PANEL, _mm512_permutex2var_epi16(column[0][m], second_half, column[1][m]));
             }
         }
     }
 }
 
-/* Sums at the points, `apart` from each other, to sixteen channels of a tile of y; of pixels that are NULL nothing is written. */
-static ALWAYS void write_tile(const float *sums, int64_t apart, const T *const *pixel, int64_t channel, __mmask16 lanes) {
-    Floats half[24], row[6], column[4];
-    for (int n = 0; n < 6; n++) {
-        for (int m = 0; m < 6; m++) row[m] = floats(sums + (n * 6 + m) * apart);
-        to_pixels(row, 1, half + n * 4, 1);
-    }
+/* Sums at the points, `apart` from each other, to a panel of a tile of y; of pixels that are NULL nothing is written. */
+static ALWAYS void write_tile(const float *sums, int64_t apart, const T *const *pixel, int64_t channel, __mmask32 lanes) {
+    Floats half[2][24], column[2][4];
+    for (int v = 0; v < 2; v++)
+        for (int n = 0; n < 6; n++) {
+            Floats row[6];
+            for (int m = 0; m < 6; m++) row[m] = floats(sums + (n * 6 + m) * apart + v * LANES);
+            to_pixels(row, 1, half[v] + n * 4, 1);
+        }
     for (int n = 0; n < 4; n++) {
-        to_pixels(half + n, 4, column, 1);
+        for (int v = 0; v < 2; v++) to_pixels(half[v] + n, 4, column[v], 1);
         for (int m = 0; m < 4; m++)
-            if (pixel[m * 4 + n]) _mm256_mask_storeu_epi16((T *)pixel[m * 4 + n] + channel, lanes, (__m256i)_mm512_cvtneps_pbh((__m512)column[m]));
+            if (pixel[m * 4 + n]) _mm512_mask_storeu_epi16((T *)pixel[m * 4 + n] + channel, lanes, (__m512i)_mm512_cvtne2ps_pbh((__m512)column[1][m], (__m512)column[0][m]));
     }
 }
+
+/* Sixteen inputs of two filters side by side. */
+static ALWAYS __m512i paired(Floats one, Floats other) { return _mm512_permutexvar_epi16(_mm512_loadu_si512(IN_ORDER), rounded_panel((Panel){one, other})); }
 
 /* Sixteen inputs of one filter (3 x 3 x inputs) at the points; with `back` its taps come in reverse. */
 static ALWAYS void at_points(const float *w, int64_t inputs, int back, __mmask16 lanes, Floats *to) {
@@ -228,7 +259,7 @@ static void lay_filters(const float *w, T *to, const Conv *c, int back, int64_t 
 int convolve(const T *x, const float *w, T *y, const Conv *c, int back, int64_t most, int parts) {
     int failed = 0;
     int64_t inputs = back ? c->outputs : c->inputs, outputs = back ? c->inputs : c->outputs, tiles = count_tiles(c), tall = rounded(most, ROWS);
-    int64_t deep = rounded(inputs, PANEL), wide = rounded(outputs, PANEL), apart = tall * deep, size = POINTS * (apart + 2 * tall * PANEL);
+    int64_t deep = rounded(inputs, PANEL), wide = rounded(outputs, PANEL), apart = tall * deep + PANEL, aside = tall * PANEL + LANES, size = POINTS * (apart + 2 * aside);
     T *filters = aligned_alloc(LINE, POINTS * deep * wide * sizeof(T)), *nothing = calloc(deep, sizeof(T));
     T *all = aligned_alloc(LINE, parts * size * sizeof(T));
     if (!filters || !nothing || !all) failed = 1;
@@ -251,10 +282,10 @@ int convolve(const T *x, const float *w, T *y, const Conv *c, int back, int64_t 
                 for (int64_t o = 0; o < outputs; o += PANEL) {
                     for (int64_t p = 0; p < POINTS; p++)
                         for (int64_t r = 0; r < count; r += ROWS) /* rows past the last tile hold whatever was there, and are not read */
-                            multiply(points + p * apart + r * deep, deep, 2, filters + (p * wide + o) * deep, deep / 2, sums + (p * tall + r) * PANEL, ROWS, 1);
+                            multiply(points + p * apart + r * deep, deep, 2, filters + (p * wide + o) * deep, deep / 2, sums + p * aside + r * PANEL, ROWS, 1);
                     for (int64_t t = 0; t < count; t++) {
                         cut(y, NULL, c, outputs, begin + t, tiles, 4, 0, pixel);
-                        for (int64_t v = 0; v < PANEL; v += LANES) write_tile(sums + t * PANEL + v, tall * PANEL, pixel, o + v, first(outputs - o - v));
+                        write_tile(sums + t * PANEL, aside, pixel, o, first(outputs - o));
                     }
                 }
             }
@@ -284,11 +315,11 @@ int filter_gradient(const T *x, const T *dy, float *dw, const Conv *c, int64_t m
     int failed = 0;
     int64_t deep = rounded(c->inputs, PANEL), wide = rounded(c->outputs, PANEL), tiles = count_tiles(c), tall = most / 2;
     float *sums = aligned_alloc(LINE, POINTS * deep * wide * sizeof(float)); /* in panels of inputs, each with all outputs */
-    T *laid = aligned_alloc(LINE, POINTS * most * (deep + wide) * sizeof(T)), *nothing = calloc(deep > wide ? deep : wide, sizeof(T));
+    T *laid = aligned_alloc(LINE, POINTS * (most * (deep + wide) + 2 * PANEL) * sizeof(T)), *nothing = calloc(deep > wide ? deep : wide, sizeof(T));
     if (!sums || !laid || !nothing) failed = 1;
 #pragma omp parallel num_threads(parts) if (!failed)
     if (!failed) {
-        T *of_x = laid, *of_dy = laid + POINTS * most * deep;
+        T *of_x = laid, *of_dy = laid + POINTS * (most * deep + PANEL);
         for (int64_t begin = 0; begin < tiles; begin += most) {
             int64_t pairs = (least(most, tiles - begin) + 1) / 2;
 #pragma omp for schedule(static)
@@ -300,8 +331,8 @@ int filter_gradient(const T *x, const T *dy, float *dw, const Conv *c, int64_t m
             for (int64_t p = 0; p < POINTS; p++)
                 for (int64_t i = 0; i < deep; i += PANEL)
                     for (int64_t o = 0; o < wide; o += OUTPUTS) {
-                        const T *rows = of_dy + (p * wide + o / PANEL * PANEL) * most + o % PANEL * 2;
-                        multiply(rows, 2, 2 * PANEL, of_x + (p * deep + i) * most, pairs, sums + (p * deep + i) * wide + o * PANEL, OUTPUTS, !begin);
+                        const T *rows = of_dy + (p * wide + o / PANEL * PANEL) * most + p * PANEL + o % PANEL * 2;
+                        multiply(rows, 2, 2 * PANEL, of_x + (p * deep + i) * most + p * PANEL, pairs, sums + (p * deep + i) * wide + o * PANEL, OUTPUTS, !begin);
                     }
         }
 #pragma omp for schedule(static)

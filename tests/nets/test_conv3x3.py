@@ -1,0 +1,53 @@
+"""A convolution of a net that trains gives what torch's gives, whichever way it is done."""
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.functional import conv2d
+
+from reslab.nets import conv3x3
+from reslab.nets.conv3x3 import Conv3x3
+from tests.conftest import distance
+
+
+def made(height: int, width: int, dtype: torch.dtype) -> tuple[Conv3x3, Tensor, Tensor]:
+    """A layer that trains, images and a gradient, channels-last."""
+    torch.manual_seed(0)
+    layer = Conv3x3(6, 10, 3, padding=1, bias=False).train().to(memory_format=torch.channels_last)
+    layer.fused = True
+    x, dy = (torch.randn(5, c, height, width).to(dtype).contiguous(memory_format=torch.channels_last) for c in (6, 10))
+    return layer, x.requires_grad_(), dy
+
+
+def found(layer: Conv3x3, x: Tensor, dy: Tensor) -> list[Tensor]:
+    with torch.autocast("cpu", torch.bfloat16, enabled=x.dtype == torch.bfloat16):
+        y = layer(x)
+    return [y, *torch.autograd.grad(y, (x, layer.weight), dy)]
+
+
+def exact(layer: Conv3x3, x: Tensor, dy: Tensor) -> list[Tensor]:
+    doubles = [tensor.detach().double().requires_grad_() for tensor in (x, layer.weight)]
+    y = conv2d(*doubles, padding=1)
+    return [y, *torch.autograd.grad(y, doubles, dy.double())]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("size", [(1, 1), (1, 2), (2, 1), (2, 2)])
+def test_maps_of_two_pixels_and_less_are_one_matrix(size: tuple[int, int], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(conv3x3.tiles, "suits", lambda x: False)
+    given = made(*size, dtype)
+    ours, right = found(*given), exact(*given)
+    assert type(ours[0].grad_fn).__name__ == "_AsMatrixBackward"
+    assert [tensor.dtype for tensor in ours] == [dtype, dtype, torch.float32]
+    assert all(tensor.is_contiguous(memory_format=torch.channels_last) for tensor in ours)
+    assert all(distance(one, other) < (1e-6 if dtype == torch.float32 else 0.02) for one, other in zip(ours, right, strict=True))
+    with torch.no_grad():
+        given[1][2, :, 0, 0] += 1
+    assert distance(found(*given)[0], right[0]) > 0.05, "a pixel out of place"
+
+
+def test_larger_maps_and_nets_that_do_not_train_are_left_to_torch() -> None:
+    layer, x, _ = made(2, 3, torch.float32)
+    assert type(layer(x).grad_fn).__name__ == "ConvolutionBackward0"
+    layer, x, _ = made(2, 2, torch.float32)
+    assert type(layer.eval()(x).grad_fn).__name__ == "ConvolutionBackward0"
