@@ -1,4 +1,5 @@
-"""3x3 convolutions, forward and backward: Winograd's algorithm, as a net that trains takes it, against torch's direct one. In turns, medians.
+"""3x3 convolutions, forward and backward: Winograd's algorithm, or another way that a net that trains takes, against torch's direct one.
+In turns, medians.
 
 python winograd.py            about a minute
 python winograd.py --smoke    seconds; figures that mean nothing
@@ -15,14 +16,17 @@ from torch import nn
 from torch.nn.functional import conv2d
 
 from reslab.host import keep_freed_memory
-from reslab.nets.winograd import WinogradConv, pays
+from reslab.nets.fused import use_fused
+from reslab.nets.parts import conv
+from reslab.nets.winograd import use_winograd
+from reslab.spec import Conv
 
 SMOKE = "--smoke" in sys.argv
 ROUNDS = 1 if SMOKE else 9
 DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16"}
 SHAPES = ((16, 128, 128, 8),) if SMOKE else (
     (128, 32, 32, 16), (128, 64, 64, 8), (128, 64, 64, 16), (128, 64, 256, 16), (128, 128, 128, 16), (128, 256, 256, 8),
-    (32, 64, 64, 56), (32, 128, 128, 28), (32, 256, 256, 14), (32, 512, 512, 7), (32, 512, 512, 8),
+    (128, 16, 16, 32), (500, 64, 64, 2), (500, 512, 512, 2), (32, 64, 64, 56), (32, 128, 128, 28), (32, 256, 256, 14), (32, 512, 512, 7), (32, 512, 512, 8),
 )  # fmt: skip
 
 
@@ -30,13 +34,14 @@ def one(dtype: torch.dtype, n: int, channels: int, outputs: int, size: int) -> s
     shape = f"{DTYPES[dtype]} {n} x {channels} x {size} x {size} to {outputs}"
     torch.manual_seed(0)
     x = torch.randn(n, channels, size, size).to(dtype, memory_format=torch.channels_last).requires_grad_()
-    conv = WinogradConv(channels, outputs, 3, padding=1, bias=False).to(memory_format=torch.channels_last)
-    weight = conv.weight
+    layer = conv(channels, Conv(outputs, 3, 1), bias=False).train().to(memory_format=torch.channels_last)
+    use_winograd(layer, True)
+    use_fused(layer, True)
+    weight = layer.weight
     nn.init.normal_(weight, std=1 / math.sqrt(9 * channels))
-    conv.winograd = True
     dy = torch.randn(n, outputs, size, size).to(dtype, memory_format=torch.channels_last)
-    ways = (lambda: conv2d(x, weight.to(dtype), padding=1), lambda: conv(x))
-    if not (conv.able(dtype) and pays(x)):
+    ways = (lambda: conv2d(x, weight.to(dtype), padding=1), lambda: layer(x))
+    if type(layer(x).grad_fn).__name__ == "ConvolutionBackward0":
         return f"{shape}: direct"
     direct, ours = ([y, *torch.autograd.grad(y, (x, weight), dy)] for y in (way() for way in ways))
     off = max(((a - b).float().norm() / a.float().norm()).item() for a, b in zip(direct, ours, strict=True))

@@ -22,16 +22,16 @@ class Conv3x3(nn.Conv2d):
         if tiles.suits(x):
             return tiles.convolution(x, self.weight, self.stride[0])
         if self.stride == (1, 1) and max(x.shape[2:]) <= WHOLE:
-            y = _AsMatrix.apply(x.to(_dtype(x)), self.weight)  # type: ignore[no-untyped-call]
+            y = _AsMatrix.apply(x.to(computed_in(x)), self.weight)  # type: ignore[no-untyped-call]
             return y
-        if self.stride == (1, 1) and dots.narrow(*self.weight.shape[:2]) and _dtype(x) == torch.bfloat16 and not tiles.has_amx() and dots.usable():
-            y = dots.Dots.apply(x.bfloat16(), self.weight)  # type: ignore[no-untyped-call]
+        if self.stride == (1, 1) and dots.narrow(*self.weight.shape[:2]) and computed_in(x) == torch.bfloat16 and not tiles.has_amx() and dots.usable():
+            y = dots.Dots.apply(x.bfloat16(), self.weight.float())  # type: ignore[no-untyped-call]
             return y
         return super().forward(x)
 
 
-def _dtype(x: Tensor) -> torch.dtype:
-    """In which a convolution of x is done."""
+def computed_in(x: Tensor) -> torch.dtype:
+    """The dtype that a convolution of x is done in."""
     return torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
 
 

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from reslab.nets import dots
-from reslab.nets.conv3x3 import Conv3x3
+from reslab.nets.conv3x3 import Conv3x3, computed_in
 
 WIDE = 128  # channels in and out, their geometric mean, below which torch's transforms cost what the products save
 NARROWEST = 64
@@ -42,7 +42,7 @@ class WinogradConv(Conv3x3):
     def forward(self, x: Tensor) -> Tensor:
         if not (self.winograd and pays(x)):
             return super().forward(x)
-        dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
+        dtype = computed_in(x)
         if self._by_dots(dtype):
             y: Tensor = dots.Dots.apply(x.to(dtype), self.weight.float())  # type: ignore[no-untyped-call]
         elif _wide(self.in_channels, self.out_channels):
