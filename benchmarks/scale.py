@@ -97,5 +97,5 @@ if __name__ == "__main__":
     lines = [f"ImageNet-22k ({IMAGES:,} images, {CLASSES:,} classes) on {GPUS:,} H100, at 224 px"]
     for name, batch in (("resnet50", 32), ("resnet50", 256), ("resnet152", 32)):
         lines += arithmetic(name, batch)
-    lines.append(f"one of {GPUS:,} GPUs is lost every {LOST / GPUS:.0f} hours")
+    lines.append(f"a job on {GPUS:,} GPUs is interrupted every {LOST / GPUS:.0f} hours")
     keep("scale", lines + measured())
