@@ -31,14 +31,19 @@ def train(*arguments: str | Path) -> Measured:
     """`reslab train` with these arguments, from starting Python to its exit."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "run"
-        start = time.monotonic()
-        process = subprocess.Popen([sys.executable, "-m", "reslab", "train", *map(str, arguments), "--out", str(out)])
-        _, status, usage = os.wait4(process.pid, 0)
-        seconds = time.monotonic() - start
-        if status:
-            sys.exit(f"reslab train {' '.join(map(str, arguments))} failed with status {status}")
-        assert (out / "report.html").stat().st_size > 10_000
-        records = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+        return train_in(out, *arguments, "--out", out)
+
+
+def train_in(out: Path, *arguments: str | Path) -> Measured:
+    """As `train`; the run is in `out` and stays there."""
+    start = time.monotonic()
+    process = subprocess.Popen([sys.executable, "-m", "reslab", "train", *map(str, arguments)])
+    _, status, usage = os.wait4(process.pid, 0)
+    seconds = time.monotonic() - start
+    if status:
+        sys.exit(f"reslab train {' '.join(map(str, arguments))} failed with status {status}")
+    assert (out / "report.html").stat().st_size > 10_000
+    records = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     return Measured(seconds, usage.ru_maxrss / 2**20, records)
 
 

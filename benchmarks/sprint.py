@@ -7,22 +7,26 @@
 Seconds count from starting Python to its exit: reading the data, choosing a plan, training, the test over 10,000 images and the
 report. Between the seeds the peer's net, airbench94's written anew, takes steps of its own on the same machine, in fp32 and in
 bf16; its published 9.9 epochs at the better of the two are what its training alone would take here. Every seed is kept as soon
-as it is measured (results/RECIPE.jsonl), and a later call, on whichever machine, goes on with those that are missing; those of a
-recipe that has changed since do not count. Its net is not compared: where that changes alone, the kept file has to go.
+as it is measured (results/RECIPE.jsonl), and a later call, on whichever machine, goes on with those that are missing, one that was
+interrupted in the middle included (unfinished/): its seconds are those up to the state it was resumed from and those after. Seeds of
+a recipe that has changed since do not count. Its net is not compared: where that changes alone, the kept file has to go.
 """
 
 import json
+import shutil
 import statistics
 import sys
 import time
 from itertools import pairwise
 from typing import Any
+from zlib import crc32
 
 import torch
-from measure import RESULTS, commit, hardware, keep, train
+from measure import RESULTS, commit, hardware, keep, train_in
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from reslab.tensors import read_tensors
 from reslab.train.hardware import synchronise
 from reslab.train.recipe import RECIPES
 
@@ -31,6 +35,7 @@ RECIPE = next((name for name in sys.argv[1:] if not name.startswith("--")), "spr
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 NAME = RECIPE + "-gpu" * (DEVICE.type == "cuda")
 CALL = RECIPES[RECIPE].as_call
+UNFINISHED = RESULTS.parent / "unfinished"
 SEEDS = 1 if SMOKE else 5
 IMAGES, EPOCHS = 50_000, 9.9  # airbench94: Jordan 2024 (2404.00498), table 1
 BATCH, STEPS = (16, 2) if SMOKE else (1024, 6)
@@ -92,11 +97,20 @@ def told(name: str, values: list[float], digits: int) -> str:
 
 
 def measured(seed: int) -> dict[str, Any]:
-    """The peer's pace, then a whole training."""
+    """The peer's pace, then a whole training, or what is left of one."""
     paces = [pace(bf16) for bf16 in (False, True)]
-    run = train("cifar10", "--recipe", RECIPE, "--seed", seed, *SHORT)
-    told = {"seed": seed, "top1": run.last("test")["top1"], "seconds": run.seconds, "fp32": paces[0], "bf16": paces[1]}
-    return {**told, "commit": commit(), "hardware": hardware(), "recipe": CALL}
+    out = UNFINISHED / f"{NAME}{'-smoke' * SMOKE}-{crc32(CALL.encode()):08x}-{seed}"
+    state = out / "state" / "last.safetensors"
+    before = json.loads(read_tensors(state)[1])["seconds"] if state.is_file() else 0.0
+    if before:
+        run = train_in(out, "--resume", out)
+    else:
+        shutil.rmtree(out, ignore_errors=True)
+        run = train_in(out, "cifar10", "--recipe", RECIPE, "--seed", str(seed), *SHORT, "--out", out)
+    told = {"seed": seed, "top1": run.last("test")["top1"], "seconds": before + run.seconds, "resumed": before > 0}
+    told |= {"fp32": paces[0], "bf16": paces[1], "commit": commit(), "hardware": hardware(), "recipe": CALL}
+    shutil.rmtree(out)
+    return told
 
 
 def main() -> None:
@@ -110,8 +124,9 @@ def main() -> None:
                 kept.write_text("".join(json.dumps(one) + "\n" for one in found), "utf-8")
     peers = [EPOCHS * IMAGES / max(one["fp32"], one["bf16"]) for one in found]
     lines = [
-        f"seed {one['seed']}: {100 * one['top1']:.2f} % in {one['seconds']:.0f} s; the peer's net, fp32 {one['fp32']:.0f}, bf16 {one['bf16']:.0f} img/s, "
-        f"so {peer:.0f} s for its training alone; commit {one['commit']}, {one['hardware'].split(',')[0]}"
+        f"seed {one['seed']}: {100 * one['top1']:.2f} % in {one['seconds']:.0f} s{', resumed' * one.get('resumed', False)}; "
+        f"the peer's net, fp32 {one['fp32']:.0f}, bf16 {one['bf16']:.0f} img/s, so {peer:.0f} s for its training alone; "
+        f"commit {one['commit']}, {one['hardware'].split(',')[0]}"
         for one, peer in zip(found, peers, strict=True)
     ]
     lines.append(told("accuracy, %", [100 * one["top1"] for one in found], 2))
