@@ -119,8 +119,7 @@ def _start(
             raise CallError("convolutions begin as the identity or as a file has them; received --dirac and --weights: leave one out")
     elif recipe.freeze != "none" or recipe.trunk_lr != 1:
         raise CallError("fine-tuning (--recipe finetune, --freeze, --trunk-lr) starts from weights; received none: give --weights FILE")
-    target = Path(out) if out else _free_folder(data, here)
-    Run.check_free(target)
+    Run.check_free(Path(out) if out else _free_folder(data))
     images = _in_turn(here, lambda: open_images(data, show.reading))
     finding = cheap_check(images)
     for line in finding:
@@ -152,7 +151,7 @@ def _start(
     plan, deadline = _plan(job, built, limits, started)
     recipe = replace(recipe, precision=plan.precision, epochs=None if limits.seconds else recipe.epochs)  # type: ignore[arg-type]
     job.recipe = recipe
-    run = Run(target, started)
+    run = Run(out or _claimed(data, here), started)
     if here.is_writer:
         run.create()
         name = net if isinstance(net, str) else "custom"
@@ -188,7 +187,8 @@ def _resume(run: Run, limits: Limits, here: Machine, show: JobShow, started: flo
     job = _prepare(images, spec, kept, here, show)
     built = here.place(ResNet(spec))
     if limits.memory:
-        plan = replace(plan, memory=limits.memory, segments=choose_segments(spec, kept, plan.precision, limits.memory, here))
+        segments = choose_segments(spec, kept, plan.precision, limits.memory, here)
+        plan = replace(plan, memory=limits.memory, segments=segments, compiled=False, replayed=False)  # as `make_plan` has it
     total = limits.seconds or config.get("budget")
     training = Training(built, job.parts["train"], job.parts["val"], job.preprocess, kept, plan, run, here, show)
     training.resume()
@@ -359,11 +359,23 @@ def _left_behind(out: str | Path | None, here: Machine) -> Run | None:
     return run if begun else None
 
 
-def _free_folder(data: str | Path, here: Machine) -> Path:
+def _free_folder(data: str | Path) -> Path:
     """runs/NAME, or runs/NAME-2 and so on when that is taken."""
     name = re.sub(r"[^\w.-]+", "-", Path(data).expanduser().resolve().stem if Path(data).exists() else str(data)).strip("-.") or "run"
     numbered = [Path("runs") / name, *(Path("runs") / f"{name}-{i}" for i in range(2, 10_000))]
-    return here.agree(next(path for path in numbered if not path.exists()))
+    return next(path for path in numbered if not path.exists())
+
+
+def _claimed(data: str | Path, here: Machine) -> Path:
+    """A free folder, made by the writer: trainings that began at once each get their own."""
+    path = _free_folder(data)
+    while here.is_writer:
+        try:
+            path.mkdir(parents=True)
+            break
+        except FileExistsError:
+            path = _free_folder(data)
+    return here.agree(path)
 
 
 def _json(value: Any) -> bytes:

@@ -18,6 +18,7 @@ from PIL import Image, ImageOps
 from PIL.Image import Transpose as Turn
 
 MAX_PIXELS = 89_478_485  # Pillow's own limit: a quarter of a GiB as RGB
+OVERSHOT = 2  # of a float image from 0 to 1, the largest value at most: resampling goes a little beyond 1
 GREY_MODES = ("1", "L", "I", "F", "I;16", "I;16B", "I;16L", "I;16N")
 EXIF_ORIENTATION = 0x0112
 TURNS = {
@@ -106,6 +107,13 @@ def resize(pixels: Pixels, size: int) -> Pixels:
     return np.asarray(image).reshape(size, size, pixels.shape[2])
 
 
+def with_channels(pixels: Pixels, channels: int) -> Pixels:
+    """uint8 (H, W, 1 or 3) -> (H, W, channels), 1 or 3: grey is repeated, colour becomes its luma, as in `decode`."""
+    if pixels.shape[2] == channels:
+        return pixels
+    return pixels.repeat(3, axis=2) if channels == 3 else np.asarray(Image.fromarray(pixels).convert("L"))[:, :, None]
+
+
 def _upright(data: bytes, least: int, channels: int, quick: bool = False) -> Pixels:
     """uint8 (H, W, channels), no side shorter than `least` where the image itself has as much."""
     with _open(data) as image:
@@ -178,10 +186,11 @@ def _reason(error: Exception) -> str:
 
 def _eight_bit(image: Image.Image, channels: int) -> Image.Image:
     if image.mode in ("I", "F") or image.mode.startswith("I;16"):
-        values: NDArray[Any] = np.asarray(image).astype(np.float64)
+        values: NDArray[Any] = np.nan_to_num(np.asarray(image).astype(np.float64))
         top = values.max(initial=0.0)
-        scale = 255.0 if image.mode == "F" and top <= 1 else 1.0 if top <= 255 and image.mode != "I;16" else 255 / 65535
-        image = Image.fromarray(np.clip(np.nan_to_num(values * scale) + 0.5, 0, 255).astype(np.uint8))
+        wide = top > 255 or image.mode.startswith("I;16")
+        scale = 255.0 if image.mode == "F" and top <= OVERSHOT else 255 / 65535 if wide else 1.0
+        image = Image.fromarray(np.clip(values * scale + 0.5, 0, 255).astype(np.uint8))
     if image.mode in ("LA", "PA", "La", "RGBA", "RGBa") or "transparency" in image.info:
         opaque = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", opaque.size, "white"), opaque)

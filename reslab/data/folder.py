@@ -167,17 +167,18 @@ def _open(item: Item) -> tuple[Header, str] | str:
 
 
 def _parts(root: Path, notes: list[str]) -> list[tuple[str, Path]]:
-    """[(split, folder that holds the class folders)]. A tree counts as split when it has train/, and val/ or test/ if anything."""
+    """[(split, folder that holds the class folders)]. A tree is split where train/ has class folders and val/ or test/ or nothing is beside it."""
     try:
         folders = _subfolders(root)
     except OSError as error:
         raise CallError(f"{shown(root)} cannot be read ({error.strerror}): check its permissions") from error
     named = [(SPLIT_FOLDERS.get(folder.name.lower(), ""), folder) for folder in folders]
     splits = [(part, folder) for part, folder in named if part and _subfolders(folder) and not folder.is_symlink()]
-    parts = {part for part, _ in splits}
-    if "train" not in parts or (len(parts) == 1 and len(splits) < len(named)):
+    if "train" not in {part for part, _ in splits} or {part for part, _ in named} == {"train", ""}:
         return [("", root)]  # a folder called train beside other folders, none of them val or test, is a class
-    notes += [f"folder {shown(folder.name)} is none of train, val and test and was left out" for part, folder in named if (part, folder) not in splits]
+    for part, folder in named:
+        if (part, folder) not in splits:
+            notes.append(f"folder {shown(folder.name)} {'has no class folders' if part else 'is none of train, val and test'} and was left out")
     return sorted(splits, key=lambda pair: SPLITS.index(pair[0]))
 
 

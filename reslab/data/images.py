@@ -10,7 +10,7 @@ from typing import NamedTuple, Protocol, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from reslab.data.decode import Pixels, Unreadable, decode, decode_square, middle_square, resize
+from reslab.data.decode import Pixels, Unreadable, decode, decode_square, middle_square, resize, with_channels
 
 SPLITS = ("train", "val", "test")
 SMALL_IMAGE = 128 * 128  # pixels
@@ -56,7 +56,7 @@ class Images:
     names: Sequence[str]
     digests: Sequence[str]  # first 32 hex digits of SHA-256, of the file or of the pixels
     sizes: NDArray[np.int32]  # (n, 2): width, height after EXIF rotation
-    channels: int  # 1 when no image has colour, otherwise 3
+    channels: int  # that its pixels are given with; as it is opened, 1 when no image has colour, otherwise 3
     declared: Sequence[str]  # the split that the source itself gives each item, or ""
     array: Pixels | None = None
     paths: Files | None = None
@@ -78,11 +78,13 @@ class Images:
 
     def pixels(self, index: int, size: int) -> Pixels:
         """uint8 (size, size, channels) of one item. Raises Unreadable."""
-        return resize(self.array[index], size) if self.array is not None else decode(self._data(index), size, self.channels)
+        return decode(self._data(index), size, self.channels) if self.array is None else resize(with_channels(self.array[index], self.channels), size)
 
     def square(self, index: int, least: int) -> Pixels:
         """uint8 (S, S, channels), the middle square of one item, with at least that many pixels a side where it has them. Raises Unreadable."""
-        return middle_square(self.array[index]) if self.array is not None else decode_square(self._data(index), least, self.channels)
+        if self.array is None:
+            return decode_square(self._data(index), least, self.channels)
+        return middle_square(with_channels(self.array[index], self.channels))
 
     def _data(self, index: int) -> bytes:
         assert self.paths is not None
@@ -119,7 +121,7 @@ def in_threads(work: Callable[[int], T], n: int, progress: Callable[[int, int], 
 
 def read_many(images: Images, items: Indices, size: int, progress: Callable[[int], None] = lambda done: None) -> tuple[Pixels, list[tuple[int, str]]]:
     """uint8 (len(items), size, size, channels), decoded in threads, and the positions that could not be, with reasons."""
-    if images.array is not None and images.array.shape[1:3] == (size, size):
+    if images.array is not None and images.array.shape[1:] == (size, size, images.channels):
         whole = len(items) == len(images) and bool((items == np.arange(len(items))).all())
         return (images.array if whole else images.array[items]), []
     out = np.zeros((len(items), size, size, images.channels), np.uint8)

@@ -106,8 +106,9 @@ def twin(x: Tensor) -> Tensor:
 def use_fused(net: nn.Module, on: bool) -> None:
     """Sets whether a net that trains uses these, where they can be made, and the ways that need no compiler (`Pointwise`, `Conv3x3`).
 
-    Where a hook looks between a norm and its ReLU, the net does not use them there.
+    All are for the CPU; a net that is elsewhere does without. Where a hook looks between a norm and its ReLU, the net does not use them there.
     """
+    on = on and all(parameter.device.type == "cpu" for parameter in net.parameters())
     for module in net.modules():
         if isinstance(module, Norm):
             module.fused = on and not reason_against()

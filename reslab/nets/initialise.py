@@ -11,6 +11,7 @@ from reslab.layout import start_scales
 if TYPE_CHECKING:
     from reslab.nets.torch import ResNet
 
+PIXELS = 1 << 20  # whose patches are laid out at a time
 NOISE = 5e-4  # added to the variance of a patch's principal components, where pixels have variance one
 
 
@@ -55,8 +56,11 @@ def whiten(conv: nn.Conv2d, images: Tensor) -> None:
     """
     kernel, channels = conv.kernel_size[0], images.shape[1]
     side = next((k for k in range(2, kernel) if 2 * k * k * channels >= conv.out_channels), kernel)
-    patches = unfold(images.to(conv.weight.device), side).transpose(1, 2).flatten(0, 1)
-    variances, components = torch.linalg.eigh((patches.mT @ patches / len(patches)).double())
+    images, products, count = images.to(conv.weight.device), torch.zeros((), device=conv.weight.device), 0
+    for some in torch.split(images, max(1, PIXELS // images[0, 0].numel())):
+        patches = unfold(some, side).transpose(1, 2).flatten(0, 1)
+        products, count = products + patches.mT @ patches, count + len(patches)
+    variances, components = torch.linalg.eigh((products / count).double())
     filters = (components / (variances + NOISE).sqrt()).mT.flip(0)[: conv.out_channels // 2].view(-1, channels, side, side)
     if side < kernel:
         filters = pad(filters, (kernel // 2 - side // 2, (kernel + 1) // 2 - (side + 1) // 2) * 2)

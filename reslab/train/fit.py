@@ -103,7 +103,7 @@ class Training:
         self.progress = load_state(self.state_file, self.net, self.optimizer, self.average)
 
     def run_to_end(self) -> None:
-        """All steps that are left; afterwards the net holds the weights to keep.
+        """All steps that are left; afterwards the writer's net holds the weights to keep.
 
         Raises Interrupted after a signal and WorkError when the loss is not finite; both leave a state to resume from.
         """
@@ -261,6 +261,7 @@ class Training:
         self.show.epoch(epoch + 1, self._epochs(), {"loss": train["loss"], "top1": train["top1"], "val_top1": val["top1"]})
         if self.recipe.schedule == "plateau" and p.stale_epochs and p.stale_epochs % PLATEAU == 0:
             p.lr_drops += 1
+        p.gentle = p.gentle and 1 - train["top1"] >= GENTLE_ERROR  # an epoch of one step is judged nowhere else
         p.loss_sum, p.correct, p.seen = 0.0, 0.0, 0
         self._replan()
 
@@ -294,15 +295,15 @@ class Training:
             self.net.load_state_dict(own)
         total, right, top5, n = self.machine.total(sums.to(self.machine.device)).tolist()
         facts = {"loss": min(total / n, 1e9) if math.isfinite(total) else 1e9, "n": int(n), **share("top1", int(right), int(n))}
-        return facts | (share("top5", int(top5), int(n)) if logits.shape[1] > 5 else {})
+        return facts | (share("top5", int(top5), int(n)) if self.net.spec.num_classes > 5 else {})
 
     def _weights(self) -> dict[str, Tensor]:
         return self.average.tensors if self.average else self.net.state_dict()
 
     def _take_weights(self) -> None:
+        if not self.machine.is_writer:
+            return  # the file is on the writer's disk
         if self.recipe.keep == "best":
-            if self.machine.world > 1:
-                torch.distributed.barrier()  # the writer may still be writing
             self.net.load_state_dict(below(read_tensors(self.best_file)[0], "net."))
         elif self.average:
             self.net.load_state_dict(self.average.tensors)

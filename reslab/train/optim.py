@@ -19,7 +19,7 @@ WIDE = 4  # times as wide as it is tall a matrix must be, for the detour by its 
 
 
 def optimizer(net: ResNet, recipe: Recipe, precision: str = "fp32") -> torch.optim.Optimizer:
-    """The recipe's optimiser. Norms and biases do not decay unless `decay_all`; the trunk learns at `trunk_lr` of the rate.
+    """The recipe's optimiser. Norms and biases, and beside Muon the head, do not decay unless `decay_all`; the trunk learns at `trunk_lr` of the rate.
 
     Beside Muon, norms and head learn at `sgd_lr` times its rate; the trunk's biases at `bias_lr` times what they would. What
     the recipe freezes gets no gradient from now on. On a GPU rates are tensors there, so that a recorded step can follow them.
@@ -39,7 +39,12 @@ def optimizer(net: ResNet, recipe: Recipe, precision: str = "fp32") -> torch.opt
                 share *= recipe.bias_lr
             groups.setdefault((by_muon, recipe.decay_all or parameter.ndim > 1, share), []).append(parameter)
     rows = [
-        {"params": parameters, "muon": by_muon, "weight_decay": recipe.weight_decay if decays and by_muon == muon else 0.0, "scale": share}
+        {
+            "params": parameters,
+            "muon": by_muon,
+            "weight_decay": recipe.weight_decay if recipe.decay_all or (decays and by_muon == muon) else 0.0,
+            "scale": share,
+        }
         for (by_muon, decays, share), parameters in groups.items()
     ]
     on_gpu = net.fc.weight.is_cuda

@@ -112,7 +112,7 @@ def make_plan(
         fusing=reason_against() if fuses else "",
         twice_from=recipe.sam_from if recipe.sam else 1.0,
     )
-    pieces, x = len(x) // recipe.micro_batch, x[: recipe.micro_batch]
+    pieces, x = recipe.batch_size // machine.world // recipe.micro_batch, x[: recipe.micro_batch]  # x may lack an image that could not be read
     low = recipe.low_resolution or 0.0
     sizes = [x]
     if low:

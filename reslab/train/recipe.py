@@ -55,7 +55,7 @@ class Recipe:
     momentum: Annotated[float, Help("of SGD", 0, 1)] = 0.9
     nesterov: Annotated[bool, Help("SGD looks ahead")] = True
     weight_decay: Annotated[float, Help("L2 for SGD, decoupled for AdamW and Muon", 0, 1e3)] = 0.02
-    decay_all: Annotated[bool, Help("also decay norms and biases")] = False
+    decay_all: Annotated[bool, Help("also decay norms and biases, and with Muon the head")] = False
     schedule: Annotated[Schedule, Help("how the learning rate falls")] = "one-cycle"
     warmup: Annotated[float, Help("share of the training in which it rises linearly from zero", 0, 1)] = 0.2
     warmup_lr: Annotated[float, Help("instead: held here until the training error falls below 80 % (He 2015, n = 18)", 0, 1e3)] = 0.0

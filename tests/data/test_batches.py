@@ -58,6 +58,18 @@ def test_files_that_break_later_are_dropped_and_named_in_both_storages(folder: P
         assert list(batches.dropped) == ["red/5.png"]
 
 
+def test_an_array_is_given_with_the_channels_that_a_net_has() -> None:
+    grey = open_images("digits")
+    assert grey.array is not None
+    for storage in ("memory", "stream"):
+        for size in (8, 12):
+            wanted = next(Batches(grey, np.arange(5), size, storage).epoch(5)).pixels
+            got = next(Batches(replace(grey, channels=3), np.arange(5), size, storage).epoch(5)).pixels
+            assert torch.equal(got, wanted.expand(5, size, size, 3))
+    colour = replace(grey, array=grey.array * np.array([1, 0, 0], np.uint8), channels=1)
+    assert np.abs(colour.square(0, 8) - 0.299 * grey.array[0]).max() < 1
+
+
 def test_storage_follows_the_size(folder: Path) -> None:
     images = open_images(folder)
     assert choose_storage(images, 24)[0] == "memory"

@@ -50,6 +50,18 @@ def test_float_tiff_in_unit_range_is_scaled() -> None:
     ramp = np.tile(np.linspace(0, 1, 40, dtype=np.float32), (40, 1))
     got = decode(encoded(Image.fromarray(ramp), "TIFF"), 40, 1)
     assert (got[0, 0, 0], got[0, -1, 0]) == (0, 255)
+    overshot = decode(encoded(Image.fromarray(ramp * 1.01), "TIFF"), 40, 1)
+    assert (overshot[0, 0, 0], overshot[0, 20, 0], overshot[0, -1, 0]) == (0, 132, 255)
+
+
+@pytest.mark.parametrize("order", ["<", ">"], ids=["little-endian", "big-endian"])
+def test_dark_images_of_sixteen_bits_stay_dark(order: str) -> None:
+    entries = [(256, 3, 4), (257, 3, 4), (258, 3, 16), (259, 3, 1), (262, 3, 1), (273, 4, 8), (277, 3, 1), (278, 3, 4), (279, 4, 32)]
+    pixels = np.full((4, 4), 200, f"{order}u2").tobytes()
+    head = {"<": b"II*\0", ">": b"MM\0*"}[order] + struct.pack(f"{order}I", 8 + len(pixels)) + pixels
+    fields = b"".join(struct.pack(f"{order}HHI{'Hxx' if kind == 3 else 'I'}", tag, kind, 1, value) for tag, kind, value in entries)
+    tiff = head + struct.pack(f"{order}H", len(entries)) + fields + struct.pack(f"{order}I", 0)
+    assert (decode(tiff, 4, 1) == 1).all(), "200 of 65,535"
 
 
 def test_transparency_goes_onto_white() -> None:

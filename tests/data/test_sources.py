@@ -51,6 +51,16 @@ def test_a_class_called_train_is_a_class(folder: Path) -> None:
     assert open_images(folder).classes == ("blue", "green", "train")
 
 
+def test_test_images_without_classes_beside_train_are_no_class(folder: Path) -> None:
+    root = folder.parent / "competition"
+    root.mkdir()
+    folder.rename(root / "train")
+    draw(root / "test" / "1.png", "red", 1)
+    images = open_images(root)
+    assert images.classes == ("blue", "green", "red")
+    assert images.notes == ("folder test has no class folders and was left out",)
+
+
 def test_numbers_as_folder_names_sort_by_value_and_are_not_mirrored(folder: Path) -> None:
     for old, new in (("red", "10"), ("green", "9"), ("blue", "1")):
         (folder / old).rename(folder / new)

@@ -207,6 +207,9 @@ def test_what_the_kernels_do_not_know_is_torchs() -> None:
     assert not fused._suits(normed(3), torch.zeros(1, 3, 3, 3)), "nine pixels of three channels are no whole vectors"
     assert not fused._suits(norm.eval(), torch.zeros(2, 16, 4, 4))
     assert not fused._suits(Norm(16).train(), torch.zeros(2, 16, 4, 4)), "unless it is asked for"
+    elsewhere = reslab.build("resnet18").to("meta").train()
+    use_fused(elsewhere, True)
+    assert not any(getattr(module, "fused", False) for module in elsewhere.modules()), "addresses on another device mean nothing to them"
 
 
 def test_a_pointwise_convolution_is_a_product_of_matrices_in_bf16_alone() -> None:

@@ -8,6 +8,7 @@ from sklearn.datasets import load_digits
 from torch import nn
 
 import reslab
+from reslab.nets import initialise
 from reslab.nets.initialise import begin_as_identity, whiten
 
 UNNORMED = {"resnet110_fixup": 1e-3, "resnet110_skipinit": 3e-3, "resnet110_rezero": 3e-3}  # Adam's learning rate
@@ -98,6 +99,17 @@ def test_a_whitened_first_convolution_gives_uncorrelated_components_and_their_ne
     torch.testing.assert_close(out[half:], -out[:half])
     second_moments = out[:half] @ out[:half].T / out.shape[1]
     torch.testing.assert_close(second_moments, torch.eye(half), rtol=0, atol=0.02)
+
+
+def test_whitening_looks_at_many_pixels_in_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    images = torch.randn(10, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    filters = []
+    for pixels in (initialise.PIXELS, 3 * 256):
+        monkeypatch.setattr(initialise, "PIXELS", pixels)
+        conv = reslab.build("resnet8").first_conv
+        whiten(conv, images)
+        filters.append(conv.weight.abs())  # a component's sign is nobody's choice
+    torch.testing.assert_close(*filters, rtol=1e-3, atol=1e-4)
 
 
 def test_convolutions_that_begin_as_the_identity_hand_their_input_on() -> None:

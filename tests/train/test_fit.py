@@ -8,21 +8,29 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import reslab
+from reslab import job
+from reslab.data.batches import Batches
 from reslab.data.images import SPLITS
 from reslab.data.source import open_images
 from reslab.errors import CallError
 from reslab.job import Silent
 from reslab.run import Run
-from reslab.train import plan
+from reslab.train import fit, plan
+from reslab.train.checkpoint import Checkpointed
+from reslab.train.fit import Training
+from reslab.train.hardware import machine
 from reslab.use.own import own_images
 
 SHORT = ("--epochs", "3", "--batch-size", "32", "--seed", "7")
@@ -153,6 +161,57 @@ def test_early_stopping_stops(tmp_path: Path) -> None:
     assert len(top1) == top1.index(max(top1)) + 1 + 2
 
 
+def test_a_held_rate_is_let_go_where_an_epoch_is_one_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fit, "LOG_SECONDS", 0.0)
+    run = reslab.train("digits", out=tmp_path / "run", batch_size=512, steps=12, warmup_lr=0.01, lr=0.05, warmup=0.0, val=0.3)
+    assert run.config["plan"]["steps_per_epoch"] == 1
+    rates = [record["lr"] for record in run.records("step")]
+    held = rates.count(0.01)
+    assert 1 <= held < 12
+    assert rates[:held] == [0.01] * held
+    errors = [1 - record["top1"] for record in run.records("epoch")]
+    assert all(error >= fit.GENTLE_ERROR for error in errors[: held - 1])
+    assert errors[held - 1] < fit.GENTLE_ERROR
+
+
+def test_a_process_without_a_val_image_counts_none(folder: Path) -> None:
+    images = open_images(folder)
+    alone = SimpleNamespace(
+        rank=2, world=3, autocast=lambda precision: nullcontext(), device=torch.device("cpu"), total=lambda sums: sums + torch.tensor([3.0, 1, 2, 2])
+    )
+    training = SimpleNamespace(
+        average=None, net=reslab.build("resnet20", num_classes=3), val=Batches(images, np.arange(2), 24, "memory"), machine=alone,
+        micro_batch=8, pixels_on=torch.device("cpu"), plan=SimpleNamespace(precision="fp32"),
+    )  # fmt: skip
+    facts = Training.evaluate(training)  # type: ignore[arg-type]
+    assert (facts["loss"], facts["top1"], facts["n"]) == (1.5, 0.5, 2)
+
+
+def test_trainings_that_begin_at_once_get_folders_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with machine() as here, ThreadPoolExecutor(8) as pool:
+        claimed = list(pool.map(lambda _: job._claimed("digits", here), range(32)))
+    assert len(set(claimed)) == 32
+    assert all(path.is_dir() for path in claimed)
+
+
+def test_a_memory_budget_given_to_a_run_that_resumes_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Cut(Silent):
+        def step(self, epoch: int, epochs: int, step: int, steps: int, facts: dict[str, float]) -> None:
+            if step == 4:
+                raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        reslab.train("digits", reslab.spec("resnet20", widths=(8,), depths=(1,)), tmp_path / "run", steps=10, save_every=0, show=Cut())
+    written = (tmp_path / "run" / "run.toml").read_text()
+    assert "compiled = false" in written
+    (tmp_path / "run" / "run.toml").write_text(written.replace("compiled = false", "compiled = true"))
+    limits = []
+    monkeypatch.setattr(plan, "Checkpointed", lambda net, segments, memory: limits.append(memory) or Checkpointed(net, segments, memory))
+    assert reslab.train(resume=tmp_path / "run", memory="4G").last("test")
+    assert limits == [4 << 30]
+
+
 def test_finetuning_starts_from_the_weights_and_freezing_keeps_the_trunk(uninterrupted: Path, tmp_path: Path) -> None:
     file = uninterrupted / "model" / "weights.safetensors"
     run = reslab.train("digits", out=tmp_path / "run", recipe="finetune", weights=str(file), freeze="trunk", epochs=1, seed=7)
@@ -160,6 +219,10 @@ def test_finetuning_starts_from_the_weights_and_freezing_keeps_the_trunk(uninter
     assert all(torch.equal(before[name], after[name]) for name in before if not name.startswith("fc."))
     assert not torch.equal(before["fc.weight"], after["fc.weight"])
     assert run.last("test")["top1"] > 0.9
+    save_file(reslab.build("resnet20").state_dict(), tmp_path / "colour.safetensors")
+    of_grey = reslab.train("digits", "resnet20", tmp_path / "grey", recipe="finetune", weights=str(tmp_path / "colour.safetensors"), steps=2)
+    assert of_grey.config["spec"]["in_channels"] == 3
+    assert of_grey.last("test")["n"] == 359
 
 
 def test_budget_picks_the_epochs_and_ends_in_time(tmp_path: Path) -> None:

@@ -27,6 +27,9 @@ def test_norms_and_biases_do_not_decay_unless_asked() -> None:
         assert all(flat) if decays else not any(flat)
         assert all(g["weight_decay"] > 0 for g in groups for p in g["params"] if p.ndim > 1)
         assert sum(len(g["params"]) for g in groups) == len(list(net.parameters()))
+    for all_of_them in (False, True):
+        muon = optimizer(net, Recipe(optimizer="muon", decay_all=all_of_them)).param_groups
+        assert {g["muon"]: g["weight_decay"] > 0 for g in muon} == {True: True, False: all_of_them}
 
 
 def test_trunk_learns_slower_and_frozen_not_at_all() -> None:

@@ -24,6 +24,14 @@ def test_the_first_step_which_pays_for_new_memory_is_no_estimate_however_long_it
     assert made.seconds(made.steps, 0.5) == 60 + 3 * 4
 
 
+def test_an_image_that_cannot_be_read_does_not_make_steps_free() -> None:
+    recipe = resolve(Recipe(epochs=3, batch_size=8, micro_batch=4, precision="fp32", low_resolution=0.0), 80, 16, upright=False)
+    with machine() as here:
+        for images in (7, 3):
+            made = plan.make_plan(reslab.build("resnet20", num_classes=2), torch.randn(images, 3, 16, 16), recipe, train=80, val=16, macs=0, machine=here)
+            assert made.step_seconds > 0
+
+
 def test_steps_of_two_passes_take_twice_the_time() -> None:
     once = Plan(100, 10, "fp32", "", step_seconds=4.0, low_step_seconds=1.0, val_seconds=0.5)
     assert once.seconds(100, 0.5) == 50 + 200 + 5
