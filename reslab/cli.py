@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 import os
 import sys
 import traceback
@@ -319,7 +320,7 @@ def serve(
     from reslab.serve.server import serve as start
     from reslab.serve.service import Limits
 
-    limits = Limits(round(max_body * 2**20), queue, batch, timeout)
+    limits = Limits(round(max_body * 2**20) if math.isfinite(max_body) else 0, queue, batch, timeout)
     start(Settings(model, host, port, token, open_to_all, workers, limits), lambda line: print(line, flush=True))
     return 0
 

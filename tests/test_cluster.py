@@ -2,7 +2,7 @@
 
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from reslab.study.kinds import Cell, Schedule, Setting, Subject
 from reslab.study.lab import Place
 from reslab.use import cluster as prediction
 from reslab.use.artefact import TorchModel, save
-from reslab.use.classifier import Classifier
+from reslab.use.classifier import Classifier, Prediction
 
 from .conftest import COLOURS, draw
 
@@ -47,6 +47,20 @@ def where(item: int) -> tuple[int, str]:
 
     time.sleep(0.2)
     return item, ray.get_runtime_context().get_node_id()
+
+
+def test_paths_are_those_of_who_asks_and_shipped_nets_go_by_their_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def elsewhere(work: Callable[[Any], Any], chunks: Iterator[Any], address: str) -> Iterator[Any]:
+        for chunk in chunks:
+            monkeypatch.chdir("/")
+            yield chunk, work(chunk)
+
+    draw(tmp_path / "here.png", COLOURS["red"], 0)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(prediction, "spread", elsewhere)
+    [(path, found)] = prediction.predict_each("resnet20-cifar10", ["here.png"], "local")
+    assert path == Path("here.png")
+    assert isinstance(found, Prediction), found
 
 
 def test_an_address_where_nothing_answers_is_said_at_once() -> None:

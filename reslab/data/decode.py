@@ -30,7 +30,10 @@ TURNS = {
     7: Turn.TRANSVERSE,
     8: Turn.ROTATE_90,
 }
-RUNS_PROGRAMS = ("EPS", "WMF", "PDF")  # Pillow hands these to Ghostscript or the system: not for files from outside
+# Of Pillow's readers those that neither run a program nor open what lies within by another reader, beyond every limit
+FORMATS = ("AVIF", "BMP", "DIB", "GIF", "JPEG", "JPEG2000", "MPO", "PCX", "PNG", "PPM", "QOI", "SGI", "TGA", "TIFF", "WEBP")
+SCANS = 500  # of a progressive JPEG, at most: each is decoded over all of the image, and a few bytes make one
+SCAN = b"\xff\xda"  # begins one, and occurs nowhere else in what is compressed
 
 Pixels = NDArray[np.uint8]
 
@@ -139,9 +142,9 @@ def _upright(data: bytes, least: int, channels: int, quick: bool = False) -> Pix
 
 @cache
 def formats() -> tuple[str, ...]:
-    """The formats that Pillow reads by itself."""
+    """Those of FORMATS that this Pillow reads."""
     Image.init()
-    return tuple(name for name in Image.OPEN if name not in RUNS_PROGRAMS)
+    return tuple(name for name in FORMATS if name in Image.OPEN)
 
 
 def _orientation(image: Image.Image) -> int:
@@ -160,10 +163,12 @@ def _open(data: bytes) -> Image.Image:
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise Unreadable(f"too many pixels: the limit is {MAX_PIXELS / 1e6:.0f} megapixels") from error
     except Exception as error:
-        raise Unreadable("not an image that Pillow reads") from error
+        raise Unreadable("not an image of a known format") from error
     width, height = image.size
     if width * height > MAX_PIXELS:
         raise Unreadable(f"{width} x {height} px: the limit is {MAX_PIXELS / 1e6:.0f} megapixels")
+    if (image.format in ("JPEG", "MPO") or image.info.get("compression") == "jpeg") and data.count(SCAN) > SCANS:
+        raise Unreadable(f"a JPEG of more than {SCANS} scans")
     return image
 
 

@@ -7,7 +7,6 @@ import csv
 import os
 import re
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
@@ -108,17 +107,21 @@ def image_paths(folder: Path) -> Iterator[Path]:
     """The image files below a folder, as they are found: memory does not grow with their number.
 
     A folder's own files come before its sub-folders, both in natural order; a folder of more than 10,000 entries is sorted
-    in runs of so many, as the file system lists them. Links that leave `folder` and hidden files are passed over.
+    in runs of so many, as the file system lists them. Links that leave `folder` and hidden files are passed over; a folder
+    that cannot be read is given itself.
     """
     pending = [folder]
     while pending:
         below: list[str] = []
         here = pending.pop()
-        with suppress(OSError), os.scandir(here) as entries:
-            while run := list(islice(entries, RUN)):
-                below += [entry.name for entry in run if entry.is_dir(follow_symlinks=False) and not entry.name.startswith(".")]
-                files = [entry.name for entry in run if not entry.is_dir(follow_symlinks=False)]
-                yield from _images_of(here, sorted(files, key=_natural), folder, [])
+        try:
+            with os.scandir(here) as entries:
+                while run := list(islice(entries, RUN)):
+                    below += [entry.name for entry in run if entry.is_dir(follow_symlinks=False) and not entry.name.startswith(".")]
+                    files = [entry.name for entry in run if not entry.is_dir(follow_symlinks=False)]
+                    yield from _images_of(here, sorted(files, key=_natural), folder, [])
+        except OSError:
+            yield here  # cannot be read: whoever tries says why
         pending += [here / name for name in sorted(below, key=_natural, reverse=True)]
 
 

@@ -2,6 +2,7 @@
 
 import glob
 import itertools
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -24,9 +25,9 @@ def image_files(images: tuple[str, ...], verb: str) -> Iterator[Path]:
 def _named(images: tuple[str, ...]) -> Iterator[Path]:
     for given in images:
         path = Path(given).expanduser()
-        if path.is_dir():
+        if os.path.isdir(path):  # noqa: PTH112  # a path that is too long, or may not be looked at, is said to be none
             yield from image_paths(path)
-        elif not path.exists() and glob.has_magic(given):
+        elif glob.has_magic(given) and not os.path.exists(path):  # noqa: PTH110  # likewise
             yield from map(Path, sorted(glob.glob(str(path), recursive=True)) or [given])  # noqa: PTH207  # patterns may be absolute
         else:
             yield path

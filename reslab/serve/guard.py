@@ -39,10 +39,12 @@ class Guard:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        start = time.perf_counter()
+        start, started = time.perf_counter(), False
 
         async def answer(message: Message) -> None:
+            nonlocal started
             if message["type"] == "http.response.start":
+                started = True
                 message["headers"] = [*message["headers"], *ALWAYS]
                 if self.is_closing():
                     message["headers"].append((b"connection", b"close"))
@@ -57,7 +59,12 @@ class Guard:
             return message
 
         refusal = self._refusal(scope)
-        await (refusal.response() if refusal else self.app)(scope, take, answer)
+        try:
+            await (refusal.response() if refusal else self.app)(scope, take, answer)
+        except Exception:
+            if not started:
+                await Problem(500, "the server failed; its log says how").response()(scope, take, answer)
+            raise
 
     def _refusal(self, scope: Scope) -> Problem | None:
         headers = Headers(scope=scope)

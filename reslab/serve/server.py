@@ -17,7 +17,6 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
-from importlib.util import find_spec
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -34,6 +33,7 @@ except ModuleNotFoundError as error:
 
 from reslab.serve.guard import is_loopback
 from reslab.serve.metrics import Metrics, shared_rows
+from reslab.serve.parser import parser
 from reslab.serve.service import Limits, Published, Service
 from reslab.serve.workers import supervise
 
@@ -147,9 +147,10 @@ def _serve(
     service = Service(classifier, _published(settings.model), settings.limits, metrics, settings.token, local_only, lanes)
     config = uvicorn.Config(
         service.app, log_level="error", access_log=False, server_header=False, proxy_headers=False, ws="none", lifespan="on",
-        http="httptools" if find_spec("httptools") else "h11", loop="auto",
+        http=parser(), loop="auto",
         timeout_keep_alive=int(STALE_SECONDS), timeout_graceful_shutdown=STOP_SECONDS,
     )  # fmt: skip
+    service.warm_up()
     _Server(config, service, ready, parent).run([listener])
 
 

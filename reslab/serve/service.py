@@ -8,7 +8,6 @@
 Whatever is served from a file is read at the start; no request reaches the file system.
 """
 
-import asyncio
 import base64
 import contextlib
 import io
@@ -120,8 +119,7 @@ class Service:
         self.predictions: Batcher[bytes, tuple[Prediction, Pixels] | Unreadable] = Batcher(
             self._classify, largest=limits.batch, places=limits.queue, patience=patience, lanes=self.lanes, watch=self._watch
         )
-        self.heat_maps: Batcher[Pixels, str] = Batcher(self._draw, largest=1, places=2 * IMAGES, patience=patience)
-        await asyncio.to_thread(self._warm_up)
+        self.heat_maps: Batcher[tuple[Prediction, Pixels], str] = Batcher(self._draw, largest=1, places=2 * IMAGES, patience=patience)
         self.ready = True
         yield
         self.ready, self.closing = False, True
@@ -184,7 +182,7 @@ class Service:
         good = [f for f in found if not isinstance(f, Unreadable)]
         maps: Sequence[str | None] = [None] * len(good)
         if wants_heat:
-            maps = await self.heat_maps.ask([pixels for _, pixels in good], until - time.monotonic())
+            maps = await self.heat_maps.ask(good, until - time.monotonic())
             self.metrics.add("heat_maps_total", len(maps))
         rows = [self._row(upload.name, f[0], heat) for upload, f, heat in zip(uploads, good, maps, strict=True)]
         return _response({"predictions": rows, "sure_from": self.classifier.sure})
@@ -217,21 +215,21 @@ class Service:
         except Unreadable as error:
             return error
 
-    def _draw(self, pixels: list[Pixels]) -> list[str]:
-        """In a thread of the batcher: heat maps of what the net sees, as data URLs of 8-bit grey PNGs."""
+    def _draw(self, predicted: list[tuple[Prediction, Pixels]]) -> list[str]:
+        """In a thread of the batcher: what spoke for each label in what the net sees, as data URLs of 8-bit grey PNGs."""
         from reslab.use.explain import heat_map
 
         urls, frame = [], self.classifier.preprocess
         start, end = (frame.canvas - frame.image_size) // 2, (frame.canvas + frame.image_size) // 2
-        for each in pixels:
-            grey = np.rint(heat_map(self.classifier, each)[start:end, start:end] * 255).astype(np.uint8)
+        for found, pixels in predicted:
+            grey = np.rint(heat_map(self.classifier, pixels, label=found.label)[start:end, start:end] * 255).astype(np.uint8)
             png = io.BytesIO()
             Image.fromarray(grey).save(png, "PNG")
             urls.append("data:image/png;base64," + base64.b64encode(png.getvalue()).decode())
         return urls
 
-    def _warm_up(self) -> None:
-        """The first passes are slow; nobody shall wait for them."""
+    def warm_up(self) -> None:
+        """The first passes are slow; nobody shall wait for them. Raises WorkError where the classifier cannot do them."""
         size = self.classifier.preprocess.canvas
         blank: Pixels = np.zeros((size, size, self.classifier.preprocess.channels), np.uint8)
         for n in (1, self.limits.batch):
@@ -276,8 +274,4 @@ async def _show_missing(request: Request, error: Exception) -> Response:
     return Problem(error.status_code, f"{request.method} {shown(request.url.path)[:80]} is not served; /openapi.json lists what is", error.headers).response()
 
 
-async def _show_bug(request: Request, error: Exception) -> Response:
-    return Problem(500, "the server failed; its log says how").response()
-
-
-HANDLERS: dict[Any, Any] = {Problem: _show_problem, HTTPException: _show_missing, Exception: _show_bug}
+HANDLERS: dict[Any, Any] = {Problem: _show_problem, HTTPException: _show_missing}

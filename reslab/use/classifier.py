@@ -7,6 +7,7 @@ exported file all the way down, everything is numpy, and torch need not be insta
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
@@ -151,7 +152,10 @@ class Classifier:
 
 def _threads(paths: list[Path]) -> int:
     """How many threads decode files like these."""
-    sizes = [path.stat().st_size for path in paths if path.is_file()]
+    sizes = []
+    for path in paths:
+        with suppress(OSError):
+            sizes.append(path.stat().st_size)
     return THREADS if sum(sizes) > SMALL_FILE * len(sizes) else 1
 
 

@@ -6,6 +6,7 @@ from itertools import islice
 from pathlib import Path
 
 from reslab.cluster import spread
+from reslab.run import located
 from reslab.use.classifier import Classifier, Prediction, load
 
 CHUNK = 256  # files that a machine takes at a time
@@ -20,12 +21,13 @@ def predict_each(run: str | Path, images: Iterable[str | Path], address: str) ->
     """
     paths = (Path(image) for image in images)
     chunks: Iterator[list[Path]] = iter(lambda: list(islice(paths, CHUNK)), [])
-    for chunk, found in spread(partial(_predict, Path(run).absolute()), chunks, address):
+    for chunk, found in spread(partial(_predict, located(run).absolute(), Path.cwd()), chunks, address):
         yield from zip(chunk, found, strict=True)
 
 
-def _predict(run: Path, paths: list[Path]) -> list[Prediction | str]:
-    return [found for _, found in _loaded(run).predict_each(paths)]
+def _predict(run: Path, folder: Path, paths: list[Path]) -> list[Prediction | str]:
+    """Of paths that are relative to a folder, which is not where this process is."""
+    return [found for _, found in _loaded(run).predict_each([folder / path for path in paths])]
 
 
 @cache

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from reslab.data.decode import Unreadable, decode, decode_square, read_header
+from reslab.data.decode import SCAN, Unreadable, decode, decode_square, formats, read_header
 
 
 def encoded(image: Image.Image, kind: str, **options: object) -> bytes:
@@ -124,19 +124,26 @@ whole = encoded(gradient().resize((200, 200)), "JPEG")
     [
         (b"", "empty file"),
         (b"just some text in a .jpg", "not an image"),
+        (encoded(gradient(), "ICO"), "not an image of a known format"),
+        (whole[:-2] + SCAN * 500 + whole[-2:], "more than 500 scans"),
         (b"<html></html>", "not an image"),
         (whole[: len(whole) // 2], "truncated"),
         (encoded(gradient().resize((300, 300)), "PNG")[:900], "truncated"),
         (bomb(50_000, 50_000), "megapixels"),
         (bomb(12_000, 12_000), "megapixels"),
     ],
-    ids=["zero bytes", "text", "html", "cut jpeg", "cut png", "bomb", "below Pillow's own limit"],
+    ids=["zero bytes", "text", "icon", "many scans", "html", "cut jpeg", "cut png", "bomb", "below Pillow's own limit"],
 )
 def test_unusable_files_are_unreadable_with_the_reason(data: bytes, reason: str) -> None:
     with pytest.raises(Unreadable, match=reason):
         read_header(data)
     with pytest.raises(Unreadable):
         decode(data, 32, 3)
+
+
+def test_no_reader_hands_what_lies_within_to_another_or_to_a_program() -> None:
+    assert {"JPEG", "PNG", "TIFF", "WEBP"} <= set(formats())
+    assert not {"EPS", "WMF", "PDF", "IPTC", "ICO", "ICNS", "FPX", "MIC"} & set(formats())
 
 
 def test_header_says_grey_only_without_colour() -> None:

@@ -1,5 +1,6 @@
 """`reslab serve` as processes: what a person types wrong, what clients do wrong, and how it ends."""
 
+import contextlib
 import http.client
 import os
 import signal
@@ -18,6 +19,8 @@ import pytest
 import uvicorn
 
 import reslab
+from reslab.serve import workers as workers_module
+from reslab.serve.parser import HEAD_BYTES
 from reslab.serve.server import Settings, _Server, serve
 from reslab.serve.service import Limits
 from tests.serve.serving import Server, as_json, image, make_run, serving
@@ -117,6 +120,19 @@ def test_broken_http_is_refused_and_the_log_stays_empty(run: Path) -> None:
         assert server.process.stderr and server.process.stderr.read() == ""
 
 
+def test_an_endless_head_is_cut_off(server: Server) -> None:
+    for endless in (b"x-%d: y\r\n" % 7, b"y"):
+        with socket.create_connection(("127.0.0.1", server.port), timeout=10) as connection:
+            connection.sendall(b"GET / HTTP/1.1\r\nHost: localhost\r\nx: ")
+            with contextlib.suppress(ConnectionError):
+                for _ in range(64):
+                    connection.sendall(endless * (1 << 16))
+                    time.sleep(0.002)
+                pytest.fail("4 MiB of a head were taken")
+    assert len(large := image(size=(500, 400))) > HEAD_BYTES
+    assert server.predict(large)[0] == 200, "a body may be longer"
+
+
 def test_connections_that_only_hold_a_place_are_dropped_and_others_are_not() -> None:
     """As the clock goes on; a slow body has a limit of its own."""
 
@@ -197,6 +213,25 @@ def test_sigterm_under_load_answers_every_request_that_was_accepted(run: Path, w
 def children(pid: int) -> list[int]:
     found = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
     return [int(child) for child in found if b"spawn_main" in Path(f"/proc/{child}/cmdline").read_bytes()]
+
+
+def test_what_dies_later_is_replaced_and_nothing_starts_after_the_signal(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(workers_module, "RETRY_SECONDS", 0.0)
+    started: list[int] = []
+    workers = workers_module._Workers(lambda row, pipe: None)
+    dead: Any = SimpleNamespace(pid=1, exitcode=-9, terminate=lambda: None)
+    workers.processes, workers.pipes = {0: dead}, {0: SimpleNamespace()}  # type: ignore[dict-item]
+    with pytest.raises(reslab.WorkError, match="every worker process must start"):
+        workers._bury(0, dead)
+    workers.announced, workers.processes = True, {0: dead}
+    with monkeypatch.context() as patched:
+        patched.setattr(workers, "start", started.append)
+        workers._bury(0, dead)
+    assert (started, workers.pipes) == ([0], {})
+    workers.processes = {1: SimpleNamespace(pid=None)}  # type: ignore[dict-item]  # just being started
+    workers.stop()
+    workers.start(2)
+    assert list(workers.processes) == [1]
 
 
 def test_a_worker_that_dies_is_replaced_and_the_counts_go_on(run: Path) -> None:

@@ -23,6 +23,8 @@ from reslab.serve.metrics import Metrics, shared_rows
 from reslab.serve.server import _published
 from reslab.serve.service import Limits, Service
 from reslab.serve.uploads import Memory
+from reslab.use import explain
+from reslab.use.classifier import Prediction
 from tests.data.test_decode import bomb
 from tests.serve.serving import CANVAS, CLASSES, SIZE, image, make_run, multipart
 
@@ -91,6 +93,16 @@ def test_a_heat_map_is_a_grey_png_of_what_the_net_saw(client: TestClient) -> Non
         assert (heat.mode, heat.size) == ("L", (SIZE, SIZE))
 
 
+def test_a_heat_map_is_of_the_label_whatever_the_net_says_in_fp32(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    service = make(run)
+    asked: list[str | None] = []
+    monkeypatch.setattr(explain, "heat_map", lambda classifier, pixels, label=None: asked.append(label) or np.zeros(pixels.shape[:2], np.float32))
+    label = service.classifier.classes[-1]
+    side = service.classifier.preprocess.canvas
+    service._draw([(Prediction(label, 0.5, [(label, 0.5)]), np.zeros((side, side, 3), np.uint8))])
+    assert asked == [label]
+
+
 def test_what_cannot_explain_itself_has_no_heat_map(run: Path) -> None:
     """As a model from an ONNX file: the same interface without a net."""
     held = reslab.load(run)
@@ -136,7 +148,7 @@ def test_one_bad_image_of_several_is_named(client: TestClient) -> None:
     form, kind = multipart(("a.png", image()), ("b.png", b"text"), ("../../c.png", b""))
     problem = refused(client.post("/predict", content=form, headers={"content-type": kind}), 422, "number 2 is not")
     assert problem["images"] == [
-        {"index": 1, "name": "b.png", "detail": "not an image that Pillow reads"},
+        {"index": 1, "name": "b.png", "detail": "not an image of a known format"},
         {"index": 2, "name": "../../c.png", "detail": "empty file (0 bytes)"},
     ]
 
@@ -235,8 +247,12 @@ def test_a_bug_is_a_problem_without_its_details(run: Path, monkeypatch: pytest.M
     service = make(run)
     with TestClient(service.app, base_url="http://localhost", raise_server_exceptions=False) as client:
         monkeypatch.setattr(service, "_row", lambda *_: 1 / 0)
-        problem = refused(client.post("/predict", content=image(), headers=PNG), 500)
+        answer = client.post("/predict", content=image(), headers=PNG)
+        problem = refused(answer, 500)
+        assert answer.headers["x-content-type-options"] == "nosniff"
         assert "division" not in json.dumps(problem)
+        monkeypatch.undo()
+        assert 'reslab_answers_total{status="500"} 1' in client.get("/metrics").text
 
 
 def test_with_a_token_nothing_but_the_probes_answers_without_it(run: Path) -> None:

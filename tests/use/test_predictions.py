@@ -1,6 +1,7 @@
 """Very many images: read as they are answered, in order, and written whole or not at all."""
 
 import csv
+import errno
 import json
 import os
 import subprocess
@@ -12,12 +13,31 @@ import pytest
 import reslab
 from reslab.data import folder as folders
 from reslab.data.folder import image_paths
+from reslab.data.given import image_files
 from reslab.run import Run
 from reslab.use.classifier import AHEAD, BATCH, Prediction
 from reslab.use.predictions import write_file
 from tests.use.conftest import photos_of
 
 Here = Callable[..., subprocess.CompletedProcess[str]]
+
+
+def test_what_cannot_be_looked_at_is_a_row_with_the_reason(trained: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    photo, closed = next(image_paths(photos_of(trained))), tmp_path / "closed"
+    closed.mkdir()
+    scandir = os.scandir
+
+    def guarded(path: Path) -> object:
+        if path == closed:
+            raise PermissionError(errno.EACCES, "Permission denied")
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", guarded)
+    named = image_files((str(photo), "x" * 300, str(closed)), "predict")
+    assert write_file(reslab.load(trained.path).predict_each(named), tmp_path / "rows.csv") == (3, 2)
+    rows = list(csv.DictReader((tmp_path / "rows.csv").read_text().splitlines()))
+    assert [row["image"] for row in rows] == [str(photo), "x" * 300, str(closed)]
+    assert [row["error"] for row in rows] == ["", "File name too long", "Is a directory"]
 
 
 def test_answers_are_in_order_and_paths_are_read_as_needed(trained: Run) -> None:
@@ -75,7 +95,7 @@ def test_out_has_a_row_an_image(kind: str, trained: Run, here: Here, tmp_path: P
     assert [row["image"] for row in rows] == [*map(str, image_paths(photos_of(trained))), os.fsdecode(odd)]
     assert {row["label"] for row in rows[:90]} <= {"red", "green", "blue"}
     assert all(0 < float(row["probability"]) <= 1 for row in rows[:90])
-    assert rows[90]["error"] == "not an image that Pillow reads"
+    assert rows[90]["error"] == "not an image of a known format"
     assert [file.name for file in out.parent.iterdir()] == [out.name]
 
 
