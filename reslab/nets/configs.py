@@ -97,6 +97,10 @@ def contradiction(config: dict[str, Any], spec: Spec) -> str:
         for key in keys:
             if config.get(key, ours[key]) != ours[key]:
                 return f"{key} is {shown(str(config[key]))[:40]}, and in this net it is {ours[key]}: choose the net it was made with"
+        plain = FAMILY["resnet50"].spec
+        for field in SILENT:
+            if field != "stride" and getattr(spec, field) != getattr(plain, field):
+                return f"model_type is resnet, with {field} {getattr(plain, field)}, and this net has {getattr(spec, field)}: choose the net it was made with"
     elif isinstance(config.get("architecture"), str):
         architecture = config["architecture"]
         row = next((name for name, theirs in TIMM.items() if theirs == architecture), None)

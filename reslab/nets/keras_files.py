@@ -81,7 +81,14 @@ def read_h5(path: Path) -> "dict[str, Tensor]":
         why = str(error).splitlines()[0] if str(error) else repr(error)
         raise WorkError(f"{shown(path)} cannot be read as weights of Keras (is it whole?): {shown(why)[:120]}") from error
     ours = torch_names(layers)
-    return {f"{ours[name]}.{SUFFIX[variable]}": tensor for name, held in layers.items() for variable, tensor in held.items()}
+    found: dict[str, Tensor] = {}
+    for name, held in layers.items():
+        for variable, tensor in held.items():
+            own = f"{ours[name]}.{SUFFIX[variable]}"
+            if own in found:
+                raise WorkError(f"a weights file must hold each tensor once; {shown(path)} has {shown(own)} twice, also as {shown(name)}")
+            found[own] = tensor
+    return found
 
 
 def _unpacked(path: Path) -> tuple[Any, int, dict[str, str]]:

@@ -69,8 +69,8 @@ def titled(axes: Axes, title: str, x: str = "", y: str = "") -> None:
 
 
 def as_typed(name: str) -> str:
-    """A name, such as a folder's, for matplotlib to draw as it is: dollars would make a formula of it."""
-    return name.replace("$", r"\$")
+    """A name, such as a folder's, for matplotlib to draw: dollars would make a formula of it, and bytes that are no text an error."""
+    return name.encode(errors="backslashreplace").decode().replace("$", r"\$")
 
 
 def with_seeds(axes: Axes, x: Sequence[float], values: Sequence[Sequence[float]], colour: str, label: str) -> None:

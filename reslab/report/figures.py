@@ -3,6 +3,7 @@
 import matplotlib
 from matplotlib.figure import Figure
 
+from reslab.report.charts import as_typed
 from reslab.report.svg import GRID, MUTED, SERIES, STYLE, as_svg
 from reslab.run import Record
 
@@ -72,8 +73,8 @@ def confusion(matrix: list[tuple[int, int, int]], classes: list[str]) -> str:
 
 
 def _short(name: str) -> str:
-    """A class name as a tick label: matplotlib reads $ as mathematics."""
-    return name[:16].replace("$", r"\$")
+    """A class name as a tick label."""
+    return as_typed(name[:16])
 
 
 def _without_peaks(rows: list[Record]) -> list[Record]:

@@ -92,6 +92,8 @@ def claims(records: list[Record]) -> list[Claim]:
             f"training error at {deep} layers with skips, without norm beyond with batch norm",
             beyond(records, arm("residual", "none"), arm("residual", "batch")),
             f"; {alive('residual', 'none')}",
+            alive=results(records, **arm("residual", "batch")),
+            dead=results(records, **arm("residual", "none")),
         ),
         claim(
             "In deep nets batch norm works through the skips: the two buy more together than apart (De & Smith 2020)",
@@ -103,6 +105,7 @@ def claims(records: list[Record]) -> list[Claim]:
             f"training error at {deep} layers with skips, without norm beyond with group norm",
             beyond(records, arm("residual", "none"), arm("residual", "group")),
             f"; {alive('residual', 'group')}",
+            alive=results(records, **arm("residual", "group")),
         ),
     ]
 

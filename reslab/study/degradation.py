@@ -125,8 +125,8 @@ def _of_one_seed(results: list[Record], shallow: int, deep: int) -> list[Claim]:
     told = ", ".join(f"{twin} {n} {100 * e:.1f} % ({100 * low:.1f} to {100 * high:.1f})" for (twin, n) in ends for e, low, high in [found[twin, n]])
     (_, worst, best), others = found["plain", deep], [found[end] for end in ends if end != ("plain", deep)]
     is_worst, is_not = worst > max(high for *_, high in others), best < max(low for _, low, _ in others)
-    rises = found["residual", deep][1] > found["residual", shallow][2]
-    verdict: Verdict = "disagrees" if is_not or rises else "agrees" if is_worst else "not decided at this budget"
+    rises, falls = found["residual", deep][1] > found["residual", shallow][2], found["residual", deep][0] <= found["residual", shallow][0]
+    verdict: Verdict = "disagrees" if is_not or rises else "agrees" if is_worst and falls else "not decided at this budget"
     said = "The deeper plain net ends with the highest test error, the deeper residual net with none above the shallower one's"
     n = min(int(r["test_n"]) for r in results)
     return [Claim(said, f"of one seed, with 95 % intervals over {n:,} test images: {told}", verdict, n)]

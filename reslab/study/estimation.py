@@ -149,7 +149,8 @@ def claims(records: list[Record]) -> list[Claim]:
         rows = [r for r in records if r["net"] == name]
         found = [judge(rows) for judge in (_descends, _more_so_later, _refines, _reads_better, _nears, _agrees_in_the_mean)]
         found += [_head(rows, [r for r in records if r["net"] == other], other) for other in names["plain"]]
-        room = all(r["whole"] + ROOM <= r["chance"] for r in rows if r["kind"] == "head")
+        heads = [r for r in rows if r["kind"] == "head"]
+        room = bool(heads) and all(r["whole"] + ROOM <= r["chance"] for r in heads)
         made += [c._replace(measured=f"{name}: {c.measured}", verdict=c.verdict if room else UNDECIDED) for c in found]
     return made
 

@@ -175,7 +175,7 @@ def claims(records: list[Record]) -> list[Claim]:
             conv.n,
         ),
         Claim(
-            "Yang 2019: once training begins, the range of gradients over the blocks is far smaller",
+            "Yang 2019: once training begins, the range of gradients over stem and blocks is far smaller",
             f"largest over smallest gradient in the plain net with norm, second half of the training against the start: times {factor(shrunk)}",
             _smaller(shrunk),
             shrunk.n,
@@ -210,7 +210,7 @@ def answer(records: list[Record]) -> str:
 
 
 def spans(records: list[Record], late: bool, twin: str = "plain") -> dict[int, float]:
-    """Logarithm of the largest over the smallest gradient of a block's output, with norm: at the start, or the median over the second half."""
+    """Logarithm of the largest over the smallest gradient of stem's and blocks' outputs, with norm: at the start, or the median over the second half."""
     return _over_time(records, twin, late, lambda values: math.log(max(values) / min(values)))
 
 

@@ -135,6 +135,13 @@ def trained(rows: list[Record]) -> str:
     return f"{sum(map(has_trained, rows))} of {len(rows)} trained at all"
 
 
-def claim(paper: str, what: str, gap: Estimate, more: str = "") -> Claim:
-    """A claim that a difference is positive, decided by its interval."""
-    return Claim(paper, f"{what}: {points(gap)}{more}", gap.verdict(), gap.n)
+def claim(paper: str, what: str, gap: Estimate, more: str = "", alive: Sequence[Record] = (), dead: Sequence[Record] = ()) -> Claim:
+    """A claim that a difference is positive, decided by its interval.
+
+    Where it says that nets train or do not, it is agreed with only if most of those `alive` have, and most of those `dead` have not.
+    """
+    verdict = gap.verdict()
+    as_said = [*map(has_trained, alive)], [not has_trained(row) for row in dead]
+    if verdict == "agrees" and any(rows and 2 * sum(rows) <= len(rows) for rows in as_said):
+        verdict = "not decided at this budget"
+    return Claim(paper, f"{what}: {points(gap)}{more}", verdict, gap.n)

@@ -65,6 +65,8 @@ def claims(records: list[Record]) -> list[Claim]:
             f"training error at {deep} layers, none beyond {start}",
             beyond(records, arm("none"), arm(start)),
             f"; {alive(start)}, {alive('none')}",
+            alive=results(records, **arm(start)),
+            dead=results(records, **arm("none")),
         )
         for start in PAPERS
     ]

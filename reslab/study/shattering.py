@@ -16,6 +16,7 @@ of a residual net of 50 layers lie between: the correlation falls exponentially 
 residual ones (the paper's abstract). The convolutional case is ours.
 """
 
+import math
 from collections.abc import Iterator
 from statistics import fmean
 
@@ -60,7 +61,7 @@ def measure(cell: Cell, ready: Ready, data: Data) -> Iterator[Record]:
     """Autocorrelations up to LAGS, a record a kind of net: their mean, and every net's score."""
     if cell.facts["look"] == "images":
         lines = [autocorrelation(gradient, LAGS) for gradient in between_images(ready.net, data, cell.subject.seed)]
-        yield _record(lines)
+        yield _record([values for values in lines if math.isfinite(values[0])])  # between equal images no gradient changes
         return
     x = torch.linspace(*ENDS, POINTS)
     for number, (name, (norm, beta)) in enumerate(VARIANTS.items()):
@@ -148,7 +149,7 @@ def claims(records: list[Record]) -> list[Claim]:
 
 def _images(records: list[Record]) -> Claim:
     depths = sorted({r["layers"] for r in records if r["look"] == "images"})
-    found = {(r["net"], r["layers"], r["seed"]): fmean(r["scores"]) for r in records if r["look"] == "images"}
+    found = {(r["net"], r["layers"], r["seed"]): fmean(r["scores"]) for r in records if r["look"] == "images" and r["scores"]}
     by_seed = {twin: {seed: score for (t, n, seed), score in found.items() if (t, n) == (twin, depths[-1])} for twin in ("plain", "residual")}
     gap = paired(by_seed["residual"], by_seed["plain"])
     return Claim(

@@ -54,8 +54,8 @@ def rank_correlation(x: Sequence[float], y: Sequence[float]) -> Estimate:
     if len(x) < 4 or len(set(x)) < 2 or len(set(y)) < 2:
         return Estimate(math.nan, -1.0, 1.0, len(x))
     r = float(spearmanr(x, y).statistic)
-    if abs(r) >= 1:
-        return Estimate(r, r, r, len(x))
+    if abs(r) >= 1:  # of four values one order in twelve is perfect by chance
+        return Estimate(r, r, r, len(x)) if len(x) > 4 else Estimate(r, -1.0, 1.0, len(x))
     z, half = math.atanh(r), Z * math.sqrt((1 + r * r / 2) / (len(x) - 3))
     return Estimate(r, math.tanh(z - half), math.tanh(z + half), len(x))
 

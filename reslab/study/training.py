@@ -81,7 +81,7 @@ def outcome(ready: Ready, data: Data) -> list[Record]:
     curve: Record = {"kind": "curve", "every": every, "loss": [round(value, 5) if value < 1e9 else None for value in smooth]}
     parameters = sum(p.numel() for p in ready.net.parameters())
     lost = bool(losses) and not np.isfinite(losses[-1])
-    return [curve, {"kind": "result", "steps": len(losses), "lost": lost, "parameters": parameters, **errors(ready.net, data)}]
+    return [curve, {"kind": "result", "steps": len(losses) - lost, "lost": lost, "parameters": parameters, **errors(ready.net, data)}]
 
 
 def errors(net: nn.Module, data: Data) -> Record:

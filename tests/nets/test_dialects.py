@@ -6,7 +6,7 @@ import torch
 
 import reslab
 from reslab.family import FAMILY
-from reslab.nets.configs import TIMM
+from reslab.nets.configs import TIMM, contradiction
 from reslab.nets.dialects import DIALECTS, Dialect, for_saving, from_ours, ours, recognise, theirs, to_ours
 from reslab.nets.identify import fitting, state_shapes
 from tests.nets.peers import CASES, make
@@ -130,3 +130,10 @@ def test_tensors_of_no_net_find_none() -> None:
 def test_every_architecture_is_one_of_timms(timm) -> None:  # type: ignore[no-untyped-def]
     assert all(re.fullmatch(r"[a-z0-9_]+", name) and timm.is_model(name) for name in TIMM.values())
     assert set(TIMM) <= set(FAMILY)
+
+
+def test_a_config_of_transformers_is_heard_about_what_shapes_cannot_tell() -> None:
+    config = {"model_type": "resnet", "hidden_act": "relu"}
+    assert contradiction(config, reslab.spec("resnet50")) == ""
+    for wrong, part in (("resnet50_blur", "with antialias False, and this net has True"), ("keras_resnet50", "with eps 1e-05")):
+        assert part in contradiction(config, reslab.spec(wrong))

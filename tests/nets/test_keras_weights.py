@@ -153,6 +153,14 @@ def _renamed(path: Path, good: Path) -> None:
     _zip(path, json.dumps(held).encode(), weights)
 
 
+def test_two_layers_of_one_name_here_are_an_error_and_not_the_last_of_them(tmp_path: Path) -> None:
+    with h5py.File(tmp_path / "two.h5", "w") as file:
+        for name in ("fc10", "fc6"):
+            file[f"{name}/{name}/bias:0"] = np.zeros(10, np.float32)
+    with pytest.raises(reslab.WorkError, match=r"must hold each tensor once; .* has fc.bias twice, also as fc6"):
+        keras_files.read_h5(tmp_path / "two.h5")
+
+
 @pytest.mark.parametrize(
     "make",
     [

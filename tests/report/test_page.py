@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 
 import reslab
+from reslab.report.charts import canvas, titled
+from reslab.report.figures import _short
 from reslab.report.page import write_report
 from reslab.run import Run
 from tests.conftest import draw
@@ -111,6 +113,14 @@ def test_damaged_records_are_one_line(run: Run, find: str, put: str, tmp_path: P
     with pytest.raises(reslab.WorkError, match=r"records in .* are damaged") as caught:
         write_report(Run(damaged))
     assert "\n" not in str(caught.value)
+
+
+def test_names_that_are_no_text_are_drawn_escaped() -> None:
+    with canvas(1, 2.0) as c:
+        titled(c.axes[0], os.fsdecode(b"caf\xe9 $x$\n2 layers"))
+        assert c.axes[0].get_title(loc="left") == "caf\\udce9 \\$x\\$\n2 layers"
+        c.drawn("it", [])
+    assert _short(os.fsdecode(b"caf\xe9")) == r"caf\udce9"
 
 
 def test_many_classes_become_a_map() -> None:

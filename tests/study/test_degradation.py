@@ -27,6 +27,7 @@ def records(plain: list[float], residual: list[float]) -> list[dict]:
         ([0.05, 0.06, 0.05], [0.05, 0.06, 0.05], ["disagrees", "agrees", "not decided at this budget"]),
         ([0.1, 0.9, 0.2], [0.1, 0.9, 0.3], ["not decided at this budget"] * 3),
         ([0.6], [0.1], [*["not decided at this budget"] * 3, "agrees"]),
+        ([0.6], [0.11], [*["not decided at this budget"] * 3, "not decided at this budget"]),
         ([0.6], [0.2], [*["not decided at this budget"] * 3, "disagrees"]),
         ([0.05], [0.1], [*["not decided at this budget"] * 3, "disagrees"]),
         ([0.12], [0.1], [*["not decided at this budget"] * 3, "not decided at this budget"]),

@@ -183,6 +183,7 @@ def rows(net: str, cosine: float = 0.05, ratio: float = -0.05, mean: float = 0.0
         (rows("residual", whole=0.7) + rows("plain", head=0.8), [UNDECIDED] * 7),
         (rows("residual") + rows("plain", head=0.85, whole=0.8), ["agrees"] * 6 + [UNDECIDED]),
         (rows("residual")[:1], [UNDECIDED] * 6),
+        (rows("residual")[1:], [UNDECIDED] * 6),
     ],
 )
 def test_verdicts(records: list[dict], verdicts: list[str]) -> None:

@@ -15,9 +15,9 @@ from reslab.nets.torch import ResNet
 from reslab.run import write_whole
 from reslab.study import STUDIES, degradation, lab, training
 from reslab.study.data import Data, load
-from reslab.study.kinds import Cell, Schedule, Setting, Subject
+from reslab.study.kinds import Cell, Ready, Schedule, Setting, Subject
 from reslab.study.lab import Place
-from reslab.study.training import errors, lr_at, train
+from reslab.study.training import errors, lr_at, outcome, train
 from reslab.study.twins import deeper, layers, plain
 
 TINY = reslab.spec("resnet20", depths=(1, 1, 1), in_channels=1)
@@ -217,6 +217,7 @@ def test_a_lost_loss_ends_the_training_and_says_so(data: Data) -> None:
     losses = train(net, data, Schedule(20, 32), seed=0)
     assert len(losses) < 20
     assert np.isnan(losses[-1])
+    assert outcome(Ready(net, losses), data)[1]["steps"] == len(losses) - 1, "the step that lost it was not taken"
 
 
 def test_learning_rate_rises_then_falls_to_a_tenth_twice() -> None:

@@ -12,7 +12,7 @@ def test_order_alone_counts() -> None:
 
 
 def test_too_little_or_constant_values_decide_nothing() -> None:
-    for x, y in (([1, 2, 3], [1, 2, 3]), ([], []), ([1, 1, 1, 1], [1, 2, 3, 4]), ([1, 2, 3, 4], [5, 5, 5, 5])):
+    for x, y in (([1, 2, 3], [1, 2, 3]), ([1, 2, 3, 4], [1, 2, 3, 4]), ([], []), ([1, 1, 1, 1], [1, 2, 3, 4]), ([1, 2, 3, 4], [5, 5, 5, 5])):
         found = rank_correlation(x, y)
         assert (found.n, found.verdict()) == (len(x), "not decided at this budget")
 

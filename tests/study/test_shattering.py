@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from statistics import fmean
 
 import numpy as np
@@ -44,6 +45,19 @@ def test_the_gradient_between_images_is_autograds_and_the_net_is_left_alone() ->
     assert [line.shape for line in lines] == [(256, 64)] * 2
     assert same(before, state(net))
     assert not torch.equal(lines[0], lines[1])
+
+
+def test_lines_between_equal_images_say_nothing() -> None:
+    data = digits()
+    blank = replace(data, train=np.zeros_like(data.train))
+    found = []
+    for cell in cells(Setting(60, 1, 2, tiny()), blank, lambda spec, batch: 0.1):
+        if cell.facts["look"] == "images":
+            rows = measure(cell, Ready(made(cell.subject.spec, cell.subject.seed), []), blank)
+            found += [{**row, "seed": cell.subject.seed, **cell.facts} for row in rows]
+    assert [r["scores"] for r in found] == [[]] * len(found) != []
+    assert shattering._images(found).verdict == "not decided at this budget"
+    assert figures(found) == []
 
 
 @pytest.fixture(scope="module")

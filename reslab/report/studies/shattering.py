@@ -15,7 +15,7 @@ LABELLED = (8, 4, 12)  # lags at which the curve of each depth has its label
 def figures(records: list[Record]) -> list[Drawn]:
     """Examples of gradients; correlation by lag, a panel a kind of net; the same between images."""
     dense = [r for r in records if r["kind"] == "correlation" and r["look"] == "dense"]
-    images = [r for r in records if r["kind"] == "correlation" and r["look"] == "images"]
+    images = [r for r in records if r["kind"] == "correlation" and r["look"] == "images" and r["values"]]
     return [*([_examples(dense), _dense(dense)] if dense else []), *([_images(images)] if images else [])]
 
 
