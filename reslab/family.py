@@ -198,7 +198,7 @@ def spec(net: str | Spec, **changes: Any) -> Spec:
 
     Raises CallError (a ValueError) with the nearest name for an unknown net or field.
     """
-    if isinstance(net, str) and net not in FAMILY:
+    if not isinstance(net, Spec) and (not isinstance(net, str) or net not in FAMILY):
         raise unknown("net", net, FAMILY, "; `reslab models` lists them")
-    chosen = FAMILY[net].spec if isinstance(net, str) else net
+    chosen = net if isinstance(net, Spec) else FAMILY[net].spec
     return Spec.from_dict({**{f.name: getattr(chosen, f.name) for f in dataclasses.fields(chosen)}, **changes})

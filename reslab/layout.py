@@ -169,11 +169,6 @@ def start_scales(spec: Spec) -> dict[str, float]:
     return scales
 
 
-def layers(spec: Spec, image_size: Size) -> list[Layer]:
-    """Every leaf module of the built net in the order it runs, for images of that size."""
-    return [layer for part in parts(spec, image_size, fold=False) for layer in part.layers]
-
-
 def parts(spec: Spec, image_size: Size, fold: bool = True) -> list[Part]:
     """The layers by stretches. With `fold`, equal blocks in a row are told once, which is all that counting needs.
 
@@ -221,10 +216,11 @@ class _Walk:
         self.put(Layer(name, "conv", (self.here,), shape, weights + bias * conv.outputs, weights * shape[1] * shape[2], conv, bias=bias))
 
     def pool(self, name: str, kind: str, pool: Pool) -> None:
-        channels, height, width = self.shape
+        channels, *sides = self.shape
         ceil = pool.stride - 1 if pool.ceil else 0
-        sides = ((n + 2 * pool.padding - pool.kernel + ceil) // pool.stride + 1 for n in (height, width))
-        self.put(Layer(name, kind, (self.here,), (channels, *sides), pool=pool))
+        least = 2 if kind == "blurpool" else 1  # at an edge the pixel beside it is reflected
+        pooled = ((n + 2 * pool.padding - pool.kernel + ceil) // pool.stride + 1 if n >= least else 0 for n in sides)
+        self.put(Layer(name, kind, (self.here,), (channels, *pooled), pool=pool))
 
     def global_pool(self, name: str) -> None:
         self.put(Layer(name, "globalpool", (self.here,), (self.shape[0], 1, 1)))

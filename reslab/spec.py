@@ -11,14 +11,15 @@ each is a field of `Spec`. `layout.py` spells a Spec out, layer by layer; `famil
 
 import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Self, get_args
 
-from reslab.errors import CallError, unknown
+from reslab.errors import CallError, shown, unknown
 
 if TYPE_CHECKING:
-    from reslab.layout import Layer
+    from reslab.layout import Layer, Part
 
 Block = Literal["basic", "bottleneck", "skip"]
 Shortcut = Literal["A", "B", "C", "D", "late", "none"]
@@ -31,6 +32,14 @@ Init = Literal["he", "fixup", "skipinit", "rezero"]
 Size = int | tuple[int, int]
 
 FLAT_SIZE = 1000  # of the hidden layer behind a flattened map
+
+TYPES: dict[Any, tuple[str, Callable[[Any], bool]]] = {  # of fields that are not one of some words
+    str: ("a name", lambda value: isinstance(value, str)),
+    int: ("a whole number", lambda value: type(value) is int),
+    float: ("a number", lambda value: isinstance(value, int | float) and not isinstance(value, bool)),
+    bool: ("True or False", lambda value: type(value) is bool),
+    tuple[int, ...]: ("whole numbers, one a stage", lambda value: isinstance(value, tuple) and all(type(n) is int for n in value)),
+}
 
 
 class Conv(NamedTuple):
@@ -115,27 +124,36 @@ class Spec:
 
     def __post_init__(self) -> None:
         for name in ("depths", "widths"):
-            object.__setattr__(self, name, tuple(getattr(self, name)))
+            with suppress(TypeError):  # what is no sequence is refused as it is
+                object.__setattr__(self, name, tuple(getattr(self, name)))
+        self._check_types()
         self._check_values()
         if self.block == "skip":
             self._check_skip()
         else:
             self._check_together()
+        if self.flatten:
+            self.check_size(self.flatten)
+
+    def _check_types(self) -> None:
+        for f in dataclasses.fields(self):
+            value = getattr(self, f.name)
+            if f.type not in TYPES:
+                if value not in get_args(f.type):
+                    raise unknown(f.name, value, get_args(f.type))
+            elif not TYPES[f.type][1](value):
+                raise CallError(f"{f.name} must be {TYPES[f.type][0]}; received {shown(repr(value))[:80]}")
 
     def _check_values(self) -> None:
-        literals = (Block, Shortcut, Stride, Order, Carry, Norm, Bias, Init)
-        for name, choices in zip(("block", "shortcut", "stride", "order", "carry", "norm", "bias", "init"), map(get_args, literals), strict=True):
-            if getattr(self, name) not in choices:
-                raise unknown(name, getattr(self, name), choices)
         if self.stem not in STEMS:
             raise unknown("stem", self.stem, STEMS)
         counts = (*self.depths, *self.widths, self.groups, self.inner, self.in_channels, self.num_classes)
-        if not all(type(n) is int and n > 0 for n in counts) or sum(self.depths) > 5000 or max(counts) > 1 << 20:
+        if not all(0 < n <= 1 << 20 for n in counts) or sum(self.depths) > 5000:
             raise CallError(
                 "depths, widths, groups, inner, in_channels and num_classes must be whole numbers from 1 to 2^20 (5000 blocks in all); "
                 f"received {self.depths}, {self.widths}, {self.groups}, {self.inner}, {self.in_channels}, {self.num_classes}"
             )
-        if not all(type(n) is int and 0 <= n <= 1 << 16 for n in (self.stem_width, self.squeeze, self.flatten)):
+        if not all(0 <= n <= 1 << 16 for n in (self.stem_width, self.squeeze, self.flatten)):
             raise CallError(f"stem_width, squeeze and flatten must be whole numbers from 0; received {self.stem_width}, {self.squeeze}, {self.flatten}")
         if not (0 <= self.dropout < 1 and 0 <= self.drop_path < 1 and 0 < self.eps < 1 and abs(self.gate_bias) < 100):
             raise CallError(
@@ -144,6 +162,9 @@ class Spec:
             )
         if not self.depths or len(self.depths) != len(self.widths):
             raise CallError(f"depths and widths must have one entry a stage; received {self.depths} and {self.widths}")
+        width = self.stem_width or self.widths[0]
+        if any(int(part * width) < 1 for part, _, _ in STEMS[self.stem].convs):
+            raise CallError(f"stem {self.stem} begins with half of its channels, so it needs at least 2; received {width}: give stem_width")
 
     def _check_together(self) -> None:
         if self.block == "basic" and (self.groups, self.inner) != (1, 1):
@@ -185,8 +206,8 @@ class Spec:
                 raise unknown("Spec field", name, known)
         try:
             return cls(**fields)
-        except TypeError as error:
-            raise CallError(f"a Spec needs {', '.join(known[:4])} of their types; received {', '.join(fields) or 'nothing'}") from error
+        except TypeError as error:  # of the types of values it makes a CallError itself
+            raise CallError(f"a Spec needs {', '.join(known[:4])}; received {', '.join(fields) or 'nothing'}") from error
 
     @property
     def reduction(self) -> int:
@@ -202,47 +223,52 @@ class Spec:
         """
 
         def misfit(stem: str) -> float:
-            side = image_size / replace(self, stem=stem).reduction
+            side = image_size / self.reduction * STEMS[self.stem].stride / STEMS[stem].stride
             outside = math.log2(side / 16) if side > 16 else math.log2(4 / side) if side < 4 else 0.0
             return outside + 0.01 * abs(math.log2(STEMS[stem].stride / STEMS[self.stem].stride))  # of equals, the most like its own
 
         stems = ("conv3", "conv3-pool") if self.block == "skip" else ("conv3", "conv7", "conv7-pool")
-        fitted = replace(self, stem=min((self.stem, *stems), key=misfit), in_channels=in_channels, num_classes=num_classes)
-        if self.flatten:
-            fitted = replace(fitted, flatten=image_size)
+        flatten = image_size if self.flatten else 0
+        fitted = replace(self, stem=min((self.stem, *stems), key=misfit), in_channels=in_channels, num_classes=num_classes, flatten=flatten)
         fitted.check_size(image_size)
         return fitted
 
     def check_size(self, image_size: int) -> None:
-        """Raises CallError when the last stage would see less than one pixel, or a flattened map another size."""
+        """Raises CallError when the last stage would see less than one pixel, any layer none, or a flattened map another size."""
         if image_size < self.reduction:
             raise CallError(
                 f"this net halves an image down to 1/{self.reduction}, so it needs at least {self.reduction} px a side; "
                 f"received {image_size} px: give a larger --image-size, or take a net with fewer stages"
             )
-        self._check_flat(image_size)
+        self._parts(image_size, fold=True)
 
-    def _check_flat(self, image_size: Size) -> None:
+    def _parts(self, image_size: Size, fold: bool) -> list["Part"]:
+        """What `layout.parts` gives, of a size that this net takes."""
+        from reslab.layout import parts
+
         if self.flatten and image_size not in (self.flatten, (self.flatten, self.flatten)):
             raise CallError(f"this net flattens its last map, which fixes the image size at {self.flatten} px; received {image_size}: set flatten to it")
+        made = parts(self, image_size, fold)
+        for layer in (layer for part in made for layer in part.layers):
+            if min(layer.shape) < 1:
+                raise CallError(f"every layer of a net must leave a pixel; of images of {image_size} px {layer.name} leaves none: give a larger --image-size")
+        return made
 
     def layers(self, image_size: Size) -> Iterator["Layer"]:
-        """Every leaf module of the built net in the order it runs, with its inputs and what it costs for one image."""
-        from reslab.layout import layers
+        """Every leaf module of the built net in the order it runs, with its inputs and what it costs for one image.
 
-        self._check_flat(image_size)
-        return iter(layers(self, image_size))
+        Raises CallError for images that are too small for it.
+        """
+        return iter([layer for part in self._parts(image_size, fold=False) for layer in part.layers])
 
     def cost(self, image_size: Size | None = None) -> "Cost":
         """Parameters, multiply-accumulates (convolutions and linear layers) and fp32 bytes of every layer's output.
 
         All for one image; by arithmetic alone. `image_size` defaults to 32 for a conv3 stem and to 224 otherwise.
+        Raises CallError for images that are too small for the net.
         """
-        from reslab.layout import parts
-
-        size = image_size or self.flatten or (32 if self.stem == "conv3" else 224)
-        self._check_flat(size)
-        counted = [(part.times, layer) for part in parts(self, size) for layer in part.layers]
+        size = (self.flatten or (32 if self.stem == "conv3" else 224)) if image_size is None else image_size
+        counted = [(part.times, layer) for part in self._parts(size, fold=True) for layer in part.layers]
         return Cost(
             params=sum(times * layer.params for times, layer in counted),
             macs=sum(times * layer.macs for times, layer in counted),

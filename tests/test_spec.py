@@ -166,6 +166,7 @@ def test_spec_survives_json() -> None:
     ("call", "message"),
     [
         (lambda: reslab.spec("resnet19"), "unknown net 'resnet19': did you mean 'resnet1"),
+        (lambda: reslab.spec(None), "unknown net 'None'"),  # type: ignore[arg-type]
         (lambda: reslab.spec("resnet18", widht=(1,)), "unknown Spec field 'widht': did you mean 'widths'"),
         (lambda: reslab.spec("resnet18", block="bottelneck"), "unknown block 'bottelneck': did you mean 'bottleneck'"),
         (lambda: reslab.spec("resnet18", depths=(2, 2)), "one entry a stage"),
@@ -197,3 +198,72 @@ def test_replace_makes_a_variant() -> None:
     variant = replace(reslab.spec("resnet20"), widths=(32, 64, 128))
     assert variant.cost().params == sum(p.numel() for p in reslab.build(variant).parameters())
     assert math.isclose(variant.cost().macs / reslab.spec("resnet20").cost().macs, 4, rel_tol=0.02)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"dropout": "0.1"}, "dropout must be a number; received '0.1'"),
+        ({"eps": True}, "eps must be a number; received True"),
+        ({"depths": 3}, "depths must be whole numbers, one a stage; received 3"),
+        ({"widths": (16, 32, True)}, "widths must be whole numbers, one a stage; received (16, 32, True)"),
+        ({"num_classes": 10.0}, "num_classes must be a whole number; received 10.0"),
+        ({"stem": ["conv3"]}, "stem must be a name; received ['conv3']"),
+        ({"order": ["preact"]}, "unknown order \"['preact']\""),
+        ({"antialias": "false"}, "antialias must be True or False; received 'false'"),
+        ({"zero_init": 1}, "zero_init must be True or False; received 1"),
+    ],
+    ids=str,
+)
+def test_a_wrong_type_names_its_field(fields: dict[str, object], message: str) -> None:
+    plain = reslab.spec("resnet20")
+    for make in (lambda: replace(plain, **fields), lambda: reslab.spec("resnet20", **fields), lambda: Spec.from_dict(asdict(plain) | fields)):
+        with pytest.raises(reslab.CallError) as caught:
+            make()
+        assert str(caught.value).startswith(message)
+
+
+def test_a_spec_that_lacks_a_field_says_which_there_must_be() -> None:
+    with pytest.raises(reslab.CallError, match="a Spec needs block, depths, widths, stem; received block, depths"):
+        Spec.from_dict({"block": "basic", "depths": [1]})
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        Spec("bottleneck", (3,), (8,), "conv7-pool-valid", num_classes=2),
+        Spec("basic", (1,), (8,), "conv7-pool-valid", antialias=True, num_classes=2),
+        Spec("basic", (1, 1), (8, 16), "conv7-pool-valid", antialias=True, num_classes=2),
+        Spec("basic", (1, 1), (8, 16), "conv7-pool", antialias=True, num_classes=2),
+    ],
+    ids=["unpadded pool", "blurred pool", "blurred stage", "padded pool"],
+)
+@torch.no_grad()
+def test_a_size_is_taken_where_the_net_takes_it(spec: Spec) -> None:
+    net = reslab.build(spec).eval()
+    for size in range(spec.reduction, 20):
+        image = torch.zeros(1, 3, size, size)
+        try:
+            spec.check_size(size)
+        except reslab.CallError:
+            with pytest.raises(RuntimeError):
+                net(image)
+        else:
+            assert net(image).shape == (1, 2)
+
+
+@pytest.mark.parametrize("size", [0, -5, (32, 0)])
+def test_images_without_a_pixel_cost_nothing_to_refuse(size: object) -> None:
+    spec = reslab.spec("resnet20")
+    for ask in (spec.cost, spec.layers):
+        with pytest.raises(reslab.CallError, match=r"must leave a pixel; of images of .* px conv1 leaves none"):
+            ask(size)  # type: ignore[operator]
+
+
+def test_layers_without_channels_or_pixels_are_refused() -> None:
+    with pytest.raises(reslab.CallError, match="stem deep-pool begins with half of its channels, so it needs at least 2; received 1"):
+        Spec("basic", (1,), (1,), "deep-pool")
+    assert Spec("basic", (1,), (1,), "deep-pool", stem_width=2).cost().params
+    with pytest.raises(reslab.CallError, match="needs at least 2 px a side; received 1 px"):
+        Spec("skip", (1,), (16,), "conv3-pool", flatten=1)
+    assert reslab.spec("skipblock8").fit(16, 3, 10).flatten == 16

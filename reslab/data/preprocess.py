@@ -50,6 +50,8 @@ class Preprocess(Frame):
         shapes = (self.channels,), (self.channels, self.image_size, self.image_size)
         if self.mean.shape not in shapes or self.std.shape != shapes[0] or self.tta not in VIEWS:
             raise WorkError("the preprocessing stored with the model is damaged: sizes do not agree")
+        if not (np.isfinite(self.mean).all() and np.isfinite(self.std).all() and (self.std > 0).all()):
+            raise WorkError("the preprocessing stored with the model is damaged: mean and std must be finite, and std above 0")
 
     def unit(self, pixels: "Tensor", device: "device") -> "Tensor":
         """uint8 (N, H, W, C) -> float32 (N, C, H, W) in [0, 1], channels-last in memory."""
@@ -116,8 +118,9 @@ class Preprocess(Frame):
     def from_dict(cls, held: dict[str, Any]) -> Self:
         """The inverse of `to_dict`. Raises WorkError for what cannot be."""
         try:
-            mean, std = (np.asarray(held[name], dtype=np.float32) for name in ("mean", "std"))
+            with np.errstate(over="ignore"):  # what float32 cannot hold is refused as infinite
+                mean, std = (np.asarray(held[name], dtype=np.float32) for name in ("mean", "std"))
             tta = held.get("tta", "mirror" if held.get("mirror") else "none")  # as older models say it
             return cls(held["image_size"], held["canvas"], held["channels"], mean, std, tta)
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise WorkError(f"the preprocessing stored with the model is damaged: {error!r}") from error

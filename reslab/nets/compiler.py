@@ -39,6 +39,11 @@ def told(failure: BaseException) -> str:
     return (str(text).strip() or type(failure).__name__).splitlines()[0][:200]
 
 
+def takes(x: Tensor) -> bool:
+    """Whether x are images (N, C, H, W), at least one, where a processor reads them; all else is for torch."""
+    return x.dim() == 4 and x.is_cpu and x.numel() > 0
+
+
 def at(x: Tensor | None) -> int | None:
     """Where a tensor's memory begins."""
     return None if x is None else x.data_ptr()

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from reslab.nets.compiler import FAILURES, LANES, TYPES, at, compiled, told
+from reslab.nets.compiler import FAILURES, LANES, TYPES, at, compiled, takes, told
 from reslab.nets.pool import MaxPool, usable
 
 SOURCE = Path(__file__).with_name("fused.c")
@@ -50,12 +50,16 @@ class Norm(nn.BatchNorm2d):
 
     @property
     def quick(self) -> bool:
-        """Whether the kernels are to do it, where they can."""
-        return self.fused and self.training and self.affine and self.track_running_stats and self.momentum is not None
+        """Whether the kernels are to do it, where they can. They read parameters and statistics as fp32."""
+        if not (self.fused and self.training and self.affine and self.track_running_stats and self.momentum is not None):
+            return False
+        own, running = self._parameters, self._buffers  # as attributes of the module they take ten times as long to find
+        held = own["weight"], own["bias"], running["running_mean"], running["running_var"]
+        return {(tensor.dtype, tensor.is_cpu) for tensor in held if tensor is not None} == {(torch.float32, True)}
 
     def groups(self, images: int) -> int:
         """How many are normalised one after the other."""
-        return images // self.together if self.training and self.together and images % self.together == 0 else 1
+        return max(1, images // self.together) if self.training and self.together and images % self.together == 0 else 1
 
     def moved(self, mean: Tensor, var: Tensor) -> None:
         """Moves the running statistics by those of a batch."""
@@ -79,7 +83,7 @@ class Norm(nn.BatchNorm2d):
 
 def norm_relu(norm: nn.Module | None, relu: nn.Module | None, x: Tensor) -> Tensor:
     """relu(norm(x)); either may be missing."""
-    if isinstance(norm, Norm) and relu is not None and _suits(norm, x) and not hooked(norm, relu):
+    if isinstance(norm, Norm) and isinstance(relu, nn.ReLU) and _suits(norm, x) and not hooked(norm, relu):
         return _NormReLU.apply(x, None, norm.weight, norm.bias, norm, True)  # type: ignore[no-untyped-call, no-any-return]
     x = x if norm is None else norm(x)
     return x if relu is None else relu(x)
@@ -87,7 +91,7 @@ def norm_relu(norm: nn.Module | None, relu: nn.Module | None, x: Tensor) -> Tens
 
 def norm_add_relu(norm: nn.Module | None, add: nn.Module | None, relu: nn.Module | None, x: Tensor, shortcut: Callable[[], Tensor]) -> Tensor | None:
     """relu(norm(x) + shortcut()) in one pass, or None, and nothing done, where that cannot be."""
-    if not (isinstance(norm, Norm) and _suits(norm, x) and not hooked(norm, add, relu)):
+    if not (isinstance(norm, Norm) and isinstance(relu, nn.ReLU) and _suits(norm, x) and not hooked(norm, add, relu)):
         return None
     added = shortcut().expand(x.shape).to(x.dtype).contiguous(memory_format=torch.channels_last)
     y: Tensor
@@ -149,7 +153,7 @@ def gated(dy: Tensor, other: Tensor | None, y: Tensor | None) -> tuple[Tensor, T
 
 
 def _suits(norm: Norm, x: Tensor) -> bool:
-    if not norm.quick or x.dtype not in TYPES or x.dim() != 4:
+    if not (norm.quick and x.dtype in TYPES and takes(x)):
         return False
     pixels = x.numel() // x.shape[1] // norm.groups(len(x))
     return pixels > 1 and _fold(x.shape[1], pixels) > 0

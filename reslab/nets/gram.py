@@ -47,7 +47,7 @@ def conv_norm_add_relu(
     conv: nn.Module | None, norm: nn.Module | None, add: nn.Module | None, relu: nn.Module | None, x: Tensor, shortcut: Callable[[], Tensor]
 ) -> Tensor | None:
     """relu(norm(conv(x)) + shortcut()) likewise."""
-    if not (isinstance(conv, Pointwise) and isinstance(norm, Norm) and _pays(conv, norm, x)) or hooked(add, relu):
+    if not (isinstance(conv, Pointwise) and isinstance(norm, Norm) and isinstance(relu, nn.ReLU) and _pays(conv, norm, x)) or hooked(add, relu):
         return None
     x, gate = every(conv.stride[0], x), _Gate()
     added = shortcut().expand(len(x), conv.out_channels, *x.shape[2:]).bfloat16().contiguous(memory_format=torch.channels_last)

@@ -4,15 +4,19 @@ What was fetched once is kept and used without a network; a file that is put whe
 """
 
 import hashlib
+import os
 import re
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from reslab.download import MAX_BYTES, MD5_LENGTH, Archive, cache, digest, fetch
 from reslab.errors import CallError, WorkError, needs_extra, shown
 from reslab.run import write_whole
 
 FILES = ("model.safetensors", "pytorch_model.bin")
+LONGEST = 200  # characters of a kept file's name, whose ending says what it is; with what is put behind it, disks take it
+WRITTEN = "a repository is written hf:owner/name, hf:owner/name@revision or hf:owner/name/file"
 _PART = r"[A-Za-z0-9_][A-Za-z0-9_.-]*"
 _HUB = re.compile(rf"hf:(?P<repo>{_PART}/{_PART})(@(?P<revision>{_PART}))?(/(?P<file>{_PART}(/{_PART})*))?")
 _DIGITS_IN_NAME = re.compile(r"-(?=[0-9]*[a-f])([0-9a-f]{8,64})\.")  # the beginning of a SHA-256, as torchvision's files have it; not a date
@@ -28,15 +32,23 @@ def locate(source: str | Path) -> Path:
         return _from_hub(text)
     if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", text):
         return _from_url(text)
-    path = Path(source)
-    return next((path / name for name in FILES if (path / name).is_file()), path) if path.is_dir() else path
+    return _first_file(Path(source), FILES) or Path(source)
+
+
+def _first_file(folder: Path, names: tuple[str, ...]) -> Path | None:
+    # a path that is too long, or may not be looked at, is said to be none
+    return next((folder / name for name in names if os.path.isfile(folder / name)), None)  # noqa: PTH113
 
 
 def _from_url(text: str) -> Path:
     url, _, fragment = text.partition("#")
-    name = re.sub(r"[^A-Za-z0-9_.-]", "_", url.partition("?")[0].rpartition("/")[2]).lstrip(".")
+    name = re.sub(r"[^A-Za-z0-9_.-]", "_", url.partition("?")[0].rpartition("/")[2])[-LONGEST:].lstrip(".")
     if not url.startswith("https://") or not name:
         raise CallError(f"weights come over https from the URL of a file; received {shown(text)}: give https://.../FILE, or a path")
+    if not url.isascii():
+        raise CallError(f"an address is written in ASCII; received {shown(url)}: write other letters as %XX, and in the host's name as xn--")
+    if not _names_a_host(url):
+        raise CallError(f"a URL names a host, and a port where it has one; received {shown(url)}: give https://HOST/.../FILE")
     if fragment and not re.fullmatch("sha256=[0-9a-f]{64}", fragment):
         raise CallError(f"a checksum is written #sha256= and 64 hexadecimal digits, small letters; received #{shown(fragment)}")
     folder = cache() / "weights" / hashlib.sha256(url.encode("utf-8", "surrogatepass")).hexdigest()[:16]
@@ -50,13 +62,21 @@ def _from_url(text: str) -> Path:
     return file
 
 
+def _names_a_host(url: str) -> bool:
+    try:
+        parts = urlsplit(url)
+        return bool((parts.hostname or "").encode("idna")) and parts.port != 0
+    except ValueError:  # of brackets that are not closed, a port that is no number, a label that is empty or too long
+        return False
+
+
 def _from_hub(text: str) -> Path:
     asked = _HUB.fullmatch(text)
     if asked is None:
-        raise CallError(f"a repository is written hf:owner/name, hf:owner/name@revision or hf:owner/name/file; received {shown(text)}")
+        raise CallError(f"{WRITTEN}; received {shown(text)}")
     repo, revision, files = asked["repo"], asked["revision"], (asked["file"],) if asked["file"] else FILES
     kept = cache() / "weights" / "hf" / repo / (revision or "")
-    if put := next((kept / name for name in files if (kept / name).is_file()), None):
+    if put := _first_file(kept, files):
         return put
     try:
         import huggingface_hub
@@ -69,6 +89,8 @@ def _from_hub(text: str) -> Path:
                 return path
     except WorkError:
         raise
+    except huggingface_hub.errors.HFValidationError as error:
+        raise CallError(f"{WRITTEN}; received {shown(text)}: {shown(str(error))[:120]}") from error
     except Exception as error:  # of the hub's client and of the network below it
         where = huggingface_hub.hf_hub_url(repo, files[0], revision=revision)
         reason = shown(" ".join(str(error).split()))[:160]

@@ -61,7 +61,7 @@ def build(net: str | Spec, image_size: Size | None = None, **changes: Any) -> An
         spec.check_size(size if isinstance(size, int) else min(size))
     made = {"input": keras.Input((height, width, spec.in_channels), name="image")}
     kinds, scales = {"input": "input"}, start_scales(spec)
-    for layer in spec.layers(size or spec.reduction):
+    for layer in spec.layers(size or max(32, spec.reduction)):  # of any size that leaves every layer a pixel, channels are the same
         at = At(layer, spec, kinds[layer.inputs[0]], scales.get(layer.name, 1.0))
         made[layer.name] = KINDS[layer.kind](at, *(made[name] for name in layer.inputs))
         kinds[layer.name] = layer.kind

@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from reslab.layout import SCALING, norm_groups, norm_kind
 from reslab.nets import tiles
+from reslab.nets.compiler import takes
 from reslab.nets.conv3x3 import Conv3x3
 from reslab.nets.fused import Norm
 from reslab.nets.winograd import WinogradConv, suits
@@ -60,7 +61,7 @@ class Pointwise(nn.Conv2d):
     fused = False
 
     def forward(self, x: Tensor) -> Tensor:
-        product = self.fused and self.training and torch.is_autocast_enabled("cpu")
+        product = self.fused and self.training and torch.is_autocast_enabled("cpu") and takes(x)
         if not (product or (self.stride[0] > 1 and self.in_channels < NARROW)):
             return super().forward(x)
         x = every(self.stride[0], x)

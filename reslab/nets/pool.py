@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from reslab.nets.compiler import FAILURES, LANES, TYPES, at, compiled
+from reslab.nets.compiler import FAILURES, LANES, TYPES, at, compiled, takes
 
 SOURCE = Path(__file__).with_name("pool.c")
 
@@ -20,7 +20,7 @@ class MaxPool(nn.MaxPool2d):
     fused = False
 
     def forward(self, x: Tensor) -> Tensor:
-        if not (self.fused and self.training and x.dtype in TYPES and x.shape[1] % LANES == 0):
+        if not (self.fused and self.training and x.dtype in TYPES and takes(x) and x.shape[1] % LANES == 0):
             return super().forward(x)  # type: ignore[no-any-return]
         out = nn.functional.max_pool2d(x[:1].to("meta"), self.kernel_size, self.stride, self.padding, ceil_mode=self.ceil_mode)
         return _MaxPool.apply(x, *out.shape[2:], self.kernel_size, self.stride, self.padding)  # type: ignore[no-untyped-call, no-any-return]

@@ -4,9 +4,12 @@ A torch file is read under `weights_only=True`, which builds tensors and plain c
 without its data, so that what claims more than the file holds is refused before memory is taken for it.
 """
 
+import io
 import json
 import mmap
+import os
 import pickle
+import pickletools
 import re
 import warnings
 import zipfile
@@ -24,6 +27,7 @@ AVERAGED = ("state_dict_ema", "model_ema", "ema_state_dict", "ema")  # preferred
 WRAPPERS = (*AVERAGED, "model_state_dict", "state_dict", "model", "net")
 PREFIXES = re.compile(r"^(module\.|_orig_mod\.|model\.|net\.)+|(?<=\.)_orig_mod\.")
 ZIP = b"PK\x03\x04"
+LEGACY = 5  # pickles that a torch file begins with which is no zip
 MAX_CONFIG = 1 << 20  # bytes of a config.json
 
 
@@ -40,7 +44,7 @@ def read_tensors(file: Path) -> Held:
 
     Raises CallError when there is no file, WorkError, in one line, for anything but named dense tensors.
     """
-    if not file.is_file():
+    if not os.path.isfile(file):  # noqa: PTH113  # a path that is too long, or may not be looked at, is said to be none
         raise CallError(f"weights must be a file; {shown(file)} is not one: give the path of a .safetensors, .pth, .th, .h5 or .keras file")
     start = b""
     try:
@@ -86,12 +90,19 @@ def _read_torch(file: Path, start: bytes) -> Any:
         with file.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as content:
             if content.find(b"bytearray") >= 0:  # `weights_only` makes one of any size
                 raise WorkError(f"{shown(file)} holds a bytearray, which a weights file has no use for: ask for .safetensors")
+            for _ in range(0 if is_zip else LEGACY):
+                _check_tuples(file, content, size)
     if is_zip:
         with zipfile.ZipFile(file) as archive:
             entries = archive.infolist()
-        claimed = sum(entry.file_size for entry in entries)
-        if claimed > size or any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
-            raise WorkError(f"a weights file must hold its tensors as they are; {shown(file)} has {size} bytes and unpacks to {claimed}: ask for .safetensors")
+            claimed = sum(entry.file_size for entry in entries)
+            if claimed > size or any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
+                raise WorkError(
+                    f"a weights file must hold its tensors as they are; {shown(file)} has {size} bytes and unpacks to {claimed}: ask for .safetensors"
+                )
+            for entry in entries:
+                if entry.filename.lower().endswith("data.pkl"):  # torch finds it in capitals, too
+                    _check_tuples(file, io.BytesIO(archive.read(entry)), size)
     with warnings.catch_warnings():  # about odd pickles, which are refused anyway
         warnings.simplefilter("ignore")
         with torch.serialization.skip_data():
@@ -100,6 +111,32 @@ def _read_torch(file: Path, start: bytes) -> Any:
             if tensor.layout == torch.strided and (needed := tensor.untyped_storage().nbytes()) > size:
                 raise WorkError(f"{shown(file)} has {size} bytes and claims a tensor of {needed}: get the file again, or ask for .safetensors")
         return torch.load(file, map_location="cpu", weights_only=True, mmap=is_zip)
+
+
+def _check_tuples(file: Path, content: io.BytesIO | mmap.mmap, size: int) -> None:
+    """Reads a pickle up to its end, and builds nothing. Raises WorkError for tuples with more inside than the file has bytes, its `size`.
+
+    A tuple can hold another twice, which holds a third twice, and so on; and to make a key of one takes all that is inside, each time.
+    So it is followed over the stack how much is inside of each value, and added up for tuples, and for what is taken up once more.
+    """
+    stack: list[int] = []
+    marks: list[int] = []  # how high the stack was
+    memo: dict[Any, int] = {}
+    inside = 0
+    for code, argument, _ in pickletools.genops(content) if content.tell() < size else ():  # type: ignore[arg-type]
+        name, before = code.name, code.stack_before
+        if name == "MARK":
+            marks.append(len(stack))
+        elif name.endswith("PUT") or name == "MEMOIZE":
+            memo[len(memo) if argument is None else argument] = stack[-1]
+        else:
+            start = marks.pop() - before.index(pickletools.markobject) if pickletools.markobject in before else len(stack) - len(before)
+            value = memo[argument] if name.endswith("GET") else min(1 + sum(stack[start:]), size + 1)
+            del stack[start:]
+            stack += [value] * len(code.stack_after)
+            inside += value if "TUPLE" in name or name.endswith("GET") else 0
+            if inside > size:
+                raise WorkError(f"{shown(file)} holds tuples in tuples that have more inside than the file, as no weights file does: ask for .safetensors")
 
 
 def _tensors_in(held: Any) -> list[Tensor]:
@@ -139,7 +176,7 @@ def _plain_names(file: Path, held: dict[Any, Tensor]) -> dict[str, Tensor]:
 
 
 def _unreadable(file: Path, start: bytes, error: Exception) -> str:
-    if start.lstrip()[:1] == b"<":
+    if start.lstrip()[:1] == b"<" and start[8:9] != b"{":  # which a header's length can begin with, too
         return f"{shown(file)} is a web page, not weights: download the file itself"
     if isinstance(error, pickle.UnpicklingError):
         return f"{shown(file)} is not a plain weights file, and reading more could run code in it: ask for .safetensors"

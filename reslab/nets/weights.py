@@ -14,6 +14,7 @@ from reslab.nets.dialects import HEAD, Dialect, recognise, theirs, to_ours
 from reslab.nets.hub import locate
 from reslab.nets.identify import COUNTER, fitting, sentence
 from reslab.nets.reading import read_config, read_tensors
+from reslab.nets.values import flaw
 
 KERAS = Dialect("Keras", "")
 
@@ -136,9 +137,6 @@ def _check_match(found: _Found, tensors: Mapping[str, Tensor], wanted: Mapping[s
 
 
 def _check_values(found: _Found, tensors: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> None:
-    for name in wanted:
-        tensor = tensors[name]
-        if tensor.is_floating_point() != wanted[name].is_floating_point():
-            raise WorkError(f"{found.title}: {theirs(found.dialect, name)} has dtype {tensor.dtype}, the net needs {wanted[name].dtype}")
-        if tensor.is_floating_point() and not torch.isfinite(tensor.to(wanted[name].dtype)).all():
-            raise WorkError(f"{found.title}: {theirs(found.dialect, name)} holds values that are not finite; get the file again")
+    for name, own in wanted.items():
+        if wrong := flaw(name, tensors[name], own):
+            raise WorkError(f"{found.title}: {theirs(found.dialect, name)} {wrong}; get the file again")

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from reslab.nets import dots
+from reslab.nets.compiler import takes
 from reslab.nets.conv3x3 import Conv3x3, computed_in
 
 WIDE = 128  # channels in and out, their geometric mean, below which torch's transforms cost what the products save
@@ -81,11 +82,12 @@ def _wide(inputs: int, outputs: int) -> bool:
 
 
 def pays(x: Tensor) -> bool:
-    """Whether images (N, C, H, W) are as many and as large as it takes."""
+    """Whether x are images (N, C, H, W), as many and as large as it takes."""
+    if not (takes(x) and x.dtype in (torch.float32, torch.float64, torch.bfloat16)):
+        return False
     n, _, height, width = x.shape
     down, across = _tiles(height), _tiles(width)
-    known = x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64, torch.bfloat16)
-    return known and n * down * across >= FEW_TILES and 16 * down * across <= WASTE * height * width
+    return n * down * across >= FEW_TILES and 16 * down * across <= WASTE * height * width
 
 
 def _tiles(pixels: int) -> int:

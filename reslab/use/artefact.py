@@ -13,7 +13,9 @@ from torch import Tensor
 from reslab.data.decode import Pixels
 from reslab.data.preprocess import Preprocess
 from reslab.errors import CallError, WorkError, shown
+from reslab.nets.identify import COUNTER, state_shapes
 from reslab.nets.torch import ResNet
+from reslab.nets.values import flaw
 from reslab.run import shipped, write_whole
 from reslab.spec import Spec
 from reslab.tensors import read_tensors, write_tensors
@@ -101,21 +103,43 @@ def read_folder(path: Path) -> tuple[TorchModel, dict[str, Any]]:
     folder = model_folder(path)
     held = {name: _json(folder / f"{name}.json") for name in ("spec", "classes", "preprocess", "calibration")}
     try:
-        net = ResNet(Spec.from_dict(held["spec"]))
+        spec, preprocess = Spec.from_dict(held["spec"]), Preprocess.from_dict(held["preprocess"])
+        if preprocess.channels != spec.in_channels:
+            raise CallError(f"its net takes images of {spec.in_channels} channels, and its preprocessing gives {preprocess.channels}")
+        spec.check_size(preprocess.image_size)
         facts = {**held["calibration"], "classes": held["classes"]}
     except (CallError, TypeError, ValueError) as error:
         raise WorkError(f"the model in {shown(folder)} is damaged: {shown(str(error))}") from error
-    inference = _json(folder / "inference.json") if (folder / "inference.json").exists() else {}  # older runs have none
-    parts = [inference, *(inference.get(name, {}) for name in ("bf16", "int8"))] if isinstance(inference, dict) else [None]
-    if not all(isinstance(part, dict) and all(type(part.get(key, 0)) in (int, float) for key in ("agreement", "agreement_low", "exchanged")) for part in parts):
-        raise WorkError(f"the model in {shown(folder)} is damaged: inference.json must hold agreements as numbers; delete it to predict without it")
+    inference = _inference(folder)
+    return TorchModel(_net(spec, folder), preprocess, inference), facts
+
+
+def _inference(folder: Path) -> dict[str, Any]:
+    """What `weigh` found of the model; nothing in older runs."""
+    held = _json(folder / "inference.json") if (folder / "inference.json").exists() else {}
+    parts = [held, *(held.get(name, {}) for name in ("bf16", "int8"))] if isinstance(held, dict) else [None]
+    shares = [part.get(key, 0) if isinstance(part, dict) else "" for part in parts for key in ("agreement", "agreement_low", "exchanged")]
+    if not all(isinstance(share, int | float) and not isinstance(share, bool) and 0 <= share <= 1 for share in shares):
+        raise WorkError(f"the model in {shown(folder)} is damaged: inference.json must hold agreements from 0 to 1; delete it to predict without it")
+    return held
+
+
+def _net(spec: Spec, folder: Path) -> ResNet:
+    """The net with the weights that lie in a folder. No memory is taken for what the spec claims and they have not."""
     weights, _ = read_tensors(folder / "weights.safetensors")
+    another = f"the weights in {shown(folder)} are of another net than its spec.json"
+    if {name: tuple(tensor.shape) for name, tensor in weights.items() if not name.endswith(COUNTER)} != state_shapes(spec):
+        raise WorkError(another)
+    net = ResNet(spec)
+    for name, own in net.state_dict().items():
+        if name in weights and (wrong := flaw(name, weights[name], own)):
+            raise WorkError(f"the weights in {shown(folder)} are damaged: {name} {wrong}")
     try:
         net.load_state_dict(weights)
     except RuntimeError as error:
-        raise WorkError(f"the weights in {shown(folder)} are of another net than its spec.json") from error
+        raise WorkError(another) from error
     net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    return TorchModel(net.eval(), Preprocess.from_dict(held["preprocess"]), inference), facts
+    return net.eval()
 
 
 def _json(file: Path) -> Any:

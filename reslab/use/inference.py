@@ -67,9 +67,10 @@ class Quick:
     def _state(self) -> Any:
         return next(self.net.parameters()).device, self._versions()
 
-    def _versions(self) -> tuple[int, ...]:
-        """They grow with every change in place."""
-        return tuple(tensor._version for tensor in (*self.net.parameters(), *self.net.buffers()))
+    def _versions(self) -> tuple[tuple[int, int], ...]:
+        """Where each tensor lies, and its version, which grows with every change in place but for those of its `.data`, as in `p.data.zero_()`."""
+        held = (tensors for module in self.net.modules() for tensors in (module._parameters, module._buffers))
+        return tuple((tensor.data_ptr(), tensor._version) for tensors in held for tensor in tensors.values() if tensor is not None)
 
     def _choose(self, x: Tensor) -> Forward:
         """The record's own choice on the processor it was made on; elsewhere the fastest of those that keep the classes."""

@@ -2,11 +2,14 @@
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import conv2d
 
-from reslab.nets import conv3x3
+from reslab.nets import conv3x3, dots, tiles
 from reslab.nets.conv3x3 import Conv3x3
+from reslab.nets.fused import use_fused
+from reslab.nets.parts import Pointwise
+from reslab.nets.winograd import WinogradConv, use_winograd
 from tests.conftest import distance
 
 
@@ -51,3 +54,20 @@ def test_larger_maps_and_nets_that_do_not_train_are_left_to_torch() -> None:
     assert type(layer(x).grad_fn).__name__ == "ConvolutionBackward0"
     layer, x, _ = made(2, 2, torch.float32)
     assert type(layer.eval()(x).grad_fn).__name__ == "ConvolutionBackward0"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", [Conv3x3, WinogradConv, Pointwise])
+def test_no_images_and_an_image_alone_are_left_to_torch(kind: type[nn.Conv2d], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tiles, "usable", lambda: True)
+    monkeypatch.setattr(dots, "usable", lambda: True)
+    side = 1 if kind is Pointwise else 3
+    for channels in (16, 32, 64, 128):
+        conv = kind(channels, channels, side, padding=side // 2, bias=False).train()
+        use_fused(conv, True)
+        use_winograd(conv, True)
+        for x in (torch.randn(channels, 2, 2), torch.randn(0, channels, 2, 2), torch.randn(channels, 64, 64)):
+            with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+                y = conv(x)
+                assert torch.equal(y, conv2d(x, conv.weight, padding=side // 2))
+            assert type(y.grad_fn).__name__ in ("ConvolutionBackward0", "SqueezeBackward1")

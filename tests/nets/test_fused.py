@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import reslab
-from reslab.nets import compiler, fused
+from reslab.nets import compiler, fused, gram
 from reslab.nets import pool as pool_kernels
 from reslab.nets.fused import Norm, norm_add_relu, norm_relu, reason_against, twin, use_fused
 from reslab.nets.parts import Add, Pointwise
@@ -262,3 +262,38 @@ def test_what_is_added_has_the_shape_of_what_it_is_added_to() -> None:
     assert found is not None and torch.equal(found, norm_add_relu(norm, Add(), nn.ReLU(), x, lambda: wide.expand(shape).contiguous()))
     with pytest.raises(RuntimeError, match="expanded"):
         norm_add_relu(norm, Add(), nn.ReLU(), x, lambda: torch.randn(4, 8, 6, 6))
+
+
+def test_parameters_and_images_that_the_kernels_would_misread_are_torchs() -> None:
+    x = torch.randn(4, 64, 4, 4)
+    for dtype in (torch.bfloat16, torch.float64):
+        norm = normed(64).to(dtype)
+        assert not fused._suits(norm, x) and not fused._suits(norm, x.bfloat16())
+        right = F.batch_norm(x.to(dtype), None, None, norm.weight, norm.bias, training=True)
+        assert torch.equal(norm(x.to(dtype)), right)
+    norm = normed(64)
+    norm.running_var = norm.running_var.double()  # type: ignore[union-attr]
+    assert not fused._suits(norm, x)
+    assert not fused._suits(normed(64), x.to("meta")), "addresses on another device mean nothing to them"
+
+
+def test_another_activation_is_not_taken_for_a_relu(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, gelu, norm = torch.randn(4, 16, 4, 4), nn.GELU(), normed(16)
+    assert distance(norm_relu(norm, gelu, x), F.gelu(F.batch_norm(x, None, None, norm.weight, norm.bias, training=True)).double()) < 1e-6
+    assert norm_add_relu(norm, Add(), gelu, x, lambda: x) is None
+    monkeypatch.setattr(gram, "_pays", lambda *_: True)
+    assert gram.conv_norm_add_relu(Pointwise(16, 16, 1), norm, Add(), gelu, x, lambda: x) is None
+
+
+@pytest.mark.parametrize("kernels", [True, False])
+@pytest.mark.parametrize("together", [0, 4])
+def test_no_images_give_no_images(kernels: bool, together: int) -> None:
+    norm, nothing = normed(16), torch.zeros(0, 16, 4, 4)
+    norm.fused, norm.together = kernels, together
+    assert norm(nothing).shape == norm_relu(norm, nn.ReLU(), nothing).shape == (0, 16, 4, 4)
+    assert pool(2, 2, 0)(nothing).shape == (0, 16, 2, 2)
+
+
+def test_an_image_alone_is_pooled_as_torch_does() -> None:
+    x = torch.randn(4, 16, 16)
+    assert torch.equal(pool(2, 2, 0)(x), F.max_pool2d(x, 2, 2))

@@ -199,3 +199,32 @@ def test_a_missing_client_names_the_extra(monkeypatch: pytest.MonkeyPatch, home:
     monkeypatch.setitem(__import__("sys").modules, "huggingface_hub", None)
     with pytest.raises(reslab.WorkError, match=r"pip install 'reslab\[hub\]'"):
         locate("hf:owner/name")
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("https://exämple.org/net.pth", "written in ASCII; received https://exämple.org/net.pth: write other letters as %XX"),
+        ("https://a.org/ä.pth", "written in ASCII"),
+        ("https://[::1/net.pth", "names a host"),
+        ("https:///net.pth", "names a host"),
+        ("https://a..org/net.pth", "names a host"),
+        ("https://a.org:99999/net.pth", "names a host, and a port where it has one"),
+        ("hf:owner/" + "a" * 300, "written hf:owner/name"),
+        ("a" * 300, "weights must be a file; a+ is not one"),
+        ("a\0b", r"weights must be a file; a\\x00b is not one"),
+    ],
+    ids=["host", "letters", "brackets", "no host", "empty label", "port", "repository", "long path", "null"],
+)
+def test_a_source_that_cannot_be_is_a_wrong_call(source: str, message: str, home: Path) -> None:
+    with pytest.raises(reslab.CallError, match=message) as caught:
+        reslab.load_weights(reslab.build("resnet20"), source)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_name_that_is_too_long_for_a_disk_is_cut_and_its_checksum_counts(server: Server) -> None:
+    right = hashlib.sha256(server.body).hexdigest()[:8]
+    file = locate(f"https://{server.host}/{'a' * 300}-{right}.safetensors")
+    assert file.read_bytes() == server.body and file.name.endswith(f"a-{right}.safetensors")
+    with pytest.raises(reslab.WorkError, match="must have SHA-256 0123456a; what came had"):
+        locate(f"https://{server.host}/{'a' * 300}-0123456a.safetensors")

@@ -248,3 +248,11 @@ def test_keras_on_jax_equals_torch() -> None:
         [sys.executable, "-m", "tests.nets.parity", *rows], capture_output=True, text=True, check=True, cwd=REPO, env={**os.environ, "KERAS_BACKEND": "jax"}
     )
     assert all(float(line.split()[1]) < TOLERANCE for line in done.stdout.splitlines()) and len(done.stdout.splitlines()) == len(rows)
+
+
+def test_a_net_whose_smallest_images_are_larger_than_its_reduction_is_built_without_a_size() -> None:
+    spec = Spec("basic", (1,), (4,), "conv7-pool-valid", num_classes=2)
+    assert spec.reduction == 4
+    assert build(spec).output_shape == (None, 2)
+    with pytest.raises(reslab.CallError, match="of images of 4 px maxpool leaves none"):
+        build(spec, 4)

@@ -335,3 +335,47 @@ def test_bad_weights_are_one_line_and_change_nothing(make, error, message: str, 
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "exploited").exists()
     assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
+
+
+def test_a_variance_below_zero_is_refused(saved: Path) -> None:
+    held = torch.load(saved)
+    held["layer1.0.bn2.running_var"][3] = -1
+    torch.save(held, saved)
+    with pytest.raises(reslab.WorkError, match=r"layer1.0.bn2.running_var holds variances below zero; get the file again"):
+        reslab.load_weights(reslab.build("resnet18"), saved)
+
+
+def _tuples(levels: int, last: bytes) -> bytes:
+    """A pickle of tuples that hold the one before twice, and of what is done with the last one."""
+    return b"\x80\x02})q\x00" + b"".join(b"h%c\x86q%c" % (i, i + 1) for i in range(levels)) + last + b"."
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+@pytest.mark.parametrize("last", [b"K\x01s", b"0" + 40 * b"h\x05K\x01s"], ids=["a key", "a small one forty times"])
+def test_tuples_in_tuples_are_refused_before_anything_is_made_of_them(zipped: bool, last: bytes, tmp_path: Path) -> None:
+    """With sixty levels instead of twenty, the key would keep torch busy for ever."""
+    file, pickled = tmp_path / "bad.pth", _tuples(20 if last[:1] == b"K" else 5, last)
+    file.write_bytes(pickled)
+    if zipped:
+        torch.save({}, tmp_path / "empty.pth")
+        with zipfile.ZipFile(tmp_path / "empty.pth") as whole, zipfile.ZipFile(file, "w") as forged:
+            for entry in whole.infolist():
+                forged.writestr(entry.filename, pickled if entry.filename.endswith("data.pkl") else whole.read(entry))
+    with pytest.raises(reslab.WorkError, match="holds tuples in tuples that have more inside than the file"):
+        reslab.load_weights(reslab.build("resnet20"), file)
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+def test_tuples_that_a_checkpoint_shares_are_none_of_those(legacy: bool, tmp_path: Path) -> None:
+    net, betas = reslab.build("resnet20"), (0.9, 0.99)
+    groups = [{"params": [i], "betas": betas, "schedule": (betas, betas)} for i in range(65)]
+    torch.save({"state_dict": net.state_dict(), "optimizer": {"param_groups": groups}}, tmp_path / "a.pth", _use_new_zipfile_serialization=not legacy)
+    assert reslab.load_weights(reslab.build("resnet20"), tmp_path / "a.pth").tensors == 116
+
+
+def test_a_truncated_file_is_no_web_page_because_of_the_length_of_its_header(tmp_path: Path) -> None:
+    file = tmp_path / "cut.safetensors"
+    file.write_bytes(struct.pack("<Q", 0x3C20) + b'{"a":')
+    assert file.read_bytes().lstrip().startswith(b"<")
+    with pytest.raises(reslab.WorkError, match="cannot be read as weights"):
+        reslab.load_weights(reslab.build("resnet20"), file)

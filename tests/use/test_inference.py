@@ -266,3 +266,17 @@ def test_a_gpu_predicts_by_fused_convolutions_and_recordings_what_the_net_does(n
             assert relative(quick(x[:size]).cpu(), want[:size]) < 1e-2, "TF32 rounds to ten bits"
     assert torch.equal(quick(x[3:6]), quick(x[3:6]))
     assert not torch.equal(quick(x[3:6]), quick(x[:3])), "a recording is given its images"
+
+
+@torch.no_grad()
+def test_weights_that_are_put_in_place_of_others_are_seen() -> None:
+    net = net_of(TINY)
+    quick, x = Quick(net), torch.randn(2, 3, 24, 24)
+    before = quick(x)
+    net.fc.bias.data = net.fc.bias.data + 1
+    assert relative(quick(x), before + 1) < 1e-5
+    net.fc.bias = nn.Parameter(net.fc.bias - 2)
+    assert relative(quick(x), before - 1) < 1e-5
+    made = quick.made
+    quick(x)
+    assert quick.made is made, "and what did not change is not made anew"
