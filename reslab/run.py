@@ -7,7 +7,6 @@ import tempfile
 import time
 import tomllib
 from collections.abc import Iterator
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -123,23 +122,19 @@ class Run:
 def write_whole(path: Path, data: bytes) -> None:
     """Writes a file so that after a crash it holds either all of `data` or what it held before. A link stays a link.
 
+    Of processes that write the same file at once, the last one's data is what it holds.
     Raises WorkError when it cannot, and for what is there and no file: a folder, or a device, which must not be replaced.
     """
     if path.exists() and not path.is_file():
         raise WorkError(f"{shown(path)} cannot be written: it is not a regular file; name another")
     path = path.resolve()
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+    with workplace(path) as folder:
+        temporary = folder / "whole.tmp"
         with temporary.open("wb") as out:
             out.write(data)
             out.flush()
             os.fsync(out.fileno())
         temporary.replace(path)
-    except OSError as error:
-        with suppress(OSError):  # below a file there is nothing to remove, and no way to ask
-            temporary.unlink(missing_ok=True)
-        raise WorkError(f"{shown(path)} cannot be written: {error.strerror}; what was there is kept") from error
 
 
 @contextlib.contextmanager

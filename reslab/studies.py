@@ -1,8 +1,8 @@
 """A study from the call to its page: which images, which nets, which budget; the records, the verdicts, the page."""
 
 import hashlib
-import os
 import platform
+import shlex
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,6 +21,7 @@ from reslab.data.source import open_images
 from reslab.data.split import split
 from reslab.errors import CallError, WorkError, shown
 from reslab.family import spec as find_spec
+from reslab.host import cores
 from reslab.limits import seconds
 from reslab.report.study import write_study
 from reslab.run import Run, shipped
@@ -86,8 +87,7 @@ def study(name: str, call: Call, show: Show) -> tuple[Path, list[Claim]]:
     if call.runs and not found.shipped:
         raise CallError(f"study {name} makes its own nets; received the run {shown(call.runs[0])}: leave it out")
     call = _with_defaults(call, found)
-    subject = "-".join(path.name for path in call.runs) if call.runs else Path(str(call.data)).stem
-    out = call.out or STUDIES_FOLDER / f"{name}-{subject}-{call.budget}"
+    out = _folder(name, call)
     with _workers(call) as (call, workers):
         return _answered(name, found, call, Place(out, call.out or STUDIES_FOLDER, out), show, workers)
 
@@ -98,7 +98,7 @@ def study_all(call: Call, show: Show) -> list[tuple[str, Path, list[Claim]]]:
     One that fails does not stop the others. Raises WorkError at the end for those that did.
     """
     if call.runs:
-        raise CallError("`study all` makes its own nets; received a run: name one study")
+        raise CallError(f"`study all` asks more than trained runs can answer; received the run {shown(call.runs[0])}: name one study, or leave it out")
     answered, failed = [], []
     with _workers(call) as (call, workers):
         for name in STUDIES:
@@ -106,7 +106,7 @@ def study_all(call: Call, show: Show) -> list[tuple[str, Path, list[Claim]]]:
             try:
                 found = find(name)
                 each = _with_defaults(each, found)
-                out = each.out or STUDIES_FOLDER / f"{name}-{Path(str(each.data)).stem}-{call.budget}"
+                out = _folder(name, each)
                 answered.append((name, *_answered(name, found, each, Place(out, call.out or STUDIES_FOLDER, out), show, workers)))
             except (CallError, WorkError) as error:
                 show.say(f"{name}: {error}")
@@ -116,11 +116,17 @@ def study_all(call: Call, show: Show) -> list[tuple[str, Path, list[Claim]]]:
     return answered
 
 
+def _folder(name: str, call: Call) -> Path:
+    """Where a study goes, once it is known what it looks at."""
+    subject = "-".join(path.name for path in call.runs) if call.runs else Path(str(call.data)).stem
+    return call.out or STUDIES_FOLDER / f"{name}-{subject}-{call.budget}"
+
+
 @contextmanager
 def _workers(call: Call) -> Iterator[tuple[Call, Workers]]:
     """Who works off the cells, processes of this machine or the cores of a cluster, and the call with how many they are."""
     if call.cluster is None:
-        yield replace(call, jobs=call.jobs or len(os.sched_getaffinity(0))), processes
+        yield replace(call, jobs=call.jobs or cores()), processes
         return
     address = call.cluster
     with Pool(address) as held:  # one connection, which those below use
@@ -155,9 +161,9 @@ def _answered(name: str, found: Study, call: Call, place: Place, show: Show, wor
     setting = Setting(call.seconds, call.jobs, call.seeds, find_spec(base, **shape), nets)
     page, began = _page(name, found, call, data.facts, setting), time.monotonic()
 
-    def draw(outcome: Outcome, running: bool = True) -> tuple[Path, list[Claim]]:
+    def draw(outcome: Outcome, running: bool) -> tuple[Path, list[Claim]]:
         claims = found.claims(outcome.records)
-        protocol = _protocol(call, setting, outcome, images.image_size, size, running)
+        protocol = _protocol(setting, outcome, images.image_size, size, running)
         measured = {"answer": found.answer(outcome.records), "claims": claims, "protocol": protocol}
         now = {"seconds": round(time.monotonic() - began), "cells": outcome.done, "running": running}
         return write_study(place.out / "study.html", page | measured | now, outcome.records), claims
@@ -168,7 +174,7 @@ def _answered(name: str, found: Study, call: Call, place: Place, show: Show, wor
 
 def _page(name: str, found: Study, call: Call, facts: Facts, setting: Setting) -> dict[str, Any]:
     """What the page says that is known before anything is measured."""
-    where = "a Ray cluster" if call.cluster else f"{len(os.sched_getaffinity(0))} cores"
+    where = "a Ray cluster" if call.cluster else f"{cores()} cores"
     return {
         "name": name,
         "study": found,
@@ -208,22 +214,25 @@ def _size(images: Images, call: Call) -> int:
     return min(own, SMALL.get(str(call.data), MOST_PIXELS))
 
 
-def _protocol(call: Call, setting: Setting, outcome: Outcome, own: int, size: int, running: bool) -> str:
+def _protocol(setting: Setting, outcome: Outcome, own: int, size: int, running: bool) -> str:
     steps = max((int(r["steps"]) for r in outcome.records if "steps" in r), default=0)
     trained = f", which gave every net {steps:,} steps" if steps else ""
     kind = "The published protocol" if setting.is_paper else f"A budget of {setting.seconds / 60:g} min{trained}"
-    small = f"; the images are {size} pixels a side, where their own size is {own}" if size < own and not call.runs else ""
+    seeds = f", {outcome.seeds} seed{'s' * (outcome.seeds > 1)}" if outcome.seeds else ""
+    small = f"; the images are {size} pixels a side, where their own size is {own}" if size < own and not setting.given else ""
+    short = " What needs longer trainings cannot be decided here." if outcome.trains and not setting.is_paper else ""
     of = f"{outcome.done} of {outcome.planned} cells"
-    missing = f" It is still running: {of} so far." if running else f" Only {of} fitted: the same command does the rest."
+    missing = f" It is still running: {of} so far." if running else f" Only {of} are measured: the same command does the rest."
     missing = "" if outcome.done == outcome.planned else missing
-    return f"{kind}, {setting.seeds} seed{'s' * (setting.seeds > 1)}{small}. What needs longer trainings cannot be decided here.{missing}"
+    return f"{kind}{seeds}{small}.{short}{missing}"
 
 
 def _command(name: str, call: Call, size: int) -> str:
-    what = " ".join(shown(path) for path in call.runs) if call.runs else f"--data {shown(str(call.data))} --image-size {size}"
-    net = f" --net {call.net}" if call.net else ""
-    cluster = f" --cluster {shown(call.cluster)}" if call.cluster else ""
-    return f"reslab study {name} {what}{net} --budget {call.budget} --seeds {call.seeds} --jobs {call.jobs}{cluster}"
+    what = [str(path) for path in call.runs] if call.runs else ["--data", str(call.data), "--image-size", str(size)]
+    net = ["--net", call.net] if call.net else []
+    out = ["--out", str(call.out)] if call.out else []
+    how = ["--budget", call.budget, "--seeds", str(call.seeds), "--jobs", str(call.jobs), *(["--cluster", call.cluster] if call.cluster else [])]
+    return shown(shlex.join(["reslab", "study", name, *what, *net, *out, *how]))
 
 
 def _has_cifar() -> bool:

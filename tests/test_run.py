@@ -1,3 +1,4 @@
+import errno
 import os
 from pathlib import Path
 
@@ -15,6 +16,37 @@ def test_writing_replaces_files_and_what_links_lead_to(tmp_path: Path) -> None:
     assert (tmp_path / "link").is_symlink()
     assert (tmp_path / "file").read_bytes() == b"second"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "link", "new"]
+
+
+def test_two_that_write_one_file_at_once_do_not_disturb_each_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sync, waiting = os.fsync, [b"second"]
+
+    def other_first(file: int) -> None:
+        sync(file)
+        if waiting:
+            write_whole(tmp_path / "file", waiting.pop())
+            assert (tmp_path / "file").read_bytes() == b"second"
+
+    monkeypatch.setattr(os, "fsync", other_first)
+    write_whole(tmp_path / "file", b"first")
+    assert (tmp_path / "file").read_bytes() == b"first"
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_what_cannot_be_written_leaves_what_was_there_and_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_whole(tmp_path / "file", b"before")
+    (tmp_path / "plain").write_bytes(b"")
+    assert (tmp_path / "file").stat().st_mode == (tmp_path / "plain").stat().st_mode, "readable by whom any file is"
+
+    def full(file: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    for path in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(reslab.WorkError, match=r"cannot be written: .*; what was there is kept"):
+            write_whole(path, b"after")
+    assert (tmp_path / "file").read_bytes() == b"before"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "plain"]
 
 
 def test_folders_pipes_and_devices_are_not_replaced(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor
 from reslab.data.images import Images, read_many
 from reslab.data.preprocess import Preprocess
 from reslab.errors import WorkError, shown
-from reslab.run import write_whole
+from reslab.run import workplace, write_whole
 
 SAMPLED = 5000  # images that the mean colour is taken from, at most
 
@@ -87,12 +87,10 @@ def prepare(images: Images, size: int, store: Path, preprocess: Preprocess | Non
     if not len(arrays["train"]) or not len(arrays["test"]):
         raise WorkError(f"a study needs images that can be read; {shown(images.name)} has none: `reslab check` lists them")
     facts = Facts(images.name, fingerprint, len(images.classes), images.upright, (preprocess or _preprocess(arrays["train"])).to_dict())
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
+    with workplace(folder / "facts.json") as made:
         for name, array in arrays.items():
-            np.save(folder / f"{name}.npy", array, allow_pickle=False)
-    except OSError as error:
-        raise WorkError(f"{shown(folder)} cannot be written: {error.strerror}; free some space, or name another --out") from error
+            np.save(made / f"{name}.npy", array, allow_pickle=False)
+            (made / f"{name}.npy").replace(folder / f"{name}.npy")  # never written in place: another study may have mapped an equal one
     write_whole(folder / "facts.json", json.dumps(asdict(facts)).encode())  # last: where it is, all is
     return load(folder), folder
 

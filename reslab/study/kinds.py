@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 Verdict = Literal["agrees", "disagrees", "not decided at this budget"]
 PACKAGE = Path(reslab.__file__).parent
-TRAINING = ("spec.py", "layout.py", "seeds.py", "nets/torch.py", "nets/parts.py", "nets/initialise.py", "data/augment.py", "study/training.py")
+TRAINING = ("nets/torch.py", "study/training.py")
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class Subject:
 
     def key(self, fingerprint: str) -> str:
         """Names the weights by content: by all that decides them."""
-        return self.weights or _hash([asdict(self), fingerprint, _code(TRAINING)])
+        return self.weights or _hash([asdict(self), fingerprint, _code(*TRAINING)])
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ class Cell:
 
     def key(self, study: str, fingerprint: str) -> str:
         """Names the cell's records by content: equal only where they would be."""
-        return _hash([study, self.subject.key(fingerprint), asdict(self), fingerprint, _code(_imported(f"study/{study}.py"))])
+        return _hash([study, self.subject.key(fingerprint), asdict(self), fingerprint, _code(f"study/{study}.py")])
 
 
 class Given(NamedTuple):
@@ -147,19 +147,15 @@ def _hash(value: Any) -> str:
 
 
 @cache
-def _code(names: tuple[str, ...]) -> str:
-    return hashlib.sha256(b"\0".join((PACKAGE / name).read_bytes() for name in names)).hexdigest()[:16]
-
-
-@cache
-def _imported(name: str) -> tuple[str, ...]:
-    """The file and the files of this folder that it imports, directly or not."""
-    found, waiting = {name}, [name]
+def _code(*names: str) -> str:
+    """A digest of these files and of all in the package that they import, directly or not."""
+    found, waiting = set(names), [*names]
     while waiting:
         for node in ast.walk(ast.parse((PACKAGE / waiting.pop()).read_text("utf-8"))):
-            if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("reslab.study."):
-                other = node.module.removeprefix("reslab.").replace(".", "/") + ".py"
-                if other not in found:
-                    found.add(other)
-                    waiting.append(other)
-    return tuple(sorted(found))
+            if isinstance(node, ast.ImportFrom) and node.module:
+                modules = [node.module, *(f"{node.module}.{each.name}" for each in node.names)]
+                files = {module.removeprefix("reslab.").replace(".", "/") + ".py" for module in modules if module.startswith("reslab.")}
+                new = {file for file in files - found if (PACKAGE / file).is_file()}
+                found |= new
+                waiting += new
+    return hashlib.sha256(b"\0".join((PACKAGE / name).read_bytes() for name in sorted(found))).hexdigest()[:16]

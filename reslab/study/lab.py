@@ -11,7 +11,6 @@ import importlib
 import json
 import math
 import multiprocessing
-import os
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -26,7 +25,7 @@ import torch
 from torch import nn
 
 from reslab.errors import CallError, WorkError, shown, unknown
-from reslab.host import keep_freed_memory
+from reslab.host import cores, keep_freed_memory
 from reslab.nets.torch import ResNet
 from reslab.run import Record, write_whole
 from reslab.spec import Spec
@@ -57,11 +56,16 @@ class Place(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    """All records of a study, those of cells finished earlier included, and how many of its cells that are."""
+    """All records of a study, those of cells finished earlier included, and how many of its cells that are.
+
+    `seeds` is from how many seeds nets were made for these; a given net has none. `trains`: some of the planned cells train theirs.
+    """
 
     records: list[Record]
     done: int
     planned: int
+    seeds: int
+    trains: bool
 
 
 def find(name: str) -> Study:
@@ -78,12 +82,13 @@ def processes(jobs: int, begin: Callable[[], None]) -> Executor:
 
 
 def run(
-    name: str, place: Place, setting: Setting, tell: Tell = print, draw: Callable[[Outcome], object] | None = None, workers: Workers = processes
+    name: str, place: Place, setting: Setting, tell: Tell = print, draw: Callable[[Outcome, bool], object] | None = None, workers: Workers = processes
 ) -> Outcome:
     """Measures what is missing. Cells for which the budget has no time left stay undone: repeating the call does them.
 
-    `draw` is given what is there, now and then while the rest is measured. `workers` are all to see `place`.
-    Raises CallError when the budget allows no step, WorkError when the work fails; finished cells are kept.
+    `draw` is given what is there, now and then while the rest is measured, and whether it still is: a study that breaks off
+    is drawn once more. `workers` are all to see `place`. Raises CallError when the budget allows no step, WorkError when the
+    work fails; finished cells are kept.
     """
     data, started = load(place.data), time.monotonic()
     cells = _plan(find(name), name, data, setting, place)
@@ -91,18 +96,25 @@ def run(
     waiting = [cell for cell in cells if not place.cell(name, cell, fingerprint).is_file()]
     tell(f"{name}: {len(cells)} cells on {data.facts.name} at {data.facts.size} px, {len(cells) - len(waiting)} done before")
     done, due = len(cells) - len(waiting), 0.0
-    for cell, seconds in _work(name, place, waiting, fingerprint, setting, started, workers):
-        done += 1
-        tell(f"{done}/{len(cells)}  {cell.name}  {seconds:.0f} s")
-        if draw and seconds > due:
-            draw(_outcome(name, place, cells, fingerprint))
-            due = seconds + (time.monotonic() - started - seconds) / REDRAWN
+    try:
+        for cell, seconds in _work(name, place, waiting, fingerprint, setting, started, workers):
+            done += 1
+            tell(f"{done}/{len(cells)}  {cell.name}  {seconds:.0f} s")
+            if draw and seconds > due:
+                draw(_outcome(name, place, cells, fingerprint), True)
+                due = seconds + (time.monotonic() - started - seconds) / REDRAWN
+    except BaseException:  # Ctrl-C too
+        if draw and done:
+            draw(_outcome(name, place, cells, fingerprint), False)
+        raise
     return _outcome(name, place, cells, fingerprint)
 
 
 def _outcome(name: str, place: Place, cells: list[Cell], fingerprint: str) -> Outcome:
-    files = [file for cell in cells if (file := place.cell(name, cell, fingerprint)).is_file()]
-    return Outcome([record for file in files for record in read(file)], len(files), len(cells))
+    done = [(cell.subject, file) for cell in cells if (file := place.cell(name, cell, fingerprint)).is_file()]
+    records = [record for _, file in done for record in read(file)]
+    seeds = {subject.seed for subject, _ in done if not subject.weights}
+    return Outcome(records, len(done), len(cells), len(seeds), any(cell.training or cell.subject.schedule for cell in cells))
 
 
 def _plan(study: Study, name: str, data: Data, setting: Setting, place: Place) -> list[Cell]:
@@ -225,7 +237,7 @@ def _work(name: str, place: Place, cells: list[Cell], fingerprint: str, setting:
 
 def _threads(jobs: int) -> int:
     """Threads for each of so many processes."""
-    return max(1, len(os.sched_getaffinity(0)) // jobs)
+    return max(1, cores() // jobs)
 
 
 def _begin(threads: int) -> None:

@@ -37,7 +37,7 @@ from reslab.spec import Spec
 from reslab.study.data import Data
 from reslab.study.kinds import Cell, Claim, Pace, Ready, Setting, Study, Subject, Verdict
 from reslab.study.probe import settle
-from reslab.study.stats import Estimate, estimate, factor, paired, within
+from reslab.study.stats import Estimate, estimate, factor, paired, with_interval, within
 from reslab.study.twins import layers, numbered, plain, schedule
 from reslab.study.untouched import untouched
 
@@ -172,13 +172,13 @@ def claims(records: list[Record]) -> list[Claim]:
     return [
         Claim(
             "Luo 2016: at the start the effective field grows as the square root of the depth",
-            f"size as depth to the power {_plain(growth)}; agreement means within {TOLERANCE:g} of {SLOPE:g}",
+            f"size as depth to the power {with_interval(growth)}; agreement means within {TOLERANCE:g} of {SLOPE:g}",
             within(growth, SLOPE - TOLERANCE, SLOPE + TOLERANCE),
             growth.n,
         ),
         Claim(
             "It fills an ever smaller share of the theoretical field",
-            f"share as depth to the power {_plain(used)}; {_shares(records)}",
+            f"share as depth to the power {with_interval(used)}{_shares(records)}",
             _smaller(used),
             used.n,
         ),
@@ -198,13 +198,15 @@ def claims(records: list[Record]) -> list[Claim]:
 
 
 def answer(records: list[Record]) -> str:
-    """Sizes before and after training beside the theoretical one."""
+    """Sizes before and after training, as far as they were measured, beside the theoretical one."""
     said = []
     for twin in ("residual", "plain"):
-        sizes = [fmean(found.values()) if (found := _sizes(records, twin, after)) else math.nan for after in (False, True)]
         field = next((r["theoretical"] for r in records if r["look"] == "twin" and r["twin"] == twin), 0)
-        if field:
-            said.append(f"the {twin} net uses {sizes[0]:.0f} of {field} pixels a side before training and {sizes[1]:.0f} after")
+        sizes = [(when, fmean(found.values())) for when, after in (("before", False), ("after", True)) if (found := _sizes(records, twin, after))]
+        if sizes:
+            (when, size), *later = sizes
+            more = f" and {later[0][1]:.0f} after" if later else ""
+            said.append(f"the {twin} net uses {size:.0f} of {field} pixels a side {when} training{more}")
     return f"In the middle of its last map {'; '.join(said)}." if said else "Only stacks of convolutions were measured."
 
 
@@ -224,7 +226,7 @@ def _shares(records: list[Record]) -> str:
     """How much of the theoretical field the shallowest and the deepest stack use."""
     depths = sorted({r["layers"] for r in records if r["look"] == "stack"})
     means = [(depth, fmean(r["size"] / r["theoretical"] for r in records if r["look"] == "stack" and r["layers"] == depth)) for depth in depths]
-    return " and ".join(f"{share:.0%} with {depth} convolutions" for depth, share in (means[:1] + means[-1:]))
+    return "; " * bool(means) + " and ".join(f"{share:.0%} with {depth} convolutions" for depth, share in dict(means[:1] + means[-1:]).items())
 
 
 def _room(records: list[Record]) -> str:
@@ -252,10 +254,6 @@ def _smaller(e: Estimate) -> Verdict:
 def _both(estimates: list[Estimate]) -> Verdict:
     verdicts = {_smaller(e) for e in estimates}
     return "disagrees" if "disagrees" in verdicts else "agrees" if verdicts == {"agrees"} else "not decided at this budget"
-
-
-def _plain(e: Estimate) -> str:
-    return f"{e.mean:+.2f} (95 % interval {e.low:+.2f} to {e.high:+.2f}, n = {e.n})" if e.n > 1 else f"{e.mean:+.2f} (n = {e.n})"
 
 
 STUDY = Study(

@@ -32,7 +32,7 @@ from reslab.study.data import Data
 from reslab.study.dense import Dense, input_gradient
 from reslab.study.kinds import Cell, Claim, Pace, Ready, Setting, Study, Subject, Verdict
 from reslab.study.probe import settle
-from reslab.study.stats import Estimate, estimate, paired
+from reslab.study.stats import Estimate, estimate, paired, with_interval
 from reslab.study.twins import batch_size, deeper, layers, plain
 from reslab.study.untouched import untouched
 
@@ -194,11 +194,11 @@ def _all(verdicts: list[Verdict]) -> Verdict:
 
 
 def _share(e: Estimate) -> str:
-    return f"{_plain(e)} of the way from white to brown noise"
+    return f"{_plain(e)} of the way from white to brown noise" if e.n else _plain(e)
 
 
 def _plain(e: Estimate) -> str:
-    return f"{e.mean:.3f} (95 % interval {e.low:.3f} to {e.high:.3f}, n = {e.n})" if e.n > 1 else f"{e.mean:.3f} (n = {e.n})"
+    return with_interval(e, ".3f")
 
 
 STUDY = Study(

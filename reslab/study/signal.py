@@ -35,7 +35,7 @@ from reslab.spec import Spec
 from reslab.study.data import Data
 from reslab.study.kinds import Cell, Claim, Pace, Ready, Setting, Study, Subject, Verdict
 from reslab.study.probe import additions, outputs, responses, settle
-from reslab.study.stats import Estimate, estimate, factor, paired, within
+from reslab.study.stats import Estimate, estimate, factor, paired, with_interval, within
 from reslab.study.twins import deeper, layers, numbered, plain, schedule
 from reslab.study.untouched import untouched
 
@@ -148,15 +148,15 @@ def claims(records: list[Record]) -> list[Claim]:
     """What De & Smith derive for the start, and what He's figure 7 shows after training."""
     normed, bare = _start(records, True), _start(records, False)
     slope = estimate([share_slope(r) for r in normed])
-    blocks = len(normed[0]["branch"]) if normed else 0
+    blocks = next((len(r["branch"]) for r in [*normed, *bare]), 0)
     shares = [estimate([math.log(last_share(r)) for r in rows]) for rows in (normed, bare)]
     doubling = estimate([growth(r) for r in bare])
     apart = paired({r["seed"]: math.log(last_share(r)) for r in bare}, {r["seed"]: math.log(last_share(r)) for r in normed})
     return [
         Claim(
             "De & Smith 2020: with batch norm the branch is scaled down, relative to the shortcut, by about the square root of the depth",
-            f"the branch's share falls as depth to the power {_plain(slope)}; agreement means within {TOLERANCE:g} of {SLOPE:g}. At block {blocks}: "
-            f"branch over shortcut {factor(shares[0])}, 1 / sqrt({blocks}) is {blocks**-0.5 if blocks else math.nan:.3g}",
+            f"the branch's share falls as depth to the power {with_interval(slope)}; agreement means within {TOLERANCE:g} of {SLOPE:g}"
+            + (f". At block {blocks}: branch over shortcut {factor(shares[0])}, 1 / sqrt({blocks}) is {blocks**-0.5:.3g}" if blocks else ""),
             within(slope, SLOPE - TOLERANCE, SLOPE + TOLERANCE),
             slope.n,
         ),
@@ -218,10 +218,6 @@ def _between(records: list[Record], one: tuple[str, int], other: tuple[str, int]
 
 def _smaller(e: Estimate) -> Verdict:
     return "agrees" if e.is_below_zero else "disagrees" if e.is_above_zero else "not decided at this budget"
-
-
-def _plain(e: Estimate) -> str:
-    return f"{e.mean:+.2f} (95 % interval {e.low:+.2f} to {e.high:+.2f}, n = {e.n})" if e.n > 1 else f"{e.mean:+.2f} (n = {e.n})"
 
 
 STUDY = Study(

@@ -60,6 +60,13 @@ def rank_correlation(x: Sequence[float], y: Sequence[float]) -> Estimate:
     return Estimate(r, math.tanh(z - half), math.tanh(z + half), len(x))
 
 
+def with_interval(e: Estimate, form: str = "+.2f") -> str:
+    """A mean in that format, with its interval."""
+    if e.n < 2:
+        return f"{e.mean:{form}} (n = 1)" if e.n else "not measured"
+    return f"{e.mean:{form}} (95 % interval {e.low:{form}} to {e.high:{form}}, n = {e.n})"
+
+
 def points(e: Estimate) -> str:
     """A difference of shares in percentage points, with its interval."""
     if e.n < 2:

@@ -24,6 +24,8 @@ def records(plain: list[float], residual: list[float]) -> list[dict]:
     [
         ([0.6, 0.62, 0.61], [0.1, 0.11, 0.1], ["agrees", "agrees", "agrees"]),
         ([0.6, 0.62, 0.61], [0.5, 0.52, 0.51], ["agrees", "disagrees", "agrees"]),
+        ([0.3, 0.4, 0.5], [0.12, 0.122, 0.127], ["agrees", "disagrees", "agrees"]),
+        ([0.3, 0.4, 0.5], [0.1, 0.111, 0.106], ["agrees", "agrees", "agrees"]),
         ([0.05, 0.06, 0.05], [0.05, 0.06, 0.05], ["disagrees", "agrees", "not decided at this budget"]),
         ([0.1, 0.9, 0.2], [0.1, 0.9, 0.3], ["not decided at this budget"] * 3),
         ([0.6], [0.1], [*["not decided at this budget"] * 3, "agrees"]),

@@ -98,9 +98,10 @@ def test_paper_is_the_published_protocol(name: str, data: Data) -> None:
 
 @pytest.mark.parametrize("name", STUDIES)
 def test_nets_for_which_the_question_makes_no_sense_are_refused_in_one_line(name: str, data: Data) -> None:
-    for net in ("plain20", "skipblock"):
-        with pytest.raises(reslab.CallError) as refused:
-            STUDIES[name].cells(SETTING._replace(net=reslab.spec(net)), data, Pace(0.001))
+    for net, words in (("plain20", "varies nets with skip connections; received a plain one"), ("skipblock8", "skip blocks")):
+        setting = SETTING._replace(net=reslab.spec(net))
+        with pytest.raises(reslab.CallError, match=words) as refused:
+            STUDIES[name].cells(setting, data, Pace(0.001))
         assert "\n" not in str(refused.value)
 
 
@@ -204,6 +205,18 @@ def test_a_table_that_is_reproduced_agrees_and_one_upside_down_does_not(name: st
     assert {claim.verdict for claim in study.claims(upside_down)} == {"disagrees"}
     equal = made_up(name, data, lambda cell: 0.5)
     assert {claim.verdict for claim in study.claims(equal)} == {UNDECIDED}
+
+
+@pytest.mark.parametrize(("seeds", "verdict"), [(1, UNDECIDED), (3, UNDECIDED), (4, "disagrees")])
+def test_a_few_seeds_with_the_same_rank_correlation_do_not_tell_of_others(seeds: int, verdict: str, data: Data) -> None:
+    errors = dict(zip(orderings.TABLE, (0.2, 0.1, 0.3, 0.4, 0.5), strict=True))
+    first = [r for r in made_up("orderings", data, lambda cell: errors[cell.facts["variant"]]) if r["seed"] == 0]
+    claim = table.order(orderings.TABLE, [{**r, "seed": seed} for seed in range(seeds) for r in first])
+    assert claim.verdict == verdict
+    assert claim.n == seeds
+    assert "rank with the table's" in claim.paper, "single rows may have changed places"
+    if seeds == 3:
+        assert claim.measured.endswith("-0.70 (95 % interval -1.00 to +1.00, n = 3)")
 
 
 def test_each_order_stands_with_the_rate_at_which_it_trains_best(data: Data) -> None:

@@ -1,6 +1,7 @@
 """Cells are cached by content, an interrupted study goes on, and what cannot be is one line."""
 
 import json
+import shutil
 from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
@@ -13,9 +14,9 @@ import torch
 import reslab
 from reslab.nets.torch import ResNet
 from reslab.run import write_whole
-from reslab.study import STUDIES, degradation, lab, training
+from reslab.study import STUDIES, degradation, kinds, lab, training
 from reslab.study.data import Data, load
-from reslab.study.kinds import Cell, Ready, Schedule, Setting, Subject
+from reslab.study.kinds import Cell, Given, Ready, Schedule, Setting, Subject
 from reslab.study.lab import Place
 from reslab.study.training import errors, lr_at, outcome, train
 from reslab.study.twins import deeper, layers, plain
@@ -153,6 +154,51 @@ def test_a_cell_is_named_by_everything_that_decides_its_records() -> None:
     assert replace(cell).key("degradation", "print") == keys[0]
     nets = [s.key("print") for s in (subject, *others)]
     assert len(set(nets)) == len(nets)
+
+
+def test_records_and_nets_are_named_by_the_code_that_makes_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    package = Path(shutil.copytree(kinds.PACKAGE, tmp_path / "reslab", ignore=lambda _, names: {n for n in names if "." in n and not n.endswith(".py")}))
+    monkeypatch.setattr(kinds, "PACKAGE", package)
+    monkeypatch.setattr(kinds, "_code", kinds._code.__wrapped__)
+    given, trained = Subject(TINY, weights="key"), Subject(TINY, 0, Schedule(5))
+
+    def keys() -> list[str]:
+        return [*(Cell("a", given).key(name, "print") for name in ("receptive", "lesion")), trained.key("print")]
+
+    before = keys()
+    for file, changes in (
+        ("nets/torch.py", [True, True, True]),
+        ("nets/parts.py", [True, True, True]),
+        ("layout.py", [True, True, True]),
+        ("data/preprocess.py", [True, True, True]),
+        ("receptive.py", [True, False, False]),
+        ("study/surgery.py", [False, True, False]),
+        ("data/augment.py", [False, False, True]),
+        ("serve/server.py", [False, False, False]),
+    ):
+        text = (package / file).read_text()
+        (package / file).write_text(text + "\n")
+        assert [new != old for new, old in zip(keys(), before, strict=True)] == changes, file
+        (package / file).write_text(text)
+
+
+@pytest.mark.parametrize(
+    ("name", "seeds", "trains"),
+    [("degradation", 3, True), ("gradients", 3, True), ("shattering", 3, False), ("lesion", 1, True), ("landscape", 1, True), ("estimation", 1, True)],
+)
+def test_an_outcome_counts_the_seeds_that_nets_were_made_from(name: str, seeds: int, trains: bool, data: Data, place: Place, tmp_path: Path) -> None:
+    def outcome(*given: Given) -> lab.Outcome:
+        cells = lab.find(name).cells(SETTING._replace(seeds=3, given=given), data, lambda spec, batch: 0.001)
+        here = place._replace(out=tmp_path)
+        for cell in cells:
+            write_whole(here.cell(name, cell, "print"), b"")
+        return lab._outcome(name, here, cells, "print")
+
+    found = outcome()
+    assert (found.seeds, found.trains) == (seeds, trains)
+    if lab.find(name).shipped:
+        mine = outcome(Given("mine", TINY, "key"))
+        assert (mine.seeds, mine.trains) == (name == "estimation", False), "the net without training that estimation puts beside has a seed"
 
 
 def test_an_interrupted_training_goes_on_bit_for_bit(place: Place, data: Data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +19,7 @@ from reslab.nets.torch import ResNet
 from reslab.report.studies.landscape import figures
 from reslab.run import Record
 from reslab.seeds import seeded
+from reslab.studies import Call, study
 from reslab.study import lab, landscape
 from reslab.study.data import Data
 from reslab.study.hessian import hessian_product, lanczos
@@ -238,7 +239,7 @@ def test_killed_half_way_the_surface_is_the_same_bit_for_bit_and_nothing_is_done
         lab.run("landscape", killed, SETTING, lambda text: None)
     monkeypatch.setattr(Here, "left", 10**6)
     drawn: list[Outcome] = []
-    again = lab.run("landscape", killed, SETTING, lambda text: None, drawn.append)
+    again = lab.run("landscape", killed, SETTING, lambda text: None, lambda outcome, running: drawn.append(outcome))
     assert len(measured) == len(set(measured)) == planned, "every cell once"
     assert again == whole
     files = [sorted((tmp_path / name / "cells").iterdir()) for name in ("whole", "killed")]
@@ -248,6 +249,27 @@ def test_killed_half_way_the_surface_is_the_same_bit_for_bit_and_nothing_is_done
     assert planned // 2 <= drawn[0].done < planned, "drawn while it ran, of what was there"
     assert figures(drawn[0].records)
     assert next(f.title for f in figures(whole.records)).startswith("Loss on a plane")
+
+
+def test_the_page_of_a_study_that_breaks_off_does_not_say_that_it_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lab, "ProcessPoolExecutor", Here)
+    monkeypatch.setattr(landscape, "PLANS", (Plan(3, 40),))
+    monkeypatch.setattr(landscape, "trained", lambda twins, *rest: {name: Subject(TINY, 3) for name in twins})
+    monkeypatch.setattr(Here, "left", 9)
+    pages: list[str] = []
+
+    class Quiet:
+        def say(self, text: str) -> None:
+            pages.extend(page.read_text() for page in tmp_path.glob("study.html"))
+
+        def reading(self, what: str, done: int, total: int) -> None: ...
+
+    with pytest.raises(KeyboardInterrupt):
+        study("landscape", Call(data="digits", budget="1m", jobs=1, out=tmp_path), Quiet())
+    assert 'http-equiv="refresh"' in pages[-1]
+    page = (tmp_path / "study.html").read_text()
+    assert "refresh" not in page
+    assert "Only 9 of 22 cells are measured: the same command does the rest." in page
 
 
 def line(net: str, number: int, loss: list[float | None], layers: int = 56) -> Record:
@@ -312,6 +334,14 @@ def test_lost_points_are_drawn_as_gaps() -> None:
     assert len(contours.rows) == 9
     nothing = figures([{**r, "net": r"$\\frac$", "loss": [None] * 3} for r in rows])
     assert "frac" in nothing[0].svg, "a name is no formula"
+
+
+@pytest.mark.parametrize(("low", "high", "marks"), [(2.2, 9, "468"), (1.1, 19, ("5", "10", "15")), (0.5, 40, ("1", "10"))])
+def test_losses_within_one_power_of_ten_have_marks_too(low: float, high: float, marks: Sequence[str]) -> None:
+    loss = [[high, 0.6 * high, high], [0.6 * high, low, 0.6 * high], [high, 0.6 * high, high]]
+    rows = [{"kind": "row", "net": "plain", "number": n, "at": [-1, 0, 1], "loss": values, "side": 3} for n, values in enumerate(loss)]
+    for figure in figures(rows):
+        assert all(f">{mark}<" in figure.svg for mark in marks)
 
 
 def test_rows_come_coarse_first_and_twins_share_sizes(data: Data) -> None:

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from statistics import fmean
 
 import numpy as np
 import pytest
@@ -109,6 +110,21 @@ def test_missing_cells_decide_nothing(records: list[dict]) -> None:
     for some in ([], [r for r in records if r["look"] == "stack"][:1], [r for r in records if r["look"] == "twin"][:1]):
         assert {claim.verdict for claim in claims(some)} == {"not decided at this budget"}
         assert isinstance(answer(some), str)
+
+
+def test_what_a_budget_leaves_is_drawn_and_said_without_the_rest(records: list[dict]) -> None:
+    stacks, twins = ([r for r in records if r["look"] == look] for look in ("stack", "twin"))
+    shallow = [r for r in stacks if r["layers"] == 5]
+    assert [len(figure.rows) for figure in figures(shallow)] == [len(shallow)]
+    assert claims(shallow)[1].measured == "share as depth to the power not measured; 93% with 5 convolutions"
+    for after, said in ((False, "before training"), (True, "after training")):
+        some = [r for r in twins if r["trained"] is after]
+        size, field = fmean(r["size"] for r in some if r["twin"] == "residual"), some[-1]["theoretical"]
+        assert f"the residual net uses {size:.0f} of {field} pixels a side {said}; the plain" in answer(some)
+        assert len(figures(some)) == 2
+        for claim in claims(some):
+            assert "nan" not in claim.measured
+    assert claims(some)[1].measured == "share as depth to the power not measured"
 
 
 def test_given_nets_are_compared_with_themselves_before_training() -> None:

@@ -117,3 +117,6 @@ def test_a_run_is_studied_and_stays_as_it_is(trained: Run, tmp_path: Path, capsy
     assert {"removed", "median"} <= {r["kind"] for r in rows}
     assert {r["block"] for r in rows if r["kind"] == "removed"} == {"layer1.0", "layer1.1", "layer2.0"}
     assert "barely noticed" in (tmp_path / "s" / "study.html").read_text()
+    protocol = json.loads((tmp_path / "s" / "study.json").read_text())["protocol"]
+    assert protocol.startswith("A budget of 0.133333 min.")
+    assert "longer trainings" not in protocol

@@ -95,4 +95,6 @@ def test_nets_that_do_not_shatter_disagree(records: list[dict]) -> None:
 
 def test_missing_cells_decide_nothing() -> None:
     assert {claim.verdict for claim in claims([])} == {"not decided at this budget"}
+    assert claims([])[0].measured == "not measured; agreement means the nearer to brown noise (above one half)"
+    assert not any("nan" in claim.measured for claim in claims([]))
     assert isinstance(answer([]), str)

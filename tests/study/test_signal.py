@@ -80,6 +80,7 @@ def test_verdicts(power: float, rate: float, residual: float, verdicts: list[str
 def test_missing_cells_decide_nothing() -> None:
     for some in ([], [addition(0, True, -0.5, 1)], [response(0, "plain", 20, 1.0)]):
         assert {claim.verdict for claim in claims(some)} == {"not decided at this budget"}
+        assert not any("nan" in claim.measured for claim in claims(some))
         assert isinstance(answer(some), str)
 
 

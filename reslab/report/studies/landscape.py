@@ -9,6 +9,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
+from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
 from reslab.report.charts import Drawn, as_typed, canvas, colours, titled
@@ -56,15 +57,15 @@ def _contours(rows: list[Record], titles: dict[str, str]) -> Drawn:
         for axes, (net, (x, y, z)) in zip(c.axes, planes.items(), strict=True):
             heights = np.ma.masked_invalid(z)
             axes.contourf(x, y, heights, levels=np.linspace(low, high, LEVELS), cmap=HEAT, vmin=low, vmax=high)
-            inks = ["white" if v < low + READABLE * (high - low) else "black" for v in _decades(low, high)] or "white"
-            lines = axes.contour(x, y, heights, levels=_decades(low, high), colors=inks, linewidths=0.7, linestyles="solid")
+            inks = ["white" if v < low + READABLE * (high - low) else "black" for v in _marks(low, high)] or "white"
+            lines = axes.contour(x, y, heights, levels=_marks(low, high), colors=inks, linewidths=0.7, linestyles="solid")
             axes.clabel(lines, fmt=_loss, fontsize=7)
             axes.plot(0, 0, marker="+", color="white", markersize=7)
             axes.set_xticks(TICKS)
             axes.set_yticks(TICKS)
             titled(axes, titles.get(net, net), "first direction", "second direction" if axes is c.axes[0] else "")
         colours_of = ScalarMappable(Normalize(low, high), HEAT)
-        bar = c.figure.colorbar(colours_of, ax=c.axes, shrink=0.8, ticks=_decades(low, high), format=lambda v, _: _loss(v), label="loss")
+        bar = c.figure.colorbar(colours_of, ax=c.axes, shrink=0.8, ticks=_marks(low, high), format=lambda v, _: _loss(v), label="loss")
         bar.outline.set_visible(False)
         return c.drawn("Loss on a plane through the trained weights (+), one colour scale for all nets", _table(rows))
 
@@ -80,7 +81,7 @@ def _perspective(rows: list[Record]) -> Drawn:
             surface.plot_surface(*np.meshgrid(x, y), heights, rcount=len(y), ccount=len(x), rasterized=True, **style)
             surface.view_init(TILT, TURN)
             surface.set_zlim(low, high)
-            surface.set_zticks(_decades(low, high), [_loss(v) for v in _decades(low, high)])
+            surface.set_zticks(_marks(low, high), [_loss(v) for v in _marks(low, high)])
             for axis in (surface.xaxis, surface.yaxis, surface.zaxis):
                 axis.set_pane_color((0, 0, 0, 0))
             surface.set_xticks(TICKS[::2])
@@ -89,10 +90,14 @@ def _perspective(rows: list[Record]) -> Drawn:
         return c.drawn("The same surface in perspective, height and colour the logarithm of the loss", _table(rows))
 
 
-def _decades(low: float, high: float) -> list[float]:
-    """Exponents of the powers of ten within the scale, at most eight."""
+def _marks(low: float, high: float) -> list[float]:
+    """Exponents of the powers of ten within the scale, at most eight; where there are less than two, of round numbers beside them."""
     first, last = math.ceil(low), math.floor(high)
-    return [float(v) for v in range(first, last + 1, max(1, -(-(last - first + 1) // 8)))]
+    powers = [float(v) for v in range(first, last + 1, max(1, -(-(last - first + 1) // 8)))]
+    if len(powers) > 1:
+        return powers
+    between = [math.log10(v) for v in MaxNLocator(5, steps=(1, 2, 5, 10)).tick_values(10**low, 10**high) if v > 0]
+    return sorted({*powers, *(v for v in between if low <= v <= high)})
 
 
 def _loss(exponent: float) -> str:

@@ -31,8 +31,9 @@ def _stacks(stacks: list[Record]) -> Drawn:
         with_seeds(axes, depths, values, TWINS["residual"], "effective")
         middle = fmean(values[0])
         root = [middle * (depth / depths[0]) ** 0.5 for depth in depths]
+        beside = max(0, len(depths) - 2)
         axes.plot(depths, root, color=MUTED, linestyle=":")
-        axes.annotate("square root of the depth", (depths[-2], root[-2]), xytext=(0, -16), textcoords="offset points", color=MUTED, fontsize=9)
+        axes.annotate("square root of the depth", (depths[beside], root[beside]), xytext=(0, -16), textcoords="offset points", color=MUTED, fontsize=9)
         _ticks(axes, depths, sorted({5, 10, 20, 40, 80}))
         titled(axes, "stacks of 3x3 convolutions and ReLU", "convolutions", "pixels a side")
         rows = [{key: r[key] for key in ("layers", "seed", "theoretical", "size", "spread")} for r in stacks]
