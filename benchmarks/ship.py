@@ -16,8 +16,8 @@ import numpy as np
 from reslab.data.images import read_batches
 from reslab.run import SHIPPED, Run, write_whole
 from reslab.tensors import read_tensors, write_tensors
-from reslab.use.artefact import model_folder
-from reslab.use.card import FILES, write_card
+from reslab.use.artefact import FILES, model_folder
+from reslab.use.card import write_card
 from reslab.use.classifier import BATCH, load
 from reslab.use.evaluate import outputs, score
 from reslab.use.own import own_images

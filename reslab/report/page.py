@@ -47,7 +47,7 @@ def _facts(run: Run, test: Record) -> dict[str, Any]:
         "reliability": figures.calibration(test),
         "matrix": _matrix(test, len(classes)) if len(classes) <= TABLE_CLASSES else None,
         "map": figures.confusion(test["confusion"], classes) if len(classes) > TABLE_CLASSES else "",
-        "per_class": sorted(test["classes"], key=lambda row: row["f1"])[:LISTED_CLASSES],
+        "per_class": sorted(test["classes"], key=lambda row: (row["n"] == 0, row["f1"]))[:LISTED_CLASSES],
         "pairs": _pairs(test, classes, mistakes),
         "worst": [{"overlay": "", **m} for m in mistakes if m["why"] == "worst"],  # runs of before heat maps have none
         "suspects": sorted(suspects, key=lambda s: s["label_probability"] - s["probability"])[:12],
@@ -57,7 +57,7 @@ def _facts(run: Run, test: Record) -> dict[str, Any]:
         "seconds": max((r["time"] for r in run.records("end", "test")), default=0.0),
         "train_seconds": epochs[-1]["seconds"] if epochs else 0.0,
         "images_a_second": _speed(epochs, config),
-        "weakest": min(test["classes"], key=lambda row: row["f1"]) if test["classes"] else None,
+        "weakest": min((row for row in test["classes"] if row["n"]), key=lambda row: row["f1"], default=None),
     }
 
 

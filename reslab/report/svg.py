@@ -1,7 +1,10 @@
 """matplotlib -> inline SVG. Colours are CSS variables of the page, so that one figure serves light, dark and print."""
 
+import html
 import io
 import re
+import warnings
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -34,12 +37,15 @@ STYLE: dict[Any, Any] = {
 def as_svg(figure: Figure, title: str) -> str:
     """The figure as inline SVG with the page's colours; equal records give equal text."""
     held = io.BytesIO()
-    figure.savefig(held, format="svg", transparent=True, metadata={"Date": None, "Title": title})
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from font", UserWarning)  # text stays text: the browser's fonts draw it
+        figure.savefig(held, format="svg", transparent=True, metadata={"Date": None, "Title": title})
     text = held.getvalue().decode()
     text = text[text.index("<svg") :]
     for colour, variable in VARIABLES.items():
         text = text.replace(colour, f"var({variable})")
-    text = re.sub(r'<svg ([^>]*?)width="[^"]*" height="[^"]*"', rf'<svg role="img" aria-label="{title}" \1', text, count=1)
+    label = html.escape(title)
+    text = re.sub(r'<svg ([^>]*?)width="[^"]*" height="[^"]*"', lambda m: f'<svg role="img" aria-label="{label}" {m[1]}', text, count=1)
     text = re.sub(r"<svg ([^>]*?)height=\"[^\"]*pt\" ", r"<svg \1", text, count=1)
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
     return _unique_ids(text, title)
@@ -57,7 +63,7 @@ def standalone(svg: str) -> bytes:
 
 def _unique_ids(svg: str, title: str) -> str:
     """matplotlib numbers ids alike in every figure; on one page they must differ."""
-    prefix = re.sub(r"\W+", "", title)[:12]
+    prefix = f"f{zlib.crc32(title.encode()):08x}"
     svg = re.sub(r'\bid="([^"]+)"', rf'id="{prefix}-\1"', svg)
     svg = re.sub(r'(xlink:href="#)([^"]+)"', rf'\1{prefix}-\2"', svg)
     return re.sub(r"url\(#([^)]+)\)", rf"url(#{prefix}-\1)", svg)

@@ -17,9 +17,10 @@ from jinja2 import Environment, PackageLoader, StrictUndefined, UndefinedError
 
 from reslab.errors import CallError, WorkError, needs_extra, shown
 from reslab.run import Record, Run, workplace
-from reslab.use.artefact import model_files
+from reslab.use.artefact import FILES, model_files
 from reslab.use.classifier import Classifier, load
 
+MARK = "card.html"  # by it a folder is known as a card
 WEAKEST, PAIRS = 5, 5  # classes and confusions that the card names
 MARKDOWN = re.compile(r"([\\`*_\[\]<>|~#&!$])")
 
@@ -27,6 +28,7 @@ MARKDOWN = re.compile(r"([\\`*_\[\]<>|~#&!$])")
 def write_card(path: str | Path, out: str | Path | None = None) -> Path:
     """Writes the folder, by default RUN/export/card, and returns it. Exported .onnx files of the run come along.
 
+    A card that is there gives way; what else is in its folder stays.
     Raises CallError for an unfinished run or a folder in use, WorkError when records are damaged or it cannot be written.
     """
     run = Run.open(path)
@@ -34,17 +36,19 @@ def write_card(path: str | Path, out: str | Path | None = None) -> Path:
         raise CallError(f"a card is made of a run of your own; {shown(path)} came with reslab and has one: {shown(run.path / 'README.md')}")
     classifier = load(run.path)
     target = Path(out) if out is not None else run.path / "export" / "card"
-    if target.exists() and (not target.is_dir() or (any(target.iterdir()) and not (target / "card.html").is_file())):
+    if target.exists() and (not target.is_dir() or (any(target.iterdir()) and not (target / MARK).is_file())):
         raise CallError(f"--out must be a new folder or a card; {shown(target)} is neither: choose another")
     pages = _pages(run, classifier)
     with workplace(target) as folder:
-        for file in [*model_files(run.path), *_exports(run)]:
+        for file in [*model_files(run.path), *_exports(run.path / "export")]:
             shutil.copyfile(file, folder / file.name)
         (folder / "config.json").write_text(json.dumps(_config(classifier), indent=1), "utf-8")
         for name, page in pages.items():
             (folder / name).write_bytes(page.encode("utf-8", "backslashreplace"))
         target.mkdir(exist_ok=True)
-        for file in sorted(folder.iterdir()):
+        for file in _made_before(target):  # first, so that no moment has new weights beside an old card
+            file.unlink()
+        for file in sorted(folder.iterdir(), key=lambda file: (file.name != MARK, file.name)):
             file.replace(target / file.name)
     return target
 
@@ -84,9 +88,19 @@ def _config(classifier: Classifier) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _exports(run: Run) -> list[Path]:
+def _made_before(card: Path) -> list[Path]:
+    """What an earlier card left in its folder, README.md last: it names the exports that are the card's and not somebody's own.
+
+    MARK is not among them: without it a folder that was left half-way would be no card any more, and refused.
+    """
+    readme = card / "README.md"
+    named = readme.read_text("utf-8", "replace") if readme.is_file() else ""
+    exports = [file for file in _exports(card) if f"`{file.name}`" in named]
+    return [*exports, *(file for name in (*FILES, "config.json", readme.name) if (file := card / name).is_file())]
+
+
+def _exports(folder: Path) -> list[Path]:
     """The .onnx files that `reslab export` left, and what it found of them."""
-    folder = run.path / "export"
     files = [file for file in sorted(folder.glob("*.onnx")) if file.with_name(file.name + ".json").is_file()]
     return [path for file in files for path in (file, file.with_name(file.name + ".json"))]
 
@@ -106,7 +120,7 @@ def _pages(run: Run, classifier: Classifier) -> dict[str, str]:
         front = json.dumps(_index(facts), ensure_ascii=False)
         return {
             "README.md": environment.get_template("card.md.j2").render(facts, index=front),
-            "card.html": environment.get_template("card.html.j2").render(facts),
+            MARK: environment.get_template("card.html.j2").render(facts),
         }
     except (LookupError, TypeError, ValueError, ArithmeticError, UndefinedError) as error:
         raise WorkError(f"the records in {shown(run.path)} are damaged: {shown(repr(error))[:120]}; restore log.jsonl and run.toml") from error
@@ -128,13 +142,13 @@ def _facts(run: Run, test: Record, classifier: Classifier) -> dict[str, Any]:
         "test": test,
         "sure": classifier.sure,
         "temperature": classifier.temperature,
-        "weakest": sorted(test["classes"], key=lambda row: row["f1"])[:WEAKEST],
+        "weakest": sorted((row for row in test["classes"] if row["n"]), key=lambda row: row["f1"])[:WEAKEST],
         "confused": [(names[label], names[predicted], count, support[names[label]]) for label, predicted, count in confused],
         "command": _without_paths(config["command"]),
         "hardware": config["hardware"],
         "versions": config["versions"],
         "minutes": max((record["time"] for record in run.records("end", "test")), default=0.0) / 60,
-        "exports": [file.name for file in _exports(run) if file.suffix == ".onnx"],
+        "exports": [file.name for file in _exports(run.path / "export") if file.suffix == ".onnx"],
     }
 
 

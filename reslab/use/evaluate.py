@@ -1,6 +1,6 @@
 """How good a classifier is on labelled images, as records, each figure with its n and a 95 % interval.
 
-Intervals of counts are Wilson's; of other figures, percentiles of 500 bootstrap resamples of the images.
+Intervals of shares, and of F1, which follows from one, are Wilson's; of other figures, percentiles of 500 bootstrap resamples of the images.
 """
 
 from collections.abc import Callable, Iterable
@@ -54,15 +54,16 @@ def fit_temperature(out: Outputs) -> float:
 
 
 def sure_above(out: Outputs, temperature: float) -> float:
-    """The lowest calibrated probability above which 95 % of the answers are right (Geifman & El-Yaniv 2017, 1705.08500).
+    """The lowest calibrated probability from which on 95 % of the answers are right (Geifman & El-Yaniv 2017, 1705.08500).
 
-    At least one half, whatever the accuracy: below it an answer is likelier wrong than right.
+    At least one half, whatever the accuracy: below it an answer is likelier wrong than right. 1 where there is none.
     """
     confidence = softmax(out.logits / temperature).max(1)
     order = np.argsort(-confidence, kind="stable")
-    right = (out.logits.argmax(1) == out.labels)[order]
-    enough = np.flatnonzero(np.cumsum(right) >= SURE * np.arange(1, len(right) + 1))
-    return max(0.5, float(confidence[order][enough[-1]])) if len(enough) else 1.0
+    confidence, right = confidence[order], (out.logits.argmax(1) == out.labels)[order]
+    last = np.append(confidence[1:] < confidence[:-1], True)  # of its equals, which a threshold lets through together
+    enough = np.flatnonzero(last & (np.cumsum(right) >= SURE * np.arange(1, len(right) + 1)))
+    return max(0.5, float(confidence[enough[-1]])) if len(enough) else 1.0
 
 
 def score(out: Outputs, classes: tuple[str, ...], temperature: float, seed: int = 0) -> dict[str, Any]:
@@ -85,7 +86,7 @@ def score(out: Outputs, classes: tuple[str, ...], temperature: float, seed: int 
     facts |= {
         "temperature": temperature,
         "reliability": {"before": reliability(raw.max(1), right), "after": reliability(calibrated.max(1), right)},
-        "classes": _per_class(out.labels, predicted, classes, resamples[:200]),
+        "classes": _per_class(out.labels, predicted, classes),
         "confusion": _confusion(out.labels, predicted, len(classes)),
     }
     return facts
@@ -125,32 +126,35 @@ def _bootstrap(name: str, resamples: Ints, figure: Callable[[Ints], float]) -> d
     return {name: found, f"{name}_low": float(low), f"{name}_high": float(high)}
 
 
-def _per_class(labels: Ints, predicted: Ints, classes: tuple[str, ...], resamples: Ints) -> list[dict[str, Any]]:
+def _per_class(labels: Ints, predicted: Ints, classes: tuple[str, ...]) -> list[dict[str, Any]]:
     every = np.arange(len(classes))
     precision, recall, f1, support = precision_recall_fscore_support(labels, predicted, labels=every, zero_division=0)
     called = np.bincount(predicted, minlength=len(classes))
     right = np.bincount(labels[labels == predicted], minlength=len(classes))
-    spread = np.percentile([_f1(labels[rows], predicted[rows], len(classes)) for rows in resamples], [2.5, 97.5], axis=0)
     rows = []
     for c, name in enumerate(classes):
         p_low, p_high = wilson(int(right[c]), int(called[c]))
         r_low, r_high = wilson(int(right[c]), int(support[c]))
+        f_low, f_high = _f1_interval(int(right[c]), int(support[c] + called[c] - right[c]))
         rows.append(
             {
                 "class": name, "n": int(support[c]),
                 "precision": float(precision[c]), "precision_low": p_low, "precision_high": p_high,
                 "recall": float(recall[c]), "recall_low": r_low, "recall_high": r_high,
-                "f1": float(f1[c]), "f1_low": float(spread[0, c]), "f1_high": float(spread[1, c]),
+                "f1": float(f1[c]), "f1_low": f_low, "f1_high": f_high,
             }
         )  # fmt: skip
     return rows
 
 
-def _f1(labels: Ints, predicted: Ints, classes: int) -> Floats:
-    right = np.bincount(labels[labels == predicted], minlength=classes)
-    both = np.bincount(labels, minlength=classes) + np.bincount(predicted, minlength=classes)
-    scores: Floats = 2 * right / np.maximum(both, 1)
-    return scores
+def _f1_interval(right: int, either: int) -> tuple[float, float]:
+    """F1's interval from the images of a class that are called so, and those that are of it or are called so.
+
+    Their ratio J is a share, so Wilson's interval holds for it; F1 = 2J / (1 + J) grows with J, and takes that interval's
+    ends to its own (Lam, Gopal & Qian 2023, 2309.14621: the indirect Wilson method).
+    """
+    low, high = wilson(right, either)
+    return 2 * low / (1 + low), 2 * high / (1 + high)
 
 
 def _confusion(labels: Ints, predicted: Ints, classes: int) -> list[tuple[int, int, int]]:

@@ -52,11 +52,12 @@ def label_suspects(out: Outputs, batches: Batches, temperature: float) -> list[d
 
 
 def _most_confused_examples(out: Outputs, predicted: Ints, pairs: int = 6, each: int = 4) -> list[int]:
-    counts: dict[tuple[int, int], list[int]] = {}
+    """Images of the most frequent mistakes; of equally frequent ones those that come first in the confusion matrix, as in the report."""
+    groups: dict[tuple[int, int], list[int]] = {}
     for i in np.flatnonzero(predicted != out.labels):
-        counts.setdefault((int(out.labels[i]), int(predicted[i])), []).append(int(i))
-    ranked = sorted(counts.values(), key=len, reverse=True)[:pairs]
-    return [i for group in ranked for i in group[:each]]
+        groups.setdefault((int(out.labels[i]), int(predicted[i])), []).append(int(i))
+    ranked = sorted(groups, key=lambda pair: (-len(groups[pair]), pair))[:pairs]
+    return [i for pair in ranked for i in groups[pair][:each]]
 
 
 def _shown(out: Outputs, batches: Batches, probabilities: Floats, row: int, why: str) -> dict[str, Any]:

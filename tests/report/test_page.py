@@ -2,15 +2,17 @@ import os
 import re
 import shutil
 import subprocess
+import xml.etree.ElementTree as ET
 from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import reslab
 from reslab.report.charts import canvas, titled
-from reslab.report.figures import _short
+from reslab.report.figures import _short, confusion
 from reslab.report.page import write_report
 from reslab.run import Run
 from tests.conftest import draw
@@ -98,6 +100,54 @@ def test_val_is_said_to_have_chosen_the_epoch_only_where_it_did(run: Run, tmp_pa
     assert "set the temperature" in parsed(last).text
 
 
+def with_test(run: Run, path: Path, **changes: object) -> Run:
+    """A copy of the run whose test found something else."""
+    shutil.copytree(run.path, path)
+    Run(path).record(**{**(run.last("test") or {}), **changes})
+    return Run(path)
+
+
+def test_a_class_without_a_test_image_is_not_the_hardest(run: Run, tmp_path: Path) -> None:
+    rows = (run.last("test") or {})["classes"]
+    absent = {**rows[1], "n": 0, "f1": 0.0, "f1_low": 0.0, "f1_high": 1.0}
+    found = {"classes": [{**rows[0], "f1": 0.5}, absent, {**rows[2], "f1": 0.25}], "confusion": [[0, 0, 9], [2, 0, 9]]}
+    write_report(other := with_test(run, tmp_path / "run", **found))
+    text = " ".join(parsed(other).text.split())
+    assert "the hardest class is third, with an F1 of 25.0 %" in text
+    assert re.search(r"F1 third.* plain0––– Can its", text), "last of the table, without a figure"
+    assert "A dash: no test image" in text
+    assert "A dash: no test image" not in parsed(run).text
+
+
+def test_counts_can_be_read_on_every_shade_of_the_confusion_matrix(run: Run, tmp_path: Path) -> None:
+    """A contrast of 4.5 to 1 (WCAG 2.2, 1.4.3), light and dark, where all images of a class go to one cell."""
+    write_report(other := with_test(run, tmp_path / "run", confusion=[[0, 0, 10], [1, 2, 10]]))
+    cells = {attrs["style"] or "" for tag, attrs in parsed(other).tags if tag == "td" and "style" in attrs}
+    mixes = {(found[1], float(found[2]) / 100) for cell in cells if (found := re.search(r"var\((.*?)\) ([\d.]+)%, transparent", cell))}
+    assert {name for name, share in mixes if share > 0.3} == {"--first", "--second"}
+    style = (Path(reslab.__file__).parent / "report" / "style.css").read_text("utf-8")
+    light, dark = (dict(re.findall(r"(--\w+): (#\w{6})", part)) for part in style[: style.index("* {")].split("@media"))
+    for colours in (light, dark):
+        page, ink = (np.array([int(colours[name][i : i + 2], 16) for i in (1, 3, 5)]) for name in ("--page", "--ink"))
+        for name, share in mixes:
+            mixed = share * np.array([int(colours[name][i : i + 2], 16) for i in (1, 3, 5)]) + (1 - share) * page
+            assert contrast(ink, mixed) >= 4.5, (name, share)
+
+
+def contrast(one: np.ndarray, other: np.ndarray) -> float:
+    """WCAG's ratio of two sRGB colours, 0 to 255."""
+    shares = np.array([one, other]) / 255
+    linear = np.where(shares <= 0.04045, shares / 12.92, ((shares + 0.055) / 1.055) ** 2.4)
+    dark, light = sorted(linear @ [0.2126, 0.7152, 0.0722])
+    return float((light + 0.05) / (dark + 0.05))
+
+
+def test_every_header_of_a_table_says_what_it_heads(run: Run) -> None:
+    assert {attrs.get("scope") for tag, attrs in parsed(run).tags if tag == "th"} == {"col", "row"}
+    study = (Path(reslab.__file__).parent / "report" / "study.html.j2").read_text("utf-8")
+    assert study.count("<th ") == study.count('<th scope="col">') == 3 and "<th>" not in study
+
+
 def test_unfinished_run_has_no_report(tmp_path: Path) -> None:
     (tmp_path / "run.toml").touch()
     with pytest.raises(reslab.CallError, match="needs a finished run"):
@@ -124,16 +174,29 @@ def test_names_that_are_no_text_are_drawn_escaped() -> None:
 
 
 def test_many_classes_become_a_map() -> None:
-    import xml.etree.ElementTree as ET
-
-    from reslab.report import figures
-
     classes = [f"class $ {i} <&>" for i in range(100)]
-    svg = figures.confusion([(i, (i * 7) % 100, 1 + i % 5) for i in range(100)] + [(i, i, 30) for i in range(100)], classes)
+    svg = confusion([(i, (i * 7) % 100, 1 + i % 5) for i in range(100)] + [(i, i, 30) for i in range(100)], classes)
     root = ET.fromstring(svg)  # well-formed, so nothing of a name leaked into the markup
     assert "class $ 0 <&>" in "".join(root.itertext())
     assert "var(--first)" in svg
     assert "#040404" not in svg
+
+
+def test_classes_in_any_script_are_drawn_without_a_warning() -> None:
+    classes = [f"日本語 {i}" for i in range(21)]
+    assert "日本語 20" in "".join(ET.fromstring(confusion([(0, 1, 1)], classes)).itertext())  # warnings are errors here
+
+
+def test_figures_of_one_page_share_no_id_and_a_title_is_text() -> None:
+    titles = ("Test error by the number of blocks", "Test error by the disorder of blocks", '"1 < 2" & \\1')
+    found = []
+    for title in titles:
+        with canvas(1, 2.0) as c:
+            titled(c.axes[0], "it")
+            root = ET.fromstring(c.drawn(title, []).svg)
+            assert root.get("aria-label") == title
+            found += [each.get("id") for each in root.iter() if each.get("id")]
+    assert len(found) == len(set(found)) > 0
 
 
 @pytest.mark.parametrize("width", [390, 1200])

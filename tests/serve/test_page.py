@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import sys
 import time
@@ -15,11 +16,12 @@ from tests.serve.serving import Server, image, make_run, serving
 
 AXE = Path(os.environ.get("RESLAB_AXE", "node_modules/axe-core/axe.min.js"))
 FIRST_PAINT = 500  # ms
-DROP = """([name, type, bytes]) => {
+DROP = """(files) => {
   const data = new DataTransfer();
-  data.items.add(new File([new Uint8Array(bytes)], name, { type }));
+  for (const [name, type, bytes] of files) data.items.add(new File([new Uint8Array(bytes)], name, { type }));
   document.getElementById("zone").dispatchEvent(new DragEvent("drop", { dataTransfer: data, bubbles: true, cancelable: true }));
 }"""
+IDLE = "!document.body.classList.contains('busy')"
 PASTE = DROP.replace(
     'document.getElementById("zone").dispatchEvent(new DragEvent("drop", { dataTransfer: data, ',
     'document.dispatchEvent(new ClipboardEvent("paste", { clipboardData: data, ',
@@ -65,8 +67,8 @@ class Tab:
         until(self.page, "document.getElementById('about').textContent")
 
     def give(self, name: str, body: bytes, how: str = DROP) -> None:
-        self.page.evaluate(how, [name, "image/png", list(body)])
-        until(self.page, "name => !document.body.classList.contains('busy') && !document.getElementById('result').hidden"
+        self.page.evaluate(how, [[name, "image/png", list(body)]])
+        until(self.page, f"name => {IDLE} && !document.getElementById('result').hidden"
                          " && document.getElementById('file').textContent.includes(name)", name)  # fmt: skip
 
     def text(self, selector: str) -> str:
@@ -126,14 +128,66 @@ def test_not_sure_recent_ones_and_the_report(browser: Any, server: Server) -> No
 
 def test_what_cannot_be_read_is_said_and_the_page_goes_on(browser: Any, server: Server) -> None:
     tab = Tab(browser, server)
-    tab.page.evaluate(DROP, ["notes <b>.txt", "text/plain", [1, 2, 3]])
+    tab.page.evaluate(DROP, [["notes <b>.txt", "text/plain", [1, 2, 3]]])
     tab.page.wait_for_selector("#problem:not([hidden])")
     assert "cannot be read as an image" in tab.text("#problem")
     assert "notes <b>.txt: not an image" in tab.text("#problem")
     tab.page.set_input_files("#choose", {"name": "big.png", "mimeType": "image/png", "buffer": bytes((1 << 20) + 1)})
-    until(tab.page, "document.getElementById('problem-title').textContent.includes('too large')")
+    until(tab.page, "document.getElementById('problems').textContent.includes('too large')")
+    assert "notes" not in tab.text("#problem"), "what was wrong before is over"
     tab.give("good.png", image())
     assert tab.page.locator("#problem").is_hidden()
+
+
+def test_of_several_files_those_that_failed_and_those_left_out_are_told_after_the_others_went_well(browser: Any, server: Server) -> None:
+    tab = Tab(browser, server)
+    files = [["a.txt", "text/plain", [1]], *([f"{i}.png", "image/png", list(image(i))] for i in range(9)), ["b.txt", "text/plain", [1]]]
+    tab.page.evaluate(DROP, files)
+    until(tab.page, IDLE)
+    assert "of these 11 the last 3 are left out" in tab.text("#problem")
+    assert "a.txt: not an image" in tab.text("#problem")
+    assert tab.page.locator("#again").is_hidden(), "it would fail again"
+    assert tab.text("#file") == "6.png"
+    tab.page.evaluate(DROP, [])
+    assert tab.page.locator("#problem").is_visible(), "nothing was given"
+
+
+def test_what_failed_for_the_server_alone_can_be_tried_again(browser: Any, server: Server) -> None:
+    tab = Tab(browser, server)
+    tab.page.route("**/predict*", lambda route: route.fulfill(status=503, json={"status": 503, "title": "Busy", "detail": "later"}), times=2)
+    tab.page.evaluate(DROP, [[f"{i}.png", "image/png", list(image(i))] for i in range(3)])
+    until(tab.page, IDLE)
+    assert tab.text("#problem").split("\n")[-1] == "Try again"
+    assert ("0.png: later" in tab.text("#problem"), "1.png: later" in tab.text("#problem"), tab.text("#file")) == (True, True, "2.png")
+    tab.page.click("#again")
+    until(tab.page, f"{IDLE} && document.getElementById('file').textContent === '1.png'")
+    assert tab.page.locator("#thumbs li").count() == 3
+    assert tab.page.locator("#problem").is_hidden()
+
+
+@pytest.mark.parametrize(
+    ("probability", "threshold", "told"),
+    [(0.826, 0.834, ("82.6", "83.4")), (0.9963, 0.9961, ("99.63", "99.61")), (0.5, 0.75, ("50", "75")), (0.9, 0.9, ("90", "90"))],
+)
+def test_a_probability_and_the_threshold_never_look_alike(browser: Any, server: Server, probability: float, threshold: float, told: tuple[str, str]) -> None:
+    tab = Tab(browser, server)
+    one = {"label": "blue", "probability": probability, "sure": probability >= threshold, "top": [{"label": "blue", "probability": probability}]}
+    tab.page.route("**/predict*", lambda route: route.fulfill(json={"predictions": [one], "sure_from": threshold}))
+    tab.give("a.png", image())
+    assert tuple(re.findall(r"([\d.]+)\s%", tab.text("#confidence"))) == told
+
+
+def test_it_is_seen_that_the_first_image_is_being_looked_at(browser: Any, server: Server) -> None:
+    tab = Tab(browser, server)
+    tab.page.route("**/predict*", lambda route: None)  # no answer comes
+    tab.page.evaluate(DROP, [["a.png", "image/png", list(image())], ["b.png", "image/png", list(image(1))]])
+    until(tab.page, "document.getElementById('status').textContent")
+    assert tab.text("#status") == "Looking at the image, 1 more to come"
+    box = tab.page.locator("#status").bounding_box()
+    assert box["width"] > 100 and box["height"] > 20
+    other = Tab(browser, server)
+    other.give("a.png", image())
+    assert other.page.locator("#status").bounding_box()["width"] <= 1, "the answer is told to the ear alone"
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
@@ -149,8 +203,8 @@ def test_axe_finds_no_violation(browser: Any, server: Server, scheme: str, width
             tab.give(f"{give[20:22].hex()}.png", give)
         violations = tab.page.evaluate("axe.run().then(found => found.violations.map(v => [v.id, v.nodes.map(n => n.html)]))")
         assert violations == []
-    tab.page.evaluate(DROP, ["x.txt", "text/plain", [1]])
-    tab.page.wait_for_selector("#problem:not([hidden])")
+    tab.page.evaluate(DROP, [["x.txt", "text/plain", [1]], ["y.txt", "text/plain", [1]]])
+    until(tab.page, IDLE)
     assert tab.page.evaluate("axe.run().then(found => found.violations.map(v => v.id))") == []
     assert tab.page.evaluate("document.documentElement.scrollWidth <= innerWidth"), "nothing may stick out"
 

@@ -74,6 +74,56 @@ def test_checked_exports_come_along_and_a_card_can_be_written_again(trained: Run
     assert '`reslab.load("model.onnx")`' in (folder / "README.md").read_text()
 
 
+def test_a_card_made_again_keeps_nothing_of_the_one_before_but_what_is_somebodys_own(trained: Run, tmp_path: Path) -> None:
+    run, exports = tmp_path / "run", tmp_path / "run" / "export"
+    shutil.copytree(trained.path, run)
+    exports.mkdir(exist_ok=True)
+    (run / "model" / "inference.json").write_text("{}")
+    for name in ("old.onnx", "old.onnx.json"):
+        (exports / name).write_bytes(b"{}")
+    folder = write_card(run)
+    own = {"LICENSE", "own.onnx", "mine.onnx", "mine.onnx.json"}  # the last two as `reslab export --out` leaves them
+    for name in own:
+        (folder / name).write_text("mine")
+    for name in ("old.onnx", "old.onnx.json"):
+        (exports / name).rename(exports / name.replace("old", "new"))
+    (run / "model" / "inference.json").unlink()
+    names = {path.name for path in write_card(run).iterdir()}
+    assert names == {path.name for path in write_card(run, tmp_path / "fresh").iterdir()} | own
+    assert "new.onnx" in names
+
+
+@pytest.mark.parametrize("moved", [0, 1, 4])
+def test_a_card_left_half_way_is_never_of_two_makings_and_can_be_made_again(moved: int, trained: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = write_card(trained.path, tmp_path / "card")
+    before = {path.stat().st_ino for path in folder.iterdir()}
+    replace, left = Path.replace, iter(range(moved))
+
+    def break_off(path: Path, target: Path) -> Path:
+        if next(left, None) is None:
+            raise OSError(5, "broken off")
+        return replace(path, target)
+
+    with monkeypatch.context() as patched, pytest.raises(reslab.WorkError, match="broken off"):
+        patched.setattr(Path, "replace", break_off)
+        write_card(trained.path, folder)
+    kept = [path.name for path in folder.iterdir() if path.stat().st_ino in before]
+    assert (kept, len(list(folder.iterdir()))) == ([] if moved else ["card.html"], max(1, moved))
+    assert len(list(write_card(trained.path, folder).iterdir())) == len(before)
+
+
+def test_classes_without_a_test_image_are_not_called_weak(trained: Run, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(trained.path, run)
+    test = trained.last("test")
+    assert test
+    absent = {**test["classes"][0], "class": "absent", "n": 0, "f1": 0.0}
+    Run(run).record(**{**test, "classes": [*test["classes"], absent]})
+    folder = write_card(run, tmp_path / "card")
+    for name in ("README.md", "card.html"):
+        assert "blue" in (folder / name).read_text() and "absent" not in (folder / name).read_text()
+
+
 def test_names_are_text_and_never_markup(trained: Run, tmp_path: Path) -> None:
     run = tmp_path / "run"
     shutil.copytree(trained.path, run)

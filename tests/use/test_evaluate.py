@@ -6,7 +6,7 @@ from scipy.stats import binomtest
 from sklearn.metrics import accuracy_score, f1_score, log_loss
 
 from reslab.interval import wilson
-from reslab.use.evaluate import Outputs, ece, fit_temperature, score, softmax, sure_above
+from reslab.use.evaluate import Outputs, _per_class, ece, fit_temperature, score, softmax, sure_above
 
 CLASSES = tuple("abcdefg")
 
@@ -18,6 +18,10 @@ def out() -> Outputs:
     logits = rng.normal(size=(400, 7)) * 2
     logits[np.arange(400), labels] += 3
     return Outputs(logits, labels, np.arange(400))
+
+
+def _answers(labels: list[int], predicted: list[int], classes: int = 3) -> Outputs:
+    return Outputs(np.eye(classes)[predicted] * 4, np.array(labels), np.arange(len(labels)))
 
 
 def test_figures_equal_those_of_scikit_learn(out: Outputs) -> None:
@@ -37,6 +41,26 @@ def test_figures_equal_those_of_scikit_learn(out: Outputs) -> None:
 def test_wilson_equals_scipys(successes: int, n: int) -> None:
     want = binomtest(successes, n).proportion_ci(method="wilson")
     assert wilson(successes, n) == pytest.approx((want.low, want.high), abs=1e-9)
+
+
+@pytest.mark.parametrize("n", [3, 50])
+def test_the_interval_of_f1_does_not_vanish_where_a_class_is_perfect(n: int) -> None:
+    rows = score(_answers(labels=[0] * n + [1] * n, predicted=[0] * n + [1] * n), ("a", "b", "c"), temperature=1.0)["classes"]
+    low = wilson(n, n)[0]
+    assert (rows[0]["f1_low"], rows[0]["f1_high"]) == pytest.approx((2 * low / (1 + low), 1))
+    assert rows[0]["recall_low"] < rows[0]["f1_low"] < 1, "F1 forgives more than recall"
+    assert (rows[2]["f1_low"], rows[2]["f1_high"]) == (0, 1), "of a class that was neither there nor called nothing is known"
+
+
+def test_the_interval_of_f1_covers_the_true_one_95_times_in_100() -> None:
+    """Binary answers, wrong for 20 % of the first class and 10 % of the second: F1 of the first is 2 * 0.8 / (1 + 0.8 + 0.1)."""
+    rng, covered = np.random.default_rng(0), 0
+    for _ in range(400):
+        labels = rng.integers(0, 2, 120)
+        predicted = np.where(rng.random(120) < np.where(labels == 0, 0.2, 0.1), 1 - labels, labels)
+        row = _per_class(labels, predicted, ("a", "b"))[0]
+        covered += row["f1_low"] <= 1.6 / 1.9 <= row["f1_high"]
+    assert 0.92 <= covered / 400 <= 0.98
 
 
 def test_bootstrap_interval_is_about_that_of_the_normal_approximation(out: Outputs) -> None:
@@ -72,6 +96,17 @@ def test_answers_above_the_sure_threshold_are_right_95_times_in_100(out: Outputs
     assert right[confidence >= threshold].mean() >= 0.95
     below = np.sort(confidence[confidence < threshold])[::-1]
     assert all(right[confidence >= lower].mean() < 0.95 for lower in below), "no lower threshold would do"
+
+
+def test_equal_confidences_are_sure_together_or_not_at_all() -> None:
+    labels = np.repeat([0, 1], [60, 40])  # sorted, so that the first of them are all right
+    same = Outputs(np.tile([0.6, 0.2], (100, 1)), labels, np.arange(100))
+    confidence = softmax(same.logits).max(1)
+    assert not (confidence >= sure_above(same, temperature=1.0)).any(), "60 % of them are right"
+    rarely = same._replace(labels=np.repeat([0, 1], [96, 4]))
+    assert (confidence >= sure_above(rarely, temperature=1.0)).all(), "96 % of them are right"
+    above = Outputs(np.concatenate([np.tile([9.0, 0.0], (19, 1)), same.logits]), np.concatenate([np.zeros(19, int), labels]), np.arange(119))
+    assert sure_above(above, temperature=1.0) == softmax(above.logits).max(1)[0]
 
 
 def test_sure_is_never_below_one_half_and_nothing_is_sure_when_nothing_is_right(out: Outputs) -> None:

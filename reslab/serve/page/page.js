@@ -4,11 +4,11 @@
 const KEPT = 8;
 const TINY = 160; // pixels below which an image is shown with its pixels visible
 const at = (id) => document.getElementById(id);
-const percent = (share) => (share < 0.001 ? "< 0.1\u00a0%" : `${(100 * share).toFixed(share > 0.0995 ? 0 : 1)}\u00a0%`);
+const percent = (share, more = 0) => (share < 0.001 ? "< 0.1\u00a0%" : `${(100 * share).toFixed((share > 0.0995 ? 0 : 1) + more)}\u00a0%`);
 
 let model = null; // what /model says
 let entries = []; // {url, name, ratio, side, answer}, newest first
-let failed = null; // the file to try again
+let failed = []; // the files to try again
 const queue = [];
 let working = false;
 
@@ -30,8 +30,12 @@ async function start() {
 }
 
 function take(files) {
+  if (!files.length) return; // a text was pasted
+  if (!working) clear();
   const room = KEPT - queue.length;
-  queue.push(...[...files].slice(0, Math.max(0, room)));
+  queue.push(...[...files].slice(0, room));
+  const over = files.length - room;
+  if (over > 0) complain("Too many images at once", `At most ${KEPT} wait for an answer; of these ${files.length} the last ${over} are left out: give them once the others are done.`);
   if (!working) work();
 }
 
@@ -40,12 +44,13 @@ async function work() {
   document.body.classList.add("busy");
   while (queue.length) await classify(queue.shift());
   document.body.classList.remove("busy");
+  at("again").hidden = !failed.length;
   working = false;
 }
 
 async function classify(file) {
+  at("status").textContent = queue.length ? `Looking at the image, ${queue.length} more to come` : "Looking at the image";
   await started;
-  at("status").textContent = "Looking at the image";
   const type = file.type.startsWith("image/") ? file.type : "application/octet-stream";
   try {
     if (model && file.size > model.max_body_bytes) {
@@ -55,11 +60,11 @@ async function classify(file) {
     const body = await reply.json();
     if (!reply.ok) throw body;
     await keep(file, body);
-    at("problem").hidden = true;
   } catch (error) {
-    failed = [413, 422].includes(error.status) ? null : file; // these would fail again
+    if (![413, 422].includes(error.status)) failed.push(file); // those would fail again
     const unread = error.status === 422 && error.images;
-    complain(unread ? "This file cannot be read as an image" : error.title || "The server does not answer", unread ? `${file.name}: ${error.images[0].detail}` : error.detail || error.message);
+    at("status").textContent = "";
+    complain(unread ? "This file cannot be read as an image" : error.title || "The server does not answer", `${file.name}: ${unread ? error.images[0].detail : error.detail || error.message}`);
   }
 }
 
@@ -75,6 +80,13 @@ async function keep(file, body) {
   show(entry);
 }
 
+// The two in as few digits as tell them apart.
+function apart(one, other) {
+  let more = 0;
+  while (more < 4 && one !== other && percent(one, more) === percent(other, more)) more += 1;
+  return [percent(one, more), percent(other, more)];
+}
+
 function show(entry) {
   const { answer, sureFrom } = entry;
   document.body.classList.add("answered");
@@ -82,9 +94,10 @@ function show(entry) {
   at("answer").classList.toggle("unsure", !answer.sure);
   at("verdict").textContent = answer.sure ? "Confident" : "Not sure";
   at("label").textContent = answer.label;
+  const [probability, threshold] = apart(answer.probability, sureFrom);
   at("confidence").textContent = answer.sure
-    ? `${percent(answer.probability)} probability; this model is sure from ${percent(sureFrom)} on.`
-    : `Only ${percent(answer.probability)} probability. This model is sure from ${percent(sureFrom)} on, so look for yourself.`;
+    ? `${probability} probability; this model is sure from ${threshold} on.`
+    : `Only ${probability} probability. This model is sure from ${threshold} on, so look for yourself.`;
   at("bars").replaceChildren(...answer.top.map((each, i) => bar(each, i === 0 ? sureFrom : null)));
   at("status").textContent = `${answer.sure ? "" : "Not sure. "}${answer.label}, ${percent(answer.probability)}`;
   at("file").textContent = entry.shown ? entry.name : `${entry.name}: this browser cannot show the format; the server can read it.`;
@@ -179,11 +192,19 @@ function showRecent(current) {
 }
 
 function complain(title, text) {
-  at("problem-title").textContent = title;
-  at("problem-text").textContent = text;
-  at("again").hidden = !failed;
+  const [row, head, line] = ["li", "p", "p"].map((tag) => document.createElement(tag));
+  head.className = "verdict";
+  head.textContent = title;
+  line.textContent = text;
+  row.append(head, line);
+  at("problems").append(row);
   at("problem").hidden = false;
-  at("status").textContent = "";
+}
+
+function clear() {
+  failed = [];
+  at("problems").replaceChildren();
+  at("problem").hidden = at("again").hidden = true;
 }
 
 for (const id of ["choose", "photo"]) {
@@ -203,7 +224,7 @@ document.addEventListener("drop", (event) => {
   document.body.classList.remove("over");
   take(event.dataTransfer.files);
 });
-at("again").addEventListener("click", () => failed && take([failed]));
+at("again").addEventListener("click", () => take(failed));
 at("opacity").addEventListener("input", fade);
 fade();
 const started = start();
