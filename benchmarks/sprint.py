@@ -8,8 +8,9 @@ Seconds count from starting Python to its exit: reading the data, choosing a pla
 report. Between the seeds the peer's net, airbench94's written anew, takes steps of its own on the same machine, in fp32 and in
 bf16; its published 9.9 epochs at the better of the two are what its training alone would take here. Every seed is kept as soon
 as it is measured (results/RECIPE.jsonl), and a later call, on whichever machine, goes on with those that are missing, one that was
-interrupted in the middle included (unfinished/): its seconds are those up to the state it was resumed from and those after. Seeds of
-a recipe that has changed since do not count. Its net is not compared: where that changes alone, the kept file has to go.
+interrupted in the middle included (unfinished/): its seconds are those of training up to the state it was resumed from and those of
+the process that went on. Seeds of a recipe that has changed since do not count. Its net is not compared: where that changes alone, the
+kept file has to go.
 """
 
 import json
@@ -18,6 +19,7 @@ import statistics
 import sys
 import time
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 from zlib import crc32
 
@@ -96,10 +98,9 @@ def told(name: str, values: list[float], digits: int) -> str:
     return f"{name}: mean {statistics.mean(values):.{digits}f}{spread}, {min(values):.{digits}f} to {max(values):.{digits}f}, n = {len(values)}"
 
 
-def measured(seed: int) -> dict[str, Any]:
+def measured(seed: int, out: Path) -> dict[str, Any]:
     """The peer's pace, then a whole training, or what is left of one."""
     paces = [pace(bf16) for bf16 in (False, True)]
-    out = UNFINISHED / f"{NAME}{'-smoke' * SMOKE}-{crc32(CALL.encode()):08x}-{seed}"
     state = out / "state" / "last.safetensors"
     before = json.loads(read_tensors(state)[1])["seconds"] if state.is_file() else 0.0
     if before:
@@ -107,10 +108,8 @@ def measured(seed: int) -> dict[str, Any]:
     else:
         shutil.rmtree(out, ignore_errors=True)
         run = train_in(out, "cifar10", "--recipe", RECIPE, "--seed", str(seed), *SHORT, "--out", out)
-    told = {"seed": seed, "top1": run.last("test")["top1"], "seconds": before + run.seconds, "resumed": before > 0}
-    told |= {"fp32": paces[0], "bf16": paces[1], "commit": commit(), "hardware": hardware(), "recipe": CALL}
-    shutil.rmtree(out)
-    return told
+    one = {"seed": seed, "top1": run.last("test")["top1"], "seconds": before + run.seconds, "resumed": before > 0}
+    return one | {"fp32": paces[0], "bf16": paces[1], "commit": commit(), "hardware": hardware(), "recipe": CALL}
 
 
 def main() -> None:
@@ -119,9 +118,11 @@ def main() -> None:
     found = [one for one in before if one["recipe"] == CALL]
     for seed in range(SEEDS):
         if seed not in [one["seed"] for one in found]:
-            found.append(measured(seed))
+            out = UNFINISHED / f"{NAME}{'-smoke' * SMOKE}-{crc32(CALL.encode()):08x}-{seed}"
+            found.append(measured(seed, out))
             if not SMOKE:
                 kept.write_text("".join(json.dumps(one) + "\n" for one in found), "utf-8")
+            shutil.rmtree(out)
     peers = [EPOCHS * IMAGES / max(one["fp32"], one["bf16"]) for one in found]
     lines = [
         f"seed {one['seed']}: {100 * one['top1']:.2f} % in {one['seconds']:.0f} s{', resumed' * one.get('resumed', False)}; "

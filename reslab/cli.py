@@ -106,11 +106,15 @@ def shard(
     shard_size: Annotated[float, Parameter(help="MiB from which a shard is full")] = 128.0,
 ) -> int:
     """Write images as WebDataset tar shards, which `reslab train OUT` and `reslab train https://.../shards.json` read."""
+    from reslab.data.check import cheap_check
     from reslab.data.shards import write_shards
     from reslab.data.source import open_images
 
     with watch() as show:
-        made = write_shards(open_images(data, show.reading), out, seed, shard_size, show.reading)
+        images = open_images(data, show.reading)
+        for line in cheap_check(images):
+            show.say(line)
+        made = write_shards(images, out, seed, shard_size, show.reading)
     print(f"{shown(out)}: {sum(row['images'] for row in made['shards']):,} images in {len(made['shards']):,} shards")
     return 0
 
@@ -407,6 +411,8 @@ def _explain(error: Exception) -> tuple[str, int]:
         return f"{error}; continue with --resume", 128 + int(number)
     if isinstance(error, OSError):
         return f"{error.strerror or error}" + (f": {shown(str(error.filename))}" if error.filename else ""), 1
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error):
+        return "the memory must suffice; it ran out: choose a smaller net or --image-size, fewer images at a time, or, for train, --memory", 1
     return f"unexpected {type(error).__name__}: {shown(str(error))[:300]}; --debug shows where", 1
 
 

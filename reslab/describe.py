@@ -35,7 +35,7 @@ class Job:
 def run_config(job: Job, net: str, data: str, plan: Plan, limits: Limits) -> dict[str, Any]:
     """What run.toml holds. `data` is what was typed; `net` a name, or "custom"."""
     recipe, images = job.recipe, job.images
-    given = f"--budget {limits.seconds:g}s " if limits.seconds else ""
+    given = f"--budget {limits.seconds:.12g}s " if limits.seconds else ""
     given += f"--memory {limits.memory} " if limits.memory else ""
     command = f"reslab train {shlex.quote(data)} --net {net} {given}{recipe.as_call}".strip()
     return {

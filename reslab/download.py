@@ -1,12 +1,14 @@
 """Fetching a published file: over the network once, checked, and only then given its name."""
 
+import contextlib
+import fcntl
 import hashlib
 import http.client
 import os
 import re
 import urllib.error
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -41,30 +43,50 @@ def cache() -> Path:
 def fetch(archive: Archive, folder: Path, progress: Callable[[str, int, int], None], otherwise: str = ELSEWHERE) -> Path:
     """The checked archive in `folder`, downloaded if it is not there. `progress(name, bytes done, bytes in all)`.
 
-    An interrupted download is kept as NAME.part and, where a checksum will judge the result, continued. Raises WorkError
-    offline, naming the file to put where (or `otherwise`), for a file of more than 4 GiB, for a redirect from https to
-    anything else, and for a file that fails its checksum, which is removed.
+    An interrupted download is kept as NAME.part and, where a checksum will judge the result, continued. Of several processes
+    one downloads, and the others wait. Raises WorkError offline, naming the file to put where (or `otherwise`), for a file of
+    more than 4 GiB, for a redirect from https to anything else, for a disk that is full, and for a file that fails its
+    checksum, which is removed.
     """
     target = folder / archive.name
-    if not target.exists():
-        part = target.with_name(target.name + ".part")
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            if not archive.checksum:
-                part.unlink(missing_ok=True)
-            _download(archive, part, progress)
-        except (urllib.error.URLError, TimeoutError, ConnectionError, http.client.HTTPException) as error:
-            reason = getattr(error, "reason", error)
-            raise WorkError(
-                f"{shown(archive.name)} is needed and could not be downloaded ({shown(str(reason))}): put {shown(archive.url)} into {shown(folder)}{otherwise}"
-            ) from error
-        if not (found := digest(part, archive.kind)).startswith(archive.checksum):
-            part.unlink()
-            raise WorkError(f"{archive.name} must have {archive.kind} {archive.checksum}; what came had {found} and was removed: run the command again")
-        part.replace(target)
-    elif not (found := digest(target, archive.kind)).startswith(archive.checksum):
-        raise WorkError(f"{shown(target)} must have {archive.kind} {archive.checksum}; it has {found}: remove it, and it will be downloaded")
-    return target
+    if target.exists():
+        if not (found := digest(target, archive.kind)).startswith(archive.checksum):
+            raise WorkError(f"{shown(target)} must have {archive.kind} {archive.checksum}; it has {found}: remove it, and it will be downloaded")
+        return target
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with _alone(target.with_name(target.name + ".lock")):
+            return target if target.exists() else _checked(archive, target, progress)
+    except (OSError, http.client.HTTPException) as error:
+        reason = getattr(error, "reason", None) or getattr(error, "strerror", None) or error
+        raise WorkError(
+            f"{shown(archive.name)} is needed and could not be downloaded ({shown(str(reason))}): put {shown(archive.url)} into {shown(folder)}{otherwise}"
+        ) from error
+
+
+def _checked(archive: Archive, target: Path, progress: Callable[[str, int, int], None]) -> Path:
+    part = target.with_name(target.name + ".part")
+    if not archive.checksum:
+        part.unlink(missing_ok=True)
+    _download(archive, part, progress)
+    if not (found := digest(part, archive.kind)).startswith(archive.checksum):
+        part.unlink()
+        raise WorkError(f"{archive.name} must have {archive.kind} {archive.checksum}; what came had {found} and was removed: run the command again")
+    return part.replace(target)
+
+
+@contextlib.contextmanager
+def _alone(lock: Path) -> Iterator[None]:
+    """One process at a time, which removes the file when it is done."""
+    while True:
+        with lock.open("w") as held:
+            fcntl.flock(held, fcntl.LOCK_EX)
+            if os.fstat(held.fileno()).st_nlink:  # else it was that of one who is done
+                try:
+                    yield
+                finally:
+                    lock.unlink()
+                return
 
 
 def digest(file: Path, kind: str = "SHA-256") -> str:

@@ -19,13 +19,18 @@ HUGE = 2 << 20  # bytes of a huge page
 FEW, MANY = 8, 64  # huge pages that are not worth another call, and as many as one call is for
 
 
+def cores() -> int:
+    """How many of them this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def cpu_name() -> str:
     """The model of the processor and how many cores this process may use; with AMX, which virtual machines of one model name may have or lack."""
     try:
         lines = Path("/proc/cpuinfo").read_text("utf-8").splitlines()
         facts = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
         amx = " with AMX" if "amx_tile" in facts.get("flags", "").split() else ""
-        return f"{facts['model name']}{amx}, {len(os.sched_getaffinity(0))} cores"
+        return f"{facts['model name']}{amx}, {cores()} cores"
     except (OSError, KeyError):
         return platform.processor() or platform.machine()
 

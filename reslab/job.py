@@ -92,6 +92,9 @@ def train(
         if not here.is_writer:
             show = Silent()
         limits = Limits(seconds(budget), bytes_of(memory))
+        for name in ("epochs", "steps"):
+            if limits.seconds and fields.get(name) is not None:
+                raise CallError(f"a budget decides how long a training is; received --budget {shown(str(budget))} and --{name} {fields[name]}: leave one out")
         run = Run.open(resume) if resume else _left_behind(out, here) if here.restarts else None
         if resume and run:
             _check_same(run, data, net, out, recipe, fields)
@@ -111,6 +114,8 @@ def _start(
         find_spec(net)  # a wrong name is said before any data is read
     if recipe.randaugment:
         require_kornia()
+    if limits.memory and recipe.compile == "always":
+        raise CallError("a net that keeps to a memory is not compiled; received --memory and --compile always: leave one out")
     if recipe.weights:
         _in_turn(here, lambda: stem_of(recipe.weights))
         if recipe.whiten:
@@ -124,6 +129,8 @@ def _start(
     finding = cheap_check(images)
     for line in finding:
         show.say(line)
+    if recipe.balance == "sampling" and "://" in images.source:
+        raise CallError("shards from elsewhere are read in their order; received --balance sampling, which draws images anywhere: use --balance weights")
     images = split(images, recipe.seed, recipe.val)
     net = net or ("resnet20" if (recipe.image_size or images.image_size) <= SMALL else "resnet18")
     if recipe.weights:
@@ -149,7 +156,9 @@ def _start(
     if recipe.dirac:
         begin_as_identity(built)
     plan, deadline = _plan(job, built, limits, started)
-    recipe = replace(recipe, precision=plan.precision, epochs=None if limits.seconds else recipe.epochs)  # type: ignore[arg-type]
+    recipe = replace(recipe, precision=plan.precision)  # type: ignore[arg-type]
+    if limits.seconds:
+        recipe = replace(recipe, epochs=None, steps=None)  # the plan has them
     job.recipe = recipe
     run = Run(out or _claimed(data, here), started)
     if here.is_writer:
@@ -204,7 +213,7 @@ def _prepare(images: Images, spec: Spec, recipe: Recipe, here: Machine, show: Jo
     assert size is not None
     canvas = size if recipe.crop in ("pad", "none") else round(size * EVAL_MARGIN)
     train_canvas = round(size * 480 / 224) if recipe.crop == "scale" else canvas
-    storage, why = choose_storage(images, train_canvas)
+    storage, why = choose_storage(images, train_canvas, here.sharers)
     storage = storage if recipe.storage == "auto" else recipe.storage
     parts = {name: Batches(images, images.split[name], train_canvas if name == "train" else canvas, storage, here.decoders) for name in images.split}
     for name in ("train", "val"):
@@ -272,7 +281,8 @@ def _plan(job: Job, net: ResNet, limits: Limits, started: float) -> tuple[Plan, 
 def _reserve(job: Job, plan: Plan) -> float:
     """Seconds for what follows the training: val and test, choosing the precision that predicts, which takes fp32 too, and the report."""
     val, test = len(job.parts["val"].items), len(job.parts["test"].items)
-    an_image = 2 * VIEWS[job.recipe.tta] * plan.val_seconds / val  # by the net as it is, which takes up to twice as long as the plan's
+    alone = plan.val_seconds * job.machine.world  # the plan's val is shared out, what follows is the writer's
+    an_image = 2 * VIEWS[job.recipe.tta] * alone / val  # by the net as it is, which takes up to twice as long as the plan's
     return REPORT_SECONDS + an_image * (val + test) + weighing_seconds(val, an_image, job.machine.device)
 
 
@@ -295,7 +305,7 @@ def _finish(job: Job, training: Training, show: JobShow) -> Run:
     seed, classes = job.recipe.seed, job.images.classes
     # The artefact is written last: a run with model/ is a finished run.
     scores = score(val, classes, found.temperature, seed)
-    run.record("calibration", split="val", epoch=training.progress.best_epoch, sure=found.sure, precision=precision, **scores)
+    run.record("calibration", split="val", epoch=training.kept_epoch, sure=found.sure, precision=precision, **scores)
     run.record("test", precision=precision, **score(test, classes, found.temperature, seed))
     for entry in mistakes(found, test, job.parts["test"]):
         run.record("mistake", split="test", **entry)

@@ -19,9 +19,9 @@ def seconds(budget: str | float | None) -> float | None:
     """A time such as 90, "90s", "20m", "1.5h" or "1h30m" in seconds. Raises CallError."""
     if budget is None:
         return None
-    parts = re.fullmatch(r"(?:([\d.]+)h)?(?:([\d.]+)m)?(?:([\d.]+)s?)?", str(budget).strip().lower())
+    parts = re.fullmatch(r"(?:([\d.]+)h)?(?:([\d.]+)m)?(?:([\d.]+)s)?|([\d.]+)", str(budget).strip().lower())
     try:
-        total = sum(float(part) * unit for part, unit in zip(parts.groups(), (3600, 60, 1), strict=True) if part) if parts else 0.0
+        total = sum(float(part) * unit for part, unit in zip(parts.groups(), (3600, 60, 1, 1), strict=True) if part) if parts else 0.0
     except ValueError:
         total = 0.0
     if not 0 < total < 1e8:

@@ -126,12 +126,13 @@ class Batches:
         return [_Wanted(int(self.items[position]), size, None if crops is None else crops.boxes[position]) for position in chunk]
 
 
-def choose_storage(images: Images, size: int) -> tuple[Storage, str]:
-    """Memory when the decoded pixels take at most a quarter of the machine's; and the sentence that says so."""
+def choose_storage(images: Images, size: int, processes: int = 1) -> tuple[Storage, str]:
+    """Memory when the decoded pixels, which each process holds, take at most a quarter of the machine's; and the sentence that says so."""
     need = len(images) * size * size * images.channels
     have = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    storage: Storage = "memory" if need <= MEMORY_SHARE * have else "stream"
-    return storage, f"{need / 2**20:,.0f} MiB of pixels, {have / 2**30:.0f} GiB of memory"
+    storage: Storage = "memory" if need * processes <= MEMORY_SHARE * have else "stream"
+    each = f" in each of {processes} processes" if processes > 1 else ""
+    return storage, f"{need / 2**20:,.0f} MiB of pixels{each}, {have / 2**30:.0f} GiB of memory"
 
 
 class _Files(Dataset[tuple[int, Any]]):

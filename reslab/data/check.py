@@ -71,7 +71,7 @@ def _cheap(images: Images, broken: list[tuple[str, str]]) -> Iterable[Finding]:
         names = [f"{shown(name)} ({reason})" for name, reason in unreadable]
         yield _finding("unreadable", True, f"{len(names)} file(s) left out: ", names)
     for note in images.notes:
-        yield Finding("empty" if "empty" in note else "stray", "empty" in note, note, [])
+        yield Finding("empty" if note.is_problem else "stray", note.is_problem, note.text, [])
     if too_small := too_small_to_split(images):
         yield Finding("classes", True, too_small, [])
     counts = np.bincount(images.labels, minlength=len(images.classes))

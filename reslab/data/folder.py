@@ -15,7 +15,7 @@ import numpy as np
 from PIL import Image
 
 from reslab.data.decode import Header, Unreadable, formats, read_header
-from reslab.data.images import SPLITS, Images, Problem, digest, in_threads
+from reslab.data.images import SPLITS, Images, Note, Problem, digest, in_threads
 from reslab.errors import CallError, WorkError, shown
 
 SPLIT_FOLDERS = {
@@ -46,7 +46,7 @@ def from_folder(root: Path, progress: Callable[[int, int], None]) -> Images:
 
     Raises WorkError when there is no class folder, no image, or no readable one.
     """
-    notes: list[str] = []
+    notes: list[Note] = []
     problems: list[Problem] = []
     parts = _parts(root, notes)
     items: list[Item] = []
@@ -60,13 +60,13 @@ def from_folder(root: Path, progress: Callable[[int, int], None]) -> Images:
             items += [Item(path, _name(path, root), folder.name, declared) for path in _image_files(folder, root, problems)]
         loose = sum(1 for path in top.iterdir() if path.is_file() and _looks_like_image(path))
         if loose:
-            notes.append(f"{loose} image(s) directly in {_name(top, root)} have no class folder and were left out")
+            notes.append(Note(f"{loose} image(s) directly in {_name(top, root)} have no class folder and were left out"))
     if not classes:
         raise WorkError(f"a data folder has one sub-folder a class; {shown(root)} has none: put the images of each class into a folder of its own")
     if not items:
         raise WorkError(f"no images were found below {shown(root)}: put files such as .jpg or .png into its class folders")
     empty = sorted(classes - {item.label for item in items}, key=_natural)
-    notes += [f"class folder {shown(name)} is empty" for name in empty]
+    notes += [Note(f"class folder {shown(name)} is empty", is_problem=True) for name in empty]
     return _read(root.resolve().name, str(root), items, problems, notes, progress)
 
 
@@ -125,7 +125,7 @@ def image_paths(folder: Path) -> Iterator[Path]:
         pending += [here / name for name in sorted(below, key=_natural, reverse=True)]
 
 
-def _read(name: str, source: str, items: list[Item], problems: list[Problem], notes: list[str], progress: Callable[[int, int], None]) -> Images:
+def _read(name: str, source: str, items: list[Item], problems: list[Problem], notes: list[Note], progress: Callable[[int, int], None]) -> Images:
     headers: list[Header] = []
     digests: list[str] = []
     good: list[Item] = []
@@ -140,7 +140,7 @@ def _read(name: str, source: str, items: list[Item], problems: list[Problem], no
         raise WorkError(f"none of the {len(items)} files in {shown(source)} is a readable image; first {shown(problems[0].name)!r}: {problems[0].reason}")
     classes = sorted({item.label for item in good}, key=_natural)
     lost = sorted({item.label for item in items} - set(classes), key=_natural)
-    notes += [f"class {shown(label)} is empty: none of its files is readable" for label in lost]
+    notes += [Note(f"class {shown(label)} is empty: none of its files is readable", is_problem=True) for label in lost]
     number = {label: index for index, label in enumerate(classes)}
     return Images(
         name=name,
@@ -169,7 +169,7 @@ def _open(item: Item) -> tuple[Header, str] | str:
         return str(error)
 
 
-def _parts(root: Path, notes: list[str]) -> list[tuple[str, Path]]:
+def _parts(root: Path, notes: list[Note]) -> list[tuple[str, Path]]:
     """[(split, folder that holds the class folders)]. A tree is split where train/ has class folders and val/ or test/ or nothing is beside it."""
     try:
         folders = _subfolders(root)
@@ -181,7 +181,7 @@ def _parts(root: Path, notes: list[str]) -> list[tuple[str, Path]]:
         return [("", root)]  # a folder called train beside other folders, none of them val or test, is a class
     for part, folder in named:
         if (part, folder) not in splits:
-            notes.append(f"folder {shown(folder.name)} {'has no class folders' if part else 'is none of train, val and test'} and was left out")
+            notes.append(Note(f"folder {shown(folder.name)} {'has no class folders' if part else 'is none of train, val and test'} and was left out"))
     return sorted(splits, key=lambda pair: SPLITS.index(pair[0]))
 
 
@@ -190,7 +190,11 @@ def _subfolders(folder: Path) -> list[Path]:
 
 
 def _image_files(folder: Path, root: Path, problems: list[Problem]) -> Iterator[Path]:
-    for current, folders, files in os.walk(folder):  # does not follow links to folders, so no loop is entered
+
+    def refused(error: OSError) -> None:
+        problems.append(Problem(_name(Path(error.filename), root), error.strerror or "cannot be read"))
+
+    for current, folders, files in os.walk(folder, onerror=refused):  # does not follow links to folders, so no loop is entered
         for name in folders:
             if (path := Path(current, name)).is_symlink():
                 problems.append(Problem(_name(path, root), FOLDER_LINK))

@@ -28,6 +28,13 @@ class Problem(NamedTuple):
     reason: str
 
 
+class Note(NamedTuple):
+    """What is worth knowing of a data set, or a problem that is no file's."""
+
+    text: str
+    is_problem: bool = False
+
+
 class File(Protocol):
     """A path, or what else holds the bytes of an image file."""
 
@@ -62,7 +69,7 @@ class Images:
     paths: Files | None = None
     shards: NDArray[np.int32] | None = None  # which shard each item lies in, where they are to be read in few at a time
     problems: tuple[Problem, ...] = ()
-    notes: tuple[str, ...] = ()
+    notes: tuple[Note, ...] = ()
     source: str = ""  # what to give `reslab train` to get these images again
     upright: bool = False  # a mirror image would be another class or none, as for digits
     split: dict[str, Indices] = field(default_factory=dict)

@@ -1,15 +1,13 @@
 """Files of a data set that lies elsewhere: fetched when they are needed, checked, and only so many kept."""
 
 import contextlib
-import fcntl
 import hashlib
 import os
 import tempfile
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import BinaryIO, Protocol
 from urllib.parse import urljoin, urlsplit
 
 from reslab.download import Archive, cache, fetch
@@ -32,7 +30,10 @@ class Named(Protocol):
 
 @dataclass(frozen=True)
 class Cache:
-    """The files below an address. Of the large ones the `kept` last used stay on disk; several processes may share them."""
+    """The files below an address, each in a folder named by its checksum: what is published anew is fetched anew.
+
+    Of the large ones the `kept` last used stay on disk; several processes may share them.
+    """
 
     address: str
     kept: int
@@ -41,32 +42,39 @@ class Cache:
     def folder(self) -> Path:
         return cache() / "shards" / hashlib.sha256(self.address.encode()).hexdigest()[:16]
 
-    def file(self, shard: Named) -> Path:
+    def open(self, shard: Named) -> BinaryIO:
         """The shard, fetched if it is not here; others make room. Raises WorkError when it cannot be had."""
-        path = self.folder / shard.name
+        path = self._place(shard.sha256) / shard.name
         try:
-            os.utime(path)
-        except FileNotFoundError:
-            self.fetched(shard.name, shard.sha256)
-            self._make_room(path)
-        return path
+            while True:
+                with contextlib.suppress(FileNotFoundError):  # it is not here yet, or another process has just made room
+                    os.utime(path)
+                    return path.open("rb", buffering=0)
+                self.fetched(shard.name, shard.sha256)
+                self._make_room(path)
+        except OSError as error:  # no fault of the image
+            raise WorkError(
+                f"shards from elsewhere are kept in {shown(self.folder)}; it refuses ({error.strerror}): make room or set RESLAB_DATA, and --resume"
+            ) from error
 
     def fetched(self, name: str, sha256: str) -> Path:
         """A file by its checksum. Raises WorkError after five tries."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        with _alone(self.folder / f"{name}.lock"):
-            for attempt in range(TRIES):
-                try:
-                    return fetch(Archive(name, sha256, urljoin(self.address, name)), self.folder, lambda what, done, total: None, ": the run can be resumed")
-                except WorkError:
-                    if attempt == TRIES - 1:
-                        raise
-                    time.sleep(PATIENCE * 2**attempt)
+        archive = Archive(name, sha256, urljoin(self.address, name))
+        for attempt in range(TRIES):
+            try:
+                return fetch(archive, self._place(sha256), lambda what, done, total: None, ": the run can be resumed")
+            except WorkError:
+                if attempt == TRIES - 1:
+                    raise
+                time.sleep(PATIENCE * 2**attempt)
         raise AssertionError
+
+    def _place(self, sha256: str) -> Path:
+        return self.folder / sha256[:16]
 
     def _make_room(self, newest: Path) -> None:
         ages = []
-        for path in self.folder.glob("*.tar"):
+        for path in self.folder.glob("*/*.tar"):
             with contextlib.suppress(FileNotFoundError):  # another process was faster
                 ages.append((path.stat().st_mtime, path))
         for _, path in sorted(ages)[: max(0, len(ages) - self.kept)]:
@@ -77,6 +85,8 @@ class Cache:
 def read_url(address: str) -> bytes:
     """A small file. Raises CallError for an address that anybody on the way can change, WorkError when it cannot be had."""
     parts = urlsplit(address)
+    if not address.isascii():
+        raise CallError(f"an address is written in ASCII; received {shown(address)}: write other letters as %XX")
     if parts.scheme != "https" and parts.hostname not in LOCAL:
         raise CallError(f"data from elsewhere comes over https; received {shown(address)}: use https, or a folder")
     with tempfile.TemporaryDirectory() as folder:
@@ -87,10 +97,3 @@ def read_url(address: str) -> bytes:
         if file.stat().st_size > MAX_INDEX:
             raise WorkError(f"an index has at most {MAX_INDEX >> 20} MiB; {shown(address)} has {file.stat().st_size:,} bytes")
         return file.read_bytes()
-
-
-@contextlib.contextmanager
-def _alone(lock: Path) -> Iterator[None]:
-    with lock.open("w") as held:
-        fcntl.flock(held, fcntl.LOCK_EX)
-        yield

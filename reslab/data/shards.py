@@ -16,7 +16,7 @@ import tarfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 from urllib.parse import urljoin, urlsplit
 
 import numpy as np
@@ -32,6 +32,7 @@ from reslab.run import workplace
 INDEX = "shards.json"
 FORMAT = "reslab-shards-1"
 SHARD_MIB = 128.0
+MOST_MIB = 2048  # of a shard, before its last image: what is fetched has at most 4 GiB
 MAX_IMAGE = 256 << 20  # bytes of a file; pixels are limited by decoding
 MAX_IMAGES = 1 << 28
 NUMBERS = ("labels", "offsets", "bytes", "widths", "heights")
@@ -82,7 +83,7 @@ class Member(NamedTuple):
 
     def read_bytes(self) -> bytes:
         """Its file. Raises OSError when the shard does not hold it, WorkError when a remote shard cannot be had."""
-        with self.where.file(self.shard).open("rb", buffering=0) as shard:
+        with self.where.open(self.shard) as shard:
             shard.seek(self.offset)
             data = shard.read(self.length)
         if digest(data) != self.digest:
@@ -96,8 +97,8 @@ class Folder:
 
     path: Path
 
-    def file(self, shard: Shard) -> Path:
-        return self.path / shard.name
+    def open(self, shard: Shard) -> BinaryIO:
+        return (self.path / shard.name).open("rb", buffering=0)
 
 
 def write_shards(images: Images, out: Path, seed: int = 0, mebibytes: float = SHARD_MIB, progress: Progress = lambda what, done, n: None) -> dict[str, Any]:
@@ -105,16 +106,15 @@ def write_shards(images: Images, out: Path, seed: int = 0, mebibytes: float = SH
 
     Raises CallError when `out` is in use or the images are no files, WorkError when one cannot be read or written.
     """
+    out = out.resolve()
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise CallError(f"OUT must be a new or empty folder; {shown(out)} is neither: choose another")
-    if not 0 < mebibytes <= 1 << 20:
-        raise CallError(f"--shard-size must be above 0 and at most {1 << 20} MiB; received {mebibytes}")
+    if not 0 < mebibytes <= MOST_MIB:
+        raise CallError(f"--shard-size must be above 0 and at most {MOST_MIB} MiB; received {mebibytes}")
     if images.paths is None or isinstance(images.paths, Members):
         raise CallError(f"shards are made of image files; {shown(images.name)} has none: give a folder or a CSV")
     made = split(images, seed)
-    with workplace(out) as place:
-        folder = place / "shards"
-        folder.mkdir()
+    with workplace(out / INDEX if out.exists() else out) as folder:  # what is there may be another disk
         shards: list[Shard] = []
         done = 0
         for number, part in enumerate(SPLITS):
@@ -130,7 +130,9 @@ def write_shards(images: Images, out: Path, seed: int = 0, mebibytes: float = SH
             "upright": images.upright, "counts": counts, "shards": [shard._asdict() for shard in shards],
         }  # fmt: skip
         (folder / INDEX).write_text(json.dumps(held, indent=1), "utf-8")
-        folder.rename(out)
+        out.mkdir(exist_ok=True)
+        for file in sorted(folder.iterdir(), key=lambda file: file.name == INDEX):  # the list of all comes last
+            file.rename(out / file.name)
     return held
 
 
@@ -217,9 +219,10 @@ def from_shards(source: str, progress: Progress) -> Images:
 
 
 def _kept(shards: tuple[Shard, ...]) -> int:
-    """How many shards a cache must hold so that an epoch fetches each once: those under the buffers of all lanes."""
-    fewest = min(shard.images for shard in shards)
-    return min(len(shards), LANES * (BUFFER // fewest + 3))
+    """How many shards a cache must hold so that an epoch fetches each once: the most that lie under the buffers of all lanes."""
+    images = np.sort([shard.images for shard in shards if shard.part == "train"])
+    under_one = int(np.searchsorted(np.cumsum(images), BUFFER)) + 1
+    return min(len(shards), LANES * (under_one + 2))
 
 
 def _index(text: bytes, source: str) -> tuple[dict[str, Any], tuple[Shard, ...]]:
@@ -255,7 +258,7 @@ def _table(where: Folder | Cache, shard: Shard, classes: int) -> dict[str, list[
     damaged = WorkError(f"{shown(shard.name)} and its index must be those that shards.json names; they are not: write or fetch the shards again")
     try:
         if isinstance(where, Folder):
-            if where.file(shard).stat().st_size != shard.bytes or file_digest(where.path / name) != shard.index_sha256:
+            if (where.path / shard.name).stat().st_size != shard.bytes or file_digest(where.path / name) != shard.index_sha256:
                 raise damaged
             text = (where.path / name).read_bytes()
         else:
@@ -277,16 +280,21 @@ def _table(where: Folder | Cache, shard: Shard, classes: int) -> dict[str, list[
     return table
 
 
-def shuffled(shards: NDArray[np.int32], rng: np.random.Generator) -> Indices:
+def shuffled(shards: NDArray[np.int32], batch_size: int, rng: np.random.Generator) -> Indices:
     """An order of images whose shards are given that mixes them and yet reads few shards at a time.
 
-    Shards are shuffled, and dealt to 8 lanes of equal length; a lane shuffles 2048 images at a time, across shards. Lanes take
-    turns, so that with 1, 2, 4 or 8 processes, each taking every n-th image, a shard is read by one process, or two at a lane's end.
+    Shards are shuffled, and dealt to 8 lanes; a lane shuffles 2048 images at a time, across shards. Each batch takes an eighth
+    from each lane, one after the other, so that of 2, 4 or 8 processes that share batches out each reads shards of its own, but
+    for those at a lane's ends.
     """
     place = rng.permutation(int(shards.max(initial=0)) + 1)[shards]
     order = np.lexsort((rng.random(len(shards)), place))
-    length = len(shards) // LANES
-    lanes = order[: length * LANES].reshape(LANES, length)
-    for start in range(0, length, BUFFER):
-        lanes[:, start : start + BUFFER] = rng.permuted(lanes[:, start : start + BUFFER], axis=1)
-    return np.concatenate([lanes.T.ravel(), order[length * LANES :]])
+    lane_of = np.arange(len(shards)) % batch_size * LANES // batch_size
+    end = 0
+    for count in np.bincount(lane_of):
+        start, end = end, end + int(count)
+        for first in range(start, end, BUFFER):
+            rng.shuffle(order[first : min(first + BUFFER, end)])
+    mixed = np.empty_like(order)
+    mixed[np.argsort(lane_of, kind="stable")] = order
+    return mixed

@@ -23,10 +23,13 @@ def open_images(data: str | Path, progress: Progress = silent) -> Images:
 
     Raises CallError for a name or path that does not exist, WorkError for a source without usable images.
     """
-    path = Path(data).expanduser()
+    try:
+        path, scheme = Path(data).expanduser(), urlsplit(str(data)).scheme
+    except (RuntimeError, ValueError) as error:  # nobody's home, or half a bracket
+        raise CallError(f"DATA must be a path, an address or one of {', '.join(NAMED)}; received {shown(str(data))}: {error}") from error
     if str(data) in NAMED:
         return from_name(str(data), progress)
-    if urlsplit(str(data)).scheme in ("http", "https"):
+    if scheme in ("http", "https"):
         return from_shards(str(data), progress)
     if (path / INDEX).is_file():
         return from_shards(str(path), progress)

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from reslab.errors import CallError, WorkError, needs_extra, shown
+from reslab.host import cores
 from reslab.run import Run, located
 from reslab.use.classifier import Classifier, load
 
@@ -138,11 +139,10 @@ def _serve(
 ) -> None:  # fmt: skip
     """One process: answers until a signal, or until the process `parent` is gone."""
     sys.setswitchinterval(SWITCH_SECONDS)
-    machine = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    cores = max(1, machine // settings.workers)
-    lanes = min(2, cores)
+    threads = max(1, cores() // settings.workers)
+    lanes = min(2, threads)
     if "OMP_NUM_THREADS" not in os.environ and "torch" in sys.modules:
-        sys.modules["torch"].set_num_threads(cores // lanes)
+        sys.modules["torch"].set_num_threads(threads // lanes)
     local_only = settings.token is None and not settings.public
     service = Service(classifier, _published(settings.model), settings.limits, metrics, settings.token, local_only, lanes)
     config = uvicorn.Config(

@@ -42,7 +42,8 @@ class Feed:
         n = len(self.train.items)
         if self.recipe.balance != "sampling":
             shards = self.train.images.shards
-            return rng.permutation(n) if shards is None else shuffled(shards[self.train.items], rng)
+            assert self.recipe.batch_size is not None
+            return rng.permutation(n) if shards is None else shuffled(shards[self.train.items], self.recipe.batch_size, rng)
         labels = self.train.images.labels[self.train.items]
         share = 1 / np.bincount(labels, minlength=1)[labels]
         return rng.choice(n, n, p=share / share.sum())

@@ -142,6 +142,11 @@ class Training:
     def _epochs(self) -> int:
         return replace(self.plan, steps=self.progress.steps).epochs
 
+    @property
+    def kept_epoch(self) -> int:
+        """The epoch whose weights are kept."""
+        return self.progress.best_epoch if self.recipe.keep == "best" else -(-self.progress.step // self.plan.steps_per_epoch)
+
     def _is_stale(self) -> bool:
         return 0 < self.recipe.patience <= self.progress.stale_epochs
 
@@ -284,7 +289,7 @@ class Training:
             self.net.load_state_dict(self.average.tensors)
         self.net.eval()
         sums = torch.zeros(4, dtype=torch.float64)
-        positions = np.arange(len(self.val.items))[self.machine.rank :: self.machine.world]
+        positions = np.array_split(np.arange(len(self.val.items)), self.machine.world)[self.machine.rank]
         with torch.no_grad(), self.machine.autocast(self.plan.precision):
             for batch in self.val.epoch(2 * self.micro_batch, positions, device=self.pixels_on):
                 logits = self.net(self.preprocess(batch.pixels, self.machine.device)).float().cpu()
@@ -310,7 +315,7 @@ class Training:
 
     def _save(self) -> None:
         if not all(torch.isfinite(t).all() for t in self.net.parameters()):
-            raise self._diverged("the weights must be finite; some are not", self.optimizer.param_groups[0]["lr"])
+            raise self._diverged("the weights must be finite; some are not", self._lr())
         if self.machine.is_writer:
             self._make_room()
             save_state(self.state_file, self.net, self.optimizer, self.average, self.progress)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from reslab.download import cache
 from reslab.errors import WorkError
-from reslab.host import cpu_name, keep_freed_memory, release_freed_memory, resident
+from reslab.host import cores, cpu_name, keep_freed_memory, release_freed_memory, resident
 
 PIXEL_SHARE = 0.25  # of a GPU's free memory, at most, for pixels
 
@@ -42,8 +42,12 @@ class Machine:
     @property
     def decoders(self) -> int:
         """How many processes decode images while this one trains: on a GPU the cores have little else to do."""
-        shared_by = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-        return max(2, len(os.sched_getaffinity(0)) // shared_by) if self.device.type == "cuda" else 2
+        return max(2, cores() // self.sharers) if self.device.type == "cuda" else 2
+
+    @property
+    def sharers(self) -> int:
+        """How many processes of this training share this computer."""
+        return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
     def place(self, net: N) -> N:
         """The net on this device, channels-last."""

@@ -45,5 +45,7 @@ class RunningStatistics:
 
     def write_mean(self, total: Tensor, count: int, machine: Machine) -> None:
         """The mean over all pieces of all processes; `total` is the sum over this one's `count`."""
+        if not self.tensors:
+            return
         summed = machine.total(torch.cat([total, total.new_tensor([count])]))
         self.write(summed[:-1] / summed[-1])

@@ -99,7 +99,7 @@ def make_plan(
     per_epoch = train // recipe.batch_size
     segments = choose_segments(net.spec, recipe, precision, memory, machine)
     dtype, on_cpu = torch.bfloat16 if precision == "bf16" else torch.float32, machine.device.type == "cpu"
-    other_way = recipe.convolution == "auto" and on_cpu and not (precision == "bf16" and has_amx()) and has_winograd(net, dtype)
+    other_way = recipe.convolution == "auto" and recipe.compile != "always" and on_cpu and not (precision == "bf16" and has_amx()) and has_winograd(net, dtype)
     fuses = recipe.fuse == "auto" and on_cpu
     plan = Plan(
         recipe.steps or recipe.epochs * per_epoch,

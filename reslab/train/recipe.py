@@ -110,7 +110,7 @@ class Recipe:
         parts = []
         for f in fields(self):
             value, flag = getattr(self, f.name), f.name.replace("_", "-")
-            if value != f.default:
+            if value != f.default and not (f.name == "epochs" and self.steps):  # of both the steps count
                 if isinstance(value, bool):
                     parts.append(f"--{flag}" if value else f"--no-{flag}")
                 elif isinstance(value, tuple):
@@ -205,8 +205,10 @@ def find_recipe(recipe: str | Recipe, **changes: Any) -> Recipe:
         if name not in known:
             raise unknown("recipe field", name, known)
     given = {name: value for name, value in changes.items() if value is not None}
+    if "steps" in given and "epochs" in given:
+        raise CallError(f"steps and epochs both say how long a training is; received {given['steps']} and {given['epochs']}: leave one out")
     if "steps" in given:
-        given.setdefault("epochs", None)  # else the recipe's own epochs would count
+        given["epochs"] = None  # else the recipe's own epochs would count
     return from_dict({**{name: getattr(recipe, name) for name in known}, **given})
 
 

@@ -74,6 +74,7 @@ def test_storage_follows_the_size(folder: Path) -> None:
     images = open_images(folder)
     assert choose_storage(images, 24)[0] == "memory"
     assert choose_storage(images, 200_000)[0] == "stream"
+    assert choose_storage(images, 24, processes=10**9)[0] == "stream"
 
 
 def test_mean_and_deviation_are_those_of_the_pixels(folder: Path) -> None:

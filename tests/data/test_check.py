@@ -52,6 +52,16 @@ def test_each_fault_is_found_by_name(tmp_path: Path) -> None:
     assert not found.is_healthy
 
 
+def test_the_name_of_a_folder_is_no_finding(tmp_path: Path) -> None:
+    """One that is called empty is no class without images."""
+    root = photos(tmp_path / "p" / "train").parent
+    photos(root / "test")
+    (root / "empty bottles").mkdir()
+    found = check(open_images(root))
+    assert [finding.text for finding in found.findings if finding.kind == "stray"] == ["folder empty bottles is none of train, val and test and was left out"]
+    assert "empty" not in kinds(found)
+
+
 def test_leakage_between_declared_parts_is_found_exact_and_near(tmp_path: Path) -> None:
     root = photos(tmp_path / "d" / "train").parent
     photos(tmp_path / "other")

@@ -1,10 +1,13 @@
+import errno
 import json
 import os
 import signal
+import subprocess
 import tarfile
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
@@ -20,7 +23,7 @@ from reslab.data.batches import Batches
 from reslab.data.decode import Unreadable
 from reslab.data.images import Images
 from reslab.data.remote import Cache
-from reslab.data.shards import INDEX, LANES, Members, shuffled, write_shards
+from reslab.data.shards import INDEX, LANES, Members, Shard, _kept, shuffled, write_shards
 from reslab.data.source import open_images
 from reslab.data.split import split
 from reslab.download import digest
@@ -56,19 +59,24 @@ def copied(shards: Path, tmp_path: Path) -> Path:
     return tmp_path / "copy"
 
 
-@pytest.fixture
-def address(shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """The same shards served over HTTP, and an empty cache."""
-
+@contextmanager
+def served(folder: Path) -> Iterator[str]:
     class Quiet(SimpleHTTPRequestHandler):
         def log_message(self, *args: object) -> None: ...
 
-    monkeypatch.setenv("RESLAB_DATA", str(tmp_path / "cache"))
-    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=str(shards)))
+    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=str(folder)))
     threading.Thread(target=partial(server.serve_forever, 0.05), daemon=True).start()
     yield f"http://127.0.0.1:{server.server_port}/{INDEX}"
     server.shutdown()
     server.server_close()
+
+
+@pytest.fixture
+def address(shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """The same shards served over HTTP, and an empty cache."""
+    monkeypatch.setenv("RESLAB_DATA", str(tmp_path / "cache"))
+    with served(shards) as address:
+        yield address
 
 
 def by_digest(images: Images) -> dict[str, tuple[str, str, bytes]]:
@@ -109,8 +117,12 @@ def test_a_declared_split_is_kept(photos: Path, tmp_path: Path) -> None:
 def test_equal_seeds_write_equal_bytes_and_others_do_not(photos: Path, shards: Path, tmp_path: Path) -> None:
     for seed in (3, 4):
         write_shards(open_images(photos), tmp_path / str(seed), seed=seed, mebibytes=SMALL)
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "link").symlink_to("elsewhere")
+    write_shards(open_images(photos), tmp_path / "link", seed=3, mebibytes=SMALL)
     for file in shards.iterdir():
-        assert (tmp_path / "3" / file.name).read_bytes() == file.read_bytes()
+        assert (tmp_path / "3" / file.name).read_bytes() == (tmp_path / "elsewhere" / file.name).read_bytes() == file.read_bytes()
+    assert len(list((tmp_path / "elsewhere").iterdir())) == len(list(shards.iterdir()))
     assert (tmp_path / "4" / "train-000000.tar").read_bytes() != (shards / "train-000000.tar").read_bytes()
 
 
@@ -130,19 +142,21 @@ def test_what_fails_leaves_nothing(photos: Path, tmp_path: Path) -> None:
 
 def test_the_order_takes_every_image_once_and_mixes_shards() -> None:
     shards = np.repeat(np.arange(40, dtype=np.int32), 100)
-    order = shuffled(shards, np.random.default_rng(0))
+    order = shuffled(shards, 64, np.random.default_rng(0))
     assert sorted(order) == list(range(4000))
-    assert not np.array_equal(order, shuffled(shards, np.random.default_rng(1)))
+    assert not np.array_equal(order, shuffled(shards, 64, np.random.default_rng(1)))
     assert all(len(np.unique(shards[order[i : i + 64]])) >= LANES for i in range(0, 3900, 64))
-    assert sorted(shuffled(shards[:5], np.random.default_rng(0))) == list(range(5))
+    for batch_size in (1, 2, 100):
+        assert sorted(shuffled(shards[:5], batch_size, np.random.default_rng(0))) == list(range(5))
 
 
 @pytest.mark.parametrize("world", [2, 4, 8])
-def test_each_process_reads_its_own_shards(world: int) -> None:
-    """Other than at the ends of lanes, of which there are eight."""
+@pytest.mark.parametrize("batch_size", [32, 200])
+def test_each_process_reads_its_own_shards(world: int, batch_size: int) -> None:
+    """Other than at the ends of lanes, of which there are eight. A training gives each process a stretch of every batch."""
     shards = np.repeat(np.arange(40, dtype=np.int32), 100)
-    order = shuffled(shards, np.random.default_rng(0))
-    read = [set(shards[order[rank::world]]) for rank in range(world)]
+    batches = shuffled(shards, batch_size, np.random.default_rng(0)).reshape(-1, world, batch_size // world)
+    read = [set(shards[batches[:, rank].ravel()]) for rank in range(world)]
     assert set().union(*read) == set(range(40))
     assert sum(map(len, read)) <= 40 + LANES - 1
 
@@ -248,11 +262,12 @@ def test_remote_shards_give_the_same_images_and_few_stay(address: str, shards: P
     assert by_digest(images) == by_digest(open_images(shards))
     assert isinstance(images.paths, Members)
     cache = Cache(images.paths.where.address, kept=2)  # type: ignore[union-attr]
-    for file in cache.folder.glob("*.tar"):
+    for file in cache.folder.glob("*/*.tar"):
         file.unlink()
     for shard in images.paths.shards:
-        assert cache.file(shard).is_file()
-    left = {file.name for file in cache.folder.glob("*.tar")}
+        with cache.open(shard) as file:
+            assert file.read() == (shards / shard.name).read_bytes()
+    left = {file.name for file in cache.folder.glob("*/*.tar")}
     assert len(left) == 2
     assert images.paths.shards[-1].name in left
 
@@ -277,3 +292,64 @@ def test_remote_shards_that_were_changed_are_refused(address: str, shards: Path,
 def test_an_address_without_shards_is_one_line(address: str) -> None:
     with pytest.raises(WorkError, match=r"could not be had .*check the address"):
         open_images(address.replace(INDEX, "nothing.json"))
+    with pytest.raises(CallError, match="written in ASCII"):
+        open_images(address.replace(INDEX, "ä.json"))
+
+
+def test_a_disk_that_is_full_is_no_fault_of_an_image(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    images = open_images(address)
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("reslab.data.remote.PATIENCE", 0.0)
+    monkeypatch.setattr("reslab.download._download", full)
+    with pytest.raises(WorkError, match=r"could not be downloaded \(No space left on device\)"):
+        images.pixels(0, 24)
+    monkeypatch.setattr("reslab.data.remote.fetch", full)
+    with pytest.raises(WorkError, match=r"it refuses \(No space left on device\): make room"):
+        images.pixels(0, 24)
+
+
+def test_a_shard_for_which_another_process_left_no_room_is_fetched_again(address: str, shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    images = open_images(address)
+    images.pixels(0, 24)
+    touch, left = os.utime, [True]
+
+    def too_late(path: Path) -> None:
+        touch(path)
+        if left and left.pop():
+            path.unlink()
+
+    monkeypatch.setattr("os.utime", too_late)
+    assert (images.pixels(0, 24) == open_images(shards).pixels(0, 24)).all()
+    assert not left
+
+
+def test_shards_that_were_published_anew_are_fetched_anew(photos: Path, copied: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RESLAB_DATA", str(tmp_path / "cache"))
+    with served(copied) as address:
+        before = open_images(address).pixels(0, 24)
+        for file in copied.iterdir():
+            file.unlink()
+        write_shards(open_images(photos), copied, seed=4, mebibytes=SMALL)
+        after = open_images(address).pixels(0, 24)
+    assert (after == open_images(copied).pixels(0, 24)).all()
+    assert not (after == before).all()
+
+
+def test_a_last_shard_of_few_images_does_not_let_the_cache_grow() -> None:
+    full = [Shard(f"train-{i:06d}.tar", "train", 1400, 1 << 27, "", "") for i in range(1000)]
+    rest = [Shard("train-001000.tar", "train", 3, 1 << 19, "", ""), Shard("val-001001.tar", "val", 1, 1 << 19, "", "")]
+    assert _kept(tuple(full)) == 32
+    assert _kept(tuple(full + rest)) == 40
+
+
+def test_what_is_no_image_is_said_when_shards_are_written(tmp_path: Path, words: Callable[..., subprocess.CompletedProcess[str]]) -> None:
+    for i in range(24):
+        draw(tmp_path / "set" / ("a" if i % 2 else "b") / f"{i}.png", (10, 20, 30), i)
+    (tmp_path / "set" / "a" / "bad.png").write_bytes(b"no image")
+    done = words("shard", tmp_path / "set", tmp_path / "out")
+    assert done.returncode == 0, done.stderr
+    assert "1 file(s) left out: a/bad.png (not an image" in done.stdout + done.stderr
+    assert "24 images in 3 shards" in done.stdout

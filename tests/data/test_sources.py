@@ -6,7 +6,9 @@ import pickle
 import struct
 import tarfile
 import threading
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -58,14 +60,44 @@ def test_test_images_without_classes_beside_train_are_no_class(folder: Path) -> 
     draw(root / "test" / "1.png", "red", 1)
     images = open_images(root)
     assert images.classes == ("blue", "green", "red")
-    assert images.notes == ("folder test has no class folders and was left out",)
+    assert images.notes == (("folder test has no class folders and was left out", False),)
 
 
-def test_numbers_as_folder_names_sort_by_value_and_are_not_mirrored(folder: Path) -> None:
+def test_numbers_as_folder_names_sort_by_value(folder: Path) -> None:
     for old, new in (("red", "10"), ("green", "9"), ("blue", "1")):
         (folder / old).rename(folder / new)
     images = open_images(folder)
     assert images.classes == ("1", "9", "10")
+    assert not images.upright  # of more than ten classes the numbers say nothing of what is to be seen
+
+
+def test_digits_and_letters_as_folder_names_are_characters(folder: Path) -> None:
+    for old, new in (("red", "7"), ("green", "A"), ("blue", "ß")):
+        (folder / old).rename(folder / new)
+    assert open_images(folder).upright
+
+
+def test_a_class_folder_that_may_not_be_read_is_named(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (folder / "red" / "more").mkdir()
+    draw(folder / "red" / "more" / "25.png", COLOURS["red"], 25)
+    look = os.scandir
+
+    def guarded(path: str) -> object:
+        if Path(path).name == "more":
+            raise PermissionError(13, "Permission denied", str(path))
+        return look(path)
+
+    monkeypatch.setattr("os.scandir", guarded)
+    images = open_images(folder)
+    assert images.problems == (("red/more", "Permission denied"),)
+    assert len(images) == 72
+
+
+@pytest.mark.parametrize("data", ["http://[x", "~nobody-of-that-name/x"])
+def test_what_is_neither_path_nor_address_is_one_line(data: str) -> None:
+    with pytest.raises(CallError, match=r"DATA must be a path, an address or one of digits.*; received .*:") as caught:
+        open_images(data)
+    assert "\n" not in str(caught.value)
 
 
 def test_odd_names_are_kept(folder: Path) -> None:
@@ -240,6 +272,20 @@ def test_corrupted_download_is_removed_and_said(server: Server, tmp_path: Path) 
     with pytest.raises(WorkError, match=r"must have MD5 0{32}; what came had .* run the command again"):
         fetch(Archive("a.bin", "0" * 32, server.url), tmp_path, lambda *a: None)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("checksum", ["", "right"])
+def test_of_those_who_need_a_file_at_once_one_downloads_it(server: Server, tmp_path: Path, checksum: str) -> None:
+    archive = Archive("a.bin", checksum and hashlib.md5(server.body).hexdigest(), server.url)
+
+    def slowly(*_: object) -> None:
+        time.sleep(0.05)
+
+    with ThreadPoolExecutor(3) as pool:
+        found = list(pool.map(lambda _: fetch(archive, tmp_path, slowly).read_bytes(), range(3)))
+    assert found == [server.body] * 3
+    assert len(server.ranges) == 1
+    assert [file.name for file in tmp_path.iterdir()] == ["a.bin"]
 
 
 def test_a_copy_with_another_checksum_is_refused_and_kept(tmp_path: Path) -> None:

@@ -77,6 +77,14 @@ def test_steps_replace_the_epochs_of_a_recipe() -> None:
     assert resolve(find_recipe("paper-cifar", epochs=3), 1000, 32, False).epochs == 3
 
 
+def test_the_call_of_a_recipe_makes_it_again() -> None:
+    made = resolve(find_recipe("quick", steps=7), 1000, 32, False)
+    assert made.epochs == 1
+    given = dict(zip(*[iter(made.as_call.split())] * 2, strict=True))
+    assert given["--steps"] == "7"
+    assert "--epochs" not in given
+
+
 def test_a_batch_larger_than_the_data_is_refused() -> None:
     with pytest.raises(CallError, match="batch_size 512, 100 images; lower --batch-size"):
         resolve(Recipe(batch_size=512), 100, 32, False)
@@ -92,6 +100,7 @@ def test_a_batch_larger_than_the_data_is_refused() -> None:
         ({"epochs": 2.5}, "epochs"),
         ({"optimizer": "adam"}, "optimizer"),
         ({"nesterov": "maybe"}, "nesterov"),
+        ({"epochs": 2, "steps": 1000}, "both say how long a training is; received 1000 and 2: leave one out"),
     ],
 )
 def test_wrong_fields_are_one_line(fields: dict[str, object], message: str) -> None:
