@@ -59,7 +59,8 @@ def imports(path: Path) -> set[str]:
     for node in ast.walk(ast.parse(path.read_text("utf-8"))):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.module:
+        elif isinstance(node, ast.ImportFrom):
+            assert node.module and not node.level, f"{path}: imports are written out, so that they are seen here"
             found.add(node.module)
             found |= {f"{node.module}.{alias.name}" for alias in node.names if node.module == "reslab"}
     return found

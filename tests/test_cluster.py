@@ -63,14 +63,22 @@ def test_paths_are_those_of_who_asks_and_shipped_nets_go_by_their_names(tmp_path
     assert isinstance(found, Prediction), found
 
 
-def test_an_address_where_nothing_answers_is_said_at_once() -> None:
+def test_an_address_where_nothing_answers_is_said_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("ray", reason="the extra `cluster` is not installed")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{free.getsockname()[1]}"
-    for silent in (address, f"ray://{address}", "nowhere.invalid:6379", "no port"):
-        with pytest.raises(WorkError, match="must be the address of a running Ray cluster"), connected(silent):
-            pass
+    resolve = socket.getaddrinfo
+
+    def without_network(host: str, *more: Any) -> Any:
+        if host == "nowhere.invalid":
+            raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+        return resolve(host, *more)
+
+    monkeypatch.setattr(socket, "getaddrinfo", without_network)
+    with socket.socket() as deaf:
+        deaf.bind(("127.0.0.1", 0))  # and nobody listens
+        address = f"127.0.0.1:{deaf.getsockname()[1]}"
+        for silent in (address, f"ray://{address}", "nowhere.invalid:6379", "no port"):
+            with pytest.raises(WorkError, match="must be the address of a running Ray cluster"), connected(silent):
+                pass
 
 
 def test_every_image_is_answered_once_when_a_node_is_killed(two_nodes: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 import reslab
-from reslab.run import write_whole
+from reslab.run import Run, write_whole
 
 
 def test_writing_replaces_files_and_what_links_lead_to(tmp_path: Path) -> None:
@@ -59,3 +59,17 @@ def test_folders_pipes_and_devices_are_not_replaced(tmp_path: Path) -> None:
     assert (tmp_path / "pipe").is_fifo()
     assert Path(os.devnull).is_char_device()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["device", "pipe"]
+
+
+def test_a_line_that_a_crash_cut_short_costs_no_other_line(tmp_path: Path) -> None:
+    run = Run(tmp_path)
+    run.mend_log()
+    assert not (tmp_path / "log.jsonl").exists()
+    run.record("epoch", epoch=1)
+    run.mend_log()
+    whole = (tmp_path / "log.jsonl").read_bytes()
+    assert whole.count(b"\n") == 1
+    (tmp_path / "log.jsonl").write_bytes(whole + b'{"kind": "epo')
+    run.mend_log()
+    run.record("epoch", epoch=2)
+    assert [record["epoch"] for record in run.records("epoch")] == [1, 2]

@@ -79,8 +79,18 @@ def test_classes_too_small_to_split_are_named(labels: list[int], message: str) -
         split(listed(labels, [str(i) for i in range(len(labels))]), 0)
 
 
-def test_changed_pixels_change_the_fingerprint(folder: Path) -> None:
-    before = split(open_images(folder), 0).fingerprint()
+def test_pixels_classes_and_split_change_the_fingerprint_and_a_name_does_not(folder: Path) -> None:
+    before = split(open_images(folder), 0)
     draw(folder / "red" / "3.png", (1, 2, 3), 4242)
-    assert split(open_images(folder), 0).fingerprint() != before
-    assert replace(split(open_images(folder), 0), name="other").fingerprint() != before
+    images = split(open_images(folder), 0)
+    assert images.fingerprint() != before.fingerprint()
+    assert replace(images, name="other", names=[f"other/{name}" for name in images.names]).fingerprint() == images.fingerprint()
+    assert replace(images, labels=(images.labels + 1) % 3).fingerprint() != images.fingerprint()
+    assert replace(images, split={**images.split, "val": images.split["test"], "test": images.split["val"]}).fingerprint() != images.fingerprint()
+    assert replace(images, classes=("blue", "green", "pink")).fingerprint() != images.fingerprint()
+
+
+@pytest.mark.parametrize(("side", "size"), [(50, 50), (64, 64), (65, 64), (95, 64), (96, 96), (100, 96), (250, 224), (500, 224)])
+def test_images_train_at_their_median_short_side_in_steps_of_32_above_64(side: int, size: int) -> None:
+    sizes = np.array([(side, 2 * side), (side + 400, side), (side, side), (8, 8), (4000, 3000)], np.int32)
+    assert replace(listed([0, 1, 0, 1, 0], list("abcde")), sizes=sizes).image_size == size

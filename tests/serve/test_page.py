@@ -228,3 +228,11 @@ def test_first_paint_is_fast(browser: Any, server: Server) -> None:
         times.append(until(tab.page, painted))
     print(f"first contentful paint: {sorted(times)} ms", file=sys.stderr)
     assert min(times) < FIRST_PAINT
+
+
+def test_the_first_paint_does_not_wait_for_the_script(browser: Any, server: Server) -> None:
+    page = browser.new_context().new_page()
+    page.route("**/page.js", lambda route: None)  # it never comes, and so nobody asks for the model either
+    page.goto(f"http://127.0.0.1:{server.port}/", wait_until="commit")
+    until(page, "performance.getEntriesByName('first-contentful-paint').length")
+    assert "What is in the picture?" in page.inner_text("#zone")

@@ -197,7 +197,9 @@ def test_sigterm_under_load_answers_every_request_that_was_accepted(run: Path, w
         clients = [Client(server.port, keep=i < 12) for i in range(16)]
         for client in clients:
             client.start()
-        time.sleep(1.0)
+        deadline = time.monotonic() + 60
+        while sum(sum(client.answers.values()) for client in clients) <= 100 and time.monotonic() < deadline:
+            time.sleep(0.01)
         status = server.stop()
         for client in clients:
             client.join(30)

@@ -15,6 +15,7 @@ from reslab.study import shattering
 from reslab.study.autocorrelation import autocorrelation, brown_noise, white_noise
 from reslab.study.kinds import Ready, Setting
 from reslab.study.shattering import answer, between_images, cells, claims, measure
+from tests.conftest import distance
 from tests.study.probing import digits, made, same, state, tiny
 
 
@@ -38,13 +39,28 @@ def test_vectors_are_correlated_as_all_their_features_together() -> None:
     assert autocorrelation(sequence, 5) == pytest.approx((want / want[0])[:6].tolist())
 
 
-def test_the_gradient_between_images_is_autograds_and_the_net_is_left_alone() -> None:
+def test_lines_between_images_differ_and_the_net_is_left_alone() -> None:
     net = made(tiny())
     before = state(net)
     lines = list(between_images(net, digits(), 0))
     assert [line.shape for line in lines] == [(256, 64)] * 2
     assert same(before, state(net))
     assert not torch.equal(lines[0], lines[1])
+
+
+def test_the_gradient_between_images_is_that_of_the_first_logit_at_each_point_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    taken, gradient = [], shattering._gradient
+    monkeypatch.setattr(shattering, "_gradient", lambda net, x: (taken.append(x), gradient(net, x))[1])
+    net = made(tiny())
+    lines = between_images(net, digits(), 0)
+    line, points = next(lines), torch.cat(taken)  # here the net is still as it was looked at
+    for i in (0, 100, 255):
+        x = points[i : i + 1].detach().requires_grad_()
+        assert distance(line[i], torch.autograd.grad(net(x)[0, 0], x)[0].flatten()) < 1e-5
+    lines.close()
+    images = digits().normalised(digits().train)
+    assert all((images - end).abs().amax((1, 2, 3)).min() < 1e-5 for end in (points[0], points[-1]))
+    assert torch.allclose(points[1:] - points[:-1], (points[-1] - points[0]) / 255, atol=1e-5)
 
 
 def test_lines_between_equal_images_say_nothing() -> None:

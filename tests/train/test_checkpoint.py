@@ -81,7 +81,7 @@ def test_statistics_that_are_not_finite_are_kept_as_they_are() -> None:
 
 
 def most_kept(net: nn.Module, segments: tuple[int, ...], x: Tensor) -> int:
-    """The most bytes of activations that are alive at once in a step, by storages that autograd saved or computed again."""
+    """The most bytes that a step holds at once beyond what it began with, by the profiler's list of every allocation and release."""
     from torch.profiler import ProfilerActivity, profile
 
     checkpointed = Checkpointed(net, segments, 1 << 40)

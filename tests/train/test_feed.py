@@ -1,3 +1,4 @@
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -5,6 +6,7 @@ import pytest
 import torch
 
 from reslab.data.batches import Batch, Batches
+from reslab.data.images import Images
 from reslab.data.preprocess import Preprocess
 from reslab.data.source import open_images
 from reslab.train.feed import Feed
@@ -27,3 +29,74 @@ def test_cutout_takes_the_same_share_of_small_images(folder: Path, crop: Crop) -
     assert full.min() == pytest.approx(1 - 12**2 / 32**2), "an image in which the whole square lies inside"
     assert small.min() == pytest.approx(1 - 12**2 / 32**2, abs=0.01), "the same, but for edges between two pixels"
     assert small.mean() == pytest.approx(full.mean().item(), abs=0.02)
+
+
+LEFT = np.repeat([1.0, 0.0], 4)  # a row that is white on the left
+
+
+def feed_of(labels: list[int], seed: int = 0, **fields: object) -> tuple[Feed, Batch]:
+    """A feed of images that are white on the left, and all of them as a batch."""
+    pixels = np.broadcast_to((255 * LEFT).astype(np.uint8)[:, None], (len(labels), 8, 8, 1)).copy()
+    names = [str(i) for i in range(len(labels))]
+    images = Images("x", ("a", "b"), np.array(labels), names, names, np.full((len(labels), 2), 8, np.int32), 1, [""] * len(labels), pixels)
+    recipe = resolve(Recipe(seed=seed, **{"crop": "none", "flip": "none", "batch_size": 20, "epochs": 1, **fields}), len(labels), 8, upright=False)  # type: ignore[arg-type]
+    preprocess = Preprocess(8, 8, 1, np.zeros(1, np.float32), np.ones(1, np.float32))
+    batches = Batches(images, np.arange(len(labels)), 8, "memory")
+    return Feed(batches, preprocess, recipe, steps_per_epoch=5, device=torch.device("cpu")), next(batches.epoch(len(labels)))
+
+
+def mirrored(feed: Feed, batch: Batch, step: int) -> torch.Tensor:
+    """Which of the images are shown mirrored."""
+    shown = feed.shown(batch, step, 0, 8)[0]
+    right = torch.tensor(LEFT[::-1].copy(), dtype=torch.float32)
+    assert all(torch.equal(row, right) or torch.equal(row, right.flip(0)) for row in shown[:, 0, 3])
+    return shown[:, 0, 0, 0] == 0
+
+
+def test_mirrors_alternate_by_epoch_from_a_coin_for_each_image() -> None:
+    feed, batch = feed_of([0] * 200, flip="alternate")
+    first = mirrored(feed, batch, 0)
+    assert 70 < first.sum() < 130
+    assert torch.equal(mirrored(feed, batch, 4), first), "the same epoch"
+    assert torch.equal(mirrored(feed, batch, 5), ~first)
+    assert torch.equal(mirrored(feed, batch, 10), first)
+    back = Batch(batch.pixels, batch.labels, batch.items.flip(0))
+    assert torch.equal(mirrored(feed, back, 0), first.flip(0)), "an image keeps its coin wherever it lies in a batch"
+
+
+def test_random_mirrors_are_half_of_all_and_new_at_every_step() -> None:
+    feed, batch = feed_of([0] * 200, flip="random")
+    steps = torch.stack([mirrored(feed, batch, step) for step in (0, 1, 5)])
+    assert all(70 < count < 130 for count in steps.sum(1))
+    assert all(50 < (steps[a] == steps[b]).sum() < 150 for a, b in ((0, 1), (0, 2), (1, 2)))
+    assert not mirrored(*feed_of([0] * 200), 0).any()
+
+
+def test_sampling_shows_rare_classes_as_often_as_frequent_ones() -> None:
+    labels = np.array([0] * 900 + [1] * 100)
+    feed, _ = feed_of(labels.tolist(), balance="sampling")
+    order = feed.order(0)
+    assert len(order) == 1000
+    assert 0.45 < labels[order].mean() < 0.55
+    assert len(set(order[labels[order] == 1])) > 90, "not the same few"
+    assert sorted(feed_of(labels.tolist())[0].order(0)) == list(range(1000))
+
+
+@pytest.mark.parametrize(
+    ("fields", "choose"),
+    [
+        ({}, lambda feed, batch, epoch: feed.order(epoch)),
+        ({"balance": "sampling"}, lambda feed, batch, epoch: feed.order(epoch)),
+        ({"crop": "resized"}, lambda feed, batch, epoch: feed.boxes(epoch)),
+        ({"crop": "scale"}, lambda feed, batch, epoch: feed.boxes(epoch)),
+        ({"flip": "alternate"}, lambda feed, batch, epoch: mirrored(feed, batch, 5 * epoch).numpy()),
+        ({"flip": "random"}, lambda feed, batch, epoch: mirrored(feed, batch, 5 * epoch).numpy()),
+        ({"crop": "pad", "pad": 2}, lambda feed, batch, epoch: feed.shown(batch, 5 * epoch, 0, 8)[0].numpy()),
+    ],
+    ids=["order", "sampling", "boxes", "scale", "coins", "flips", "shifts"],
+)
+def test_each_choice_follows_the_seed_and_the_epoch(fields: dict[str, object], choose: Callable[[Feed, Batch, int], np.ndarray]) -> None:
+    first, again, other = (choose(*feed_of([0, 1] * 50, seed, **fields), 0) for seed in (7, 7, 8))
+    assert np.array_equal(first, again)
+    assert not np.array_equal(first, other)
+    assert not np.array_equal(first, choose(*feed_of([0, 1] * 50, 7, **fields), 1))

@@ -102,7 +102,7 @@ def test_signals_finish_the_step_save_and_exit(number: int, status: int, tmp_pat
 
 def test_equal_seeds_give_equal_weights_and_others_do_not(uninterrupted: Path, tmp_path: Path) -> None:
     again = reslab.train("digits", out=tmp_path / "again", epochs=3, batch_size=32, seed=7)
-    other = reslab.train("digits", out=tmp_path / "other", epochs=1, batch_size=32, seed=8)
+    other = reslab.train("digits", out=tmp_path / "other", epochs=3, batch_size=32, seed=8)
     ours, theirs = weights(again.path), weights(uninterrupted)
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
     assert not torch.equal(weights(other.path)["conv1.weight"], theirs["conv1.weight"])
@@ -223,18 +223,6 @@ def test_finetuning_starts_from_the_weights_and_freezing_keeps_the_trunk(uninter
     of_grey = reslab.train("digits", "resnet20", tmp_path / "grey", recipe="finetune", weights=str(tmp_path / "colour.safetensors"), steps=2)
     assert of_grey.config["spec"]["in_channels"] == 3
     assert of_grey.last("test")["n"] == 359
-
-
-def test_budget_picks_the_epochs_and_ends_in_time(tmp_path: Path) -> None:
-    started = time.monotonic()
-    run = reslab.train("digits", out=tmp_path / "run", budget=25)
-    assert 5 < time.monotonic() - started < 30
-    done = list(run.records("epoch"))
-    assert len(done) >= 2
-    assert list(run.records("step"))[-1]["lr"] < 0.2 * run.config["recipe"]["lr"], "the schedule must end with the budget"
-    with pytest.raises(reslab.CallError, match="the budget must allow one epoch"):
-        reslab.train("digits", out=tmp_path / "short", budget=1)
-    assert not (tmp_path / "short").exists()
 
 
 def same(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> bool:

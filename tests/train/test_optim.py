@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import reslab
-from reslab.train.optim import Average, _by_gram, _by_steps, lr_at, optimizer, orthogonal, set_lr, uphill
+from reslab.train.optim import Average, Muon, _by_gram, _by_steps, lr_at, optimizer, orthogonal, set_lr, uphill
 from reslab.train.recipe import RECIPES, Recipe
 from tests.conftest import distance
 
@@ -125,3 +125,46 @@ def test_average_follows_the_weights_and_their_statistics() -> None:
         average.update(net, step)
     assert torch.allclose(average.tensors["0.weight"], torch.tensor(3.0), atol=1e-3)
     assert torch.allclose(average.tensors["0.running_mean"], torch.tensor(5.0), atol=1e-3)
+
+
+def test_the_average_is_the_written_recursion_over_changing_weights() -> None:
+    """Its decay is (1 + step) / (10 + step) where that is less."""
+    net = torch.nn.Sequential(torch.nn.BatchNorm1d(2))
+    average = Average(net, 0.22)
+    want = net[0].weight.detach().double()
+    for step, decay in ((1, 2 / 11), (2, 0.22), (3, 0.22)):
+        with torch.no_grad():
+            net[0].weight.copy_(torch.tensor([2.0, -1.0]) ** step)
+            net[0].num_batches_tracked.fill_(step)
+        average.update(net, step)
+        want = decay * want + (1 - decay) * net[0].weight.detach().double()
+        assert average.tensors["0.weight"].tolist() == pytest.approx(want.tolist(), rel=1e-6)
+        assert average.tensors["0.num_batches_tracked"] == step
+
+
+def test_two_steps_of_muon_are_the_written_formula() -> None:
+    """Nesterov momentum, then decay and the orthogonal update for matrices; in fp64, by the polynomial of Jordan et al. 2024."""
+    generator = torch.Generator().manual_seed(0)
+    filters, scale = (torch.nn.Parameter(torch.randn(shape, generator=generator)) for shape in ((4, 3, 3, 3), (6,)))
+    rows = [{"params": [filters], "muon": True, "weight_decay": 0.1}, {"params": [scale], "muon": False, "weight_decay": 0.0}]
+    optim = Muon([{**row, "lr": 0.2} for row in rows], 0.2, 0.6, torch.float32)
+    want = [p.detach().double() for p in (filters, scale)]
+    held = [torch.zeros_like(p) for p in want]
+
+    def made_orthogonal(update: torch.Tensor) -> torch.Tensor:
+        x = update.flatten(1) / update.norm()
+        for _ in range(5):
+            gram = x @ x.T
+            x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
+        return x.view_as(update)
+
+    for _ in range(2):
+        for p in (filters, scale):
+            p.grad = torch.randn(p.shape, generator=generator)
+        optim.step()
+        gradients = [p.grad.double() for p in (filters, scale)]  # type: ignore[union-attr]
+        held = [0.6 * m + g for m, g in zip(held, gradients, strict=True)]
+        updates = [g + 0.6 * m for g, m in zip(gradients, held, strict=True)]
+        want = [(1 - 0.2 * 0.1) * want[0] - 0.2 * made_orthogonal(updates[0]), want[1] - 0.2 * updates[1]]
+        for p, wanted in zip((filters, scale), want, strict=True):
+            assert distance(p, wanted) < 1e-5

@@ -24,7 +24,7 @@ def losses(net: ResNet, recipe: Recipe, plan: Plan, here: Machine, steps: int = 
     own = copy.deepcopy(net).train()
     optim = optimizer(own, recipe)
     keep_gradients(own)
-    work = Pass(ready(own, plan), recipe, plan.precision, here)
+    work = Pass(ready(own, plan, recipe), recipe, plan.precision, here)
     run = ReplayedPass(work) if plan.replayed else work
     update = ReplayedUpdate(optim.step) if plan.replayed else optim.step
     found = []
@@ -93,3 +93,34 @@ def test_a_pass_adds_its_share_of_the_gradient() -> None:
         half(x, targets)
     assert torch.allclose(net.fc.weight.grad, 1.5 * want, rtol=1e-5, atol=1e-7)  # type: ignore[arg-type]
     assert torch.allclose(loss, torch.nn.functional.cross_entropy(net(x), targets))
+
+
+def test_a_step_repeats_and_each_part_of_it_shows() -> None:
+    """What `losses` finds, on any machine; a recorded step is held against it."""
+    recipe = Recipe(optimizer="sgd", lr=0.01, label_smoothing=0.1)
+    torch.manual_seed(0)
+    net, plan, here = reslab.build("resnet20", depths=(1, 1, 1)), Plan(6, 6, "fp32", "as asked"), Machine(torch.device("cpu"))
+    once, after = losses(net, recipe, plan, here, steps=3)
+    again, same = losses(net, recipe, plan, here, steps=3)
+    assert once == again
+    assert all(torch.equal(a, b) for a, b in zip(after.state_dict().values(), same.state_dict().values(), strict=True))
+    assert not torch.equal(after.fc.weight, net.fc.weight)
+    for other in (replace(recipe, label_smoothing=0.0), replace(recipe, norm_batch=8)):
+        assert once != losses(net, other, plan, here, steps=3)[0]
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.2])
+@pytest.mark.parametrize("weights", [None, [0.5, 2.0, 1.0]])
+def test_the_loss_is_the_cross_entropy_of_smoothed_targets_each_class_by_its_weight(smoothing: float, weights: list[float] | None) -> None:
+    """Blended targets too, as mixup makes them; in fp64, from the definition."""
+    torch.manual_seed(0)
+    net = torch.nn.Linear(5, 3)
+    x, targets = torch.randn(4, 5, generator=torch.Generator().manual_seed(0)), torch.eye(3)[[0, 1, 2, 1]]
+    targets[3] = torch.tensor([0.25, 0.75, 0.0])
+    work = Pass(net, Recipe(label_smoothing=smoothing), "fp32", Machine(torch.device("cpu")), weights=torch.tensor(weights) if weights else None)
+    loss, right = work(x, targets)
+    logits = net(x).detach().double()
+    logs = logits - logits.exp().sum(1, keepdim=True).log()
+    wanted = (1 - smoothing) * targets.double() + smoothing / 3
+    assert loss.item() == pytest.approx(-(torch.tensor(weights or [1.0] * 3) * wanted * logs).sum(1).mean().item(), rel=1e-6)
+    assert right == (logits.argmax(1) == torch.tensor([0, 1, 2, 1])).sum()

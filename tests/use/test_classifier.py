@@ -87,10 +87,11 @@ def test_evaluate_repeats_the_test_and_scores_other_data(run: Run, photos: Path,
     assert again.returncode == 0, again.stderr
     assert json.loads(again.stdout)["top1"] == run.last("test")["top1"]
     for i in range(6):
-        draw(tmp_path / "other" / "blue" / f"{i}.png", COLOURS["blue"], 5000 + i)
+        draw(tmp_path / "other" / "red" / f"{i}.png", COLOURS["red"], 5000 + i)
     other = json.loads(cli("evaluate", run.path, tmp_path / "other", "--json").stdout)
-    assert other["n"] == 6
-    (tmp_path / "other" / "blue").rename(tmp_path / "other" / "bleu")
+    assert {row["class"]: row["n"] for row in other["classes"]} == {"blue": 0, "green": 0, "red": 6}, "alone, it is the first of its folder's classes"
+    assert other["top1"] > 0.8
+    (tmp_path / "other" / "red").rename(tmp_path / "other" / "bleu")
     wrong = cli("evaluate", run.path, tmp_path / "other")
     assert (wrong.returncode, "unknown class 'bleu': did you mean 'blue'" in wrong.stderr) == (2, True)
 
