@@ -8,6 +8,7 @@ large JPEGs half, a quarter or an eighth of the resolution is decoded, where tha
 import io
 import struct
 import warnings
+from contextlib import suppress
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -59,7 +60,7 @@ def read_header(data: bytes) -> Header:
     """Raises Unreadable for what is no image, a bomb, or a file that stops before its end."""
     with _open(data) as image:
         _check_whole(image, data)
-        turned = _orientation(image) in (5, 6, 7, 8)
+        turned = _orientation(image, data) in (5, 6, 7, 8)
         width, height = image.size[::-1] if turned else image.size
         return Header(width, height, image.mode in GREY_MODES)
 
@@ -95,7 +96,8 @@ def decode_whole(data: bytes) -> Pixels:
     """uint8 (height, width, 3): all of the image at its own resolution, upright. Raises Unreadable."""
     with _open(data) as image:
         try:
-            turn = TURNS.get(_orientation(image))
+            _load_first(image)
+            turn = TURNS.get(_orientation(image, data))
             return np.asarray(_eight_bit(image if turn is None else image.transpose(turn), 3))
         except Exception as error:  # decoders raise many types on broken files
             raise Unreadable(_reason(error)) from error
@@ -120,17 +122,16 @@ def with_channels(pixels: Pixels, channels: int) -> Pixels:
 def _upright(data: bytes, least: int, channels: int, quick: bool = False) -> Pixels:
     """uint8 (H, W, channels), no side shorter than `least` where the image itself has as much."""
     with _open(data) as image:
-        orientation = _orientation(image)
-        if image.format == "JPEG" and orientation == 1 and image.mode in ("L", "RGB"):
-            try:
-                # Only whole halvings: in between, the decoder is slower than at full size
-                array: Pixels = simplejpeg.decode_jpeg(
-                    data, "RGB" if channels == 3 else "GRAY", fastdct=quick, fastupsample=quick, min_height=least, min_width=least, min_factor=2
-                )
-                return array
-            except ValueError:
-                pass  # simplejpeg is strict; Pillow reads what is merely odd and refuses what is broken
         try:
+            _load_first(image)
+            orientation = _orientation(image, data)
+            if image.format == "JPEG" and orientation == 1 and image.mode in ("L", "RGB"):
+                with suppress(ValueError):  # simplejpeg is strict; Pillow reads what is merely odd and refuses what is broken
+                    # Only whole halvings: in between, the decoder is slower than at full size
+                    array: Pixels = simplejpeg.decode_jpeg(
+                        data, "RGB" if channels == 3 else "GRAY", fastdct=quick, fastupsample=quick, min_height=least, min_width=least, min_factor=2
+                    )
+                    return array
             if image.format == "JPEG":
                 image.draft(None, (least, least))
             turn = TURNS.get(orientation)
@@ -147,12 +148,19 @@ def formats() -> tuple[str, ...]:
     return tuple(name for name in FORMATS if name in Image.OPEN)
 
 
-def _orientation(image: Image.Image) -> int:
+def _orientation(image: Image.Image, data: bytes) -> int:
     """1 to 8 as EXIF counts; 1, upright, where the block is missing or broken."""
+    late = image.format != "PNG" or b"eXIf" in data  # Pillow decodes a PNG to look for the block behind its pixels
     try:
-        return int(image.getexif().get(EXIF_ORIENTATION, 1))
+        return int((image.getexif() if late else Image.Image.getexif(image)).get(EXIF_ORIENTATION, 1))
     except Exception:
         return 1
+
+
+def _load_first(image: Image.Image) -> None:
+    """Decodes a PNG, so that what is wrong with it is not lost where its orientation is looked for: it would be black then."""
+    if image.format == "PNG":
+        image.load()
 
 
 def _open(data: bytes) -> Image.Image:

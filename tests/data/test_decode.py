@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from reslab.data.decode import SCAN, Unreadable, decode, decode_square, formats, read_header
+from reslab.data.decode import SCAN, Unreadable, decode, decode_square, decode_whole, formats, read_header
 
 
 def encoded(image: Image.Image, kind: str, **options: object) -> bytes:
@@ -148,3 +148,32 @@ def test_no_reader_hands_what_lies_within_to_another_or_to_a_program() -> None:
 
 def test_header_says_grey_only_without_colour() -> None:
     assert [read_header(encoded(gradient(m), "PNG")).grey for m in ("L", "1", "RGB", "P")] == [True, True, False, False]
+
+
+def test_a_png_with_damaged_pixels_and_a_whole_end_is_not_black() -> None:
+    whole = encoded(gradient(), "PNG")
+    damaged = whole[:100] + b"\xff" * len(whole[100:-60]) + whole[-60:]
+    for read in (lambda data: decode(data, 24, 3), lambda data: decode_square(data, 24, 3), decode_whole):
+        with pytest.raises(Unreadable, match="broken image data"):
+            read(damaged)
+
+
+def test_the_head_of_a_png_is_read_without_its_pixels(monkeypatch: pytest.MonkeyPatch) -> None:
+    decoded = []
+    monkeypatch.setattr("PIL.PngImagePlugin.PngImageFile.load", lambda self: decoded.append(self))
+    assert read_header(encoded(gradient().resize((30, 20)), "PNG"))[:2] == (30, 20)
+    assert not decoded
+
+
+def test_a_png_is_turned_also_where_its_exif_is_behind_the_pixels() -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    first = encoded(gradient().resize((30, 20)), "PNG", exif=exif)
+    at = first.index(b"eXIf") - 4
+    block = first[at : at + 12 + int.from_bytes(first[at : at + 4], "big")]
+    end = first.index(b"IEND") - 4
+    last = first[:at] + first[at + len(block) : end] + block + first[end:]
+    for data in (first, last):
+        assert read_header(data)[:2] == (20, 30)
+        assert decode_whole(data).shape == (30, 20, 3)
+    assert (decode(first, 20, 3) == decode(last, 20, 3)).all()
