@@ -43,8 +43,12 @@ def train_in(out: Path, *arguments: str | Path) -> Measured:
     if status:
         sys.exit(f"reslab train {' '.join(map(str, arguments))} failed with status {status}")
     assert (out / "report.html").stat().st_size > 10_000
-    records = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
-    return Measured(seconds, usage.ru_maxrss / 2**20, records)
+    return Measured(seconds, usage.ru_maxrss / 2**20, records(out))
+
+
+def records(out: Path) -> list[dict[str, Any]]:
+    """Those of a run."""
+    return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
 
 
 class Enough(Exception):
@@ -149,6 +153,11 @@ def turn(found: dict[str, Any] | None = None) -> None:
     """In a process of `prepared_in_turns`: says what a round found, and waits for the next."""
     print("turn", json.dumps(found), flush=True)
     sys.stdin.readline()
+
+
+def on_the_cpu() -> None:
+    """Hides GPUs from this process and those it starts: ours would take them, the peer would not."""
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
 def ratio(a: Sequence[float], b: Sequence[float]) -> str:

@@ -16,7 +16,7 @@ import tempfile
 from itertools import pairwise
 from pathlib import Path
 
-from measure import in_turns, keep, our_steps, ratio, some_of_cifar, train
+from measure import in_turns, keep, on_the_cpu, our_steps, ratio, some_of_cifar, train
 
 import reslab
 
@@ -64,6 +64,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    on_the_cpu()
     if "--one" in sys.argv:
         one(*sys.argv[2:5])
     else:

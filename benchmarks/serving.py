@@ -27,7 +27,7 @@ BOUND = 512  # connections of the open loop
 
 
 def throughput(found: dict[str, Any]) -> float:
-    return float(found["answers"].get("200", 0) / found["seconds"])
+    return float(found["ended"].get("200", 0) / found["seconds"])
 
 
 def compare(run: Path) -> tuple[list[str], dict[str, float]]:

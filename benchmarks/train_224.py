@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from measure import in_turns, keep, oracle, our_steps, ratio
+from measure import in_turns, keep, on_the_cpu, oracle, our_steps, ratio
 from PIL import Image
 
 SMOKE = "--smoke" in sys.argv
@@ -69,6 +69,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    on_the_cpu()
     if "--one" in sys.argv:
         one(*sys.argv[2:5])
     else:

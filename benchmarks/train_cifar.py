@@ -17,7 +17,7 @@ from itertools import pairwise
 
 import numpy as np
 import torch
-from measure import in_turns, keep, oracle, our_steps, ratio
+from measure import in_turns, keep, on_the_cpu, oracle, our_steps, ratio
 from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -126,6 +126,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    on_the_cpu()
     if "--one" in sys.argv:
         one(*sys.argv[2:4])
     else:

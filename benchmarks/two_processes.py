@@ -14,7 +14,7 @@ import subprocess
 import sys
 from itertools import pairwise
 
-from measure import keep, our_steps
+from measure import keep, on_the_cpu, our_steps
 
 from reslab.errors import WorkError
 
@@ -55,6 +55,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    on_the_cpu()
     if "--worker" in sys.argv:
         worker(sys.argv[sys.argv.index("--worker") + 1])
     else:
