@@ -7,7 +7,6 @@ docs/scale.md reads these lines, and says where the constants below are from.
 """
 
 import io
-import os
 import statistics
 import sys
 import tempfile
@@ -23,6 +22,7 @@ import reslab
 from reslab.catalogue.memory import memory
 from reslab.data.decode import decode
 from reslab.data.source import open_images
+from reslab.host import cores
 
 SMOKE = "--smoke" in sys.argv
 FILES = 60 if SMOKE else 1500
@@ -88,7 +88,7 @@ def measured() -> list[str]:
     rate = 1 / statistics.median(times)
     return [
         f"measured here: a core decodes {rate:,.0f} JPEGs of 500 x 375 a second to 256 px ({len(one) / 1000:.0f} kB each)",
-        f"measured here: reading, checking and hashing a folder takes {1e6 * reading:.0f} us an image ({len(os.sched_getaffinity(0))} cores), and holds "
+        f"measured here: reading, checking and hashing a folder takes {1e6 * reading:.0f} us an image ({cores()} cores), and holds "
         f"{held:.0f} bytes an image; for {IMAGES:,} images that is {reading * IMAGES / 60:.0f} min and {held * IMAGES / 2**30:.1f} GiB, in every process",
     ]
 

@@ -7,7 +7,6 @@ server. `--batch 1` makes it a server with one forward pass a request; that one 
 with one and with all, and given its best. All servers take turns.
 """
 
-import os
 import statistics
 import sys
 import tempfile
@@ -17,6 +16,8 @@ from typing import Any
 
 from measure import keep
 from served import load, model, serve
+
+from reslab.host import cores
 
 SMOKE = "--smoke" in sys.argv
 SECONDS = 0.5 if SMOKE else 8.0
@@ -32,16 +33,16 @@ def throughput(found: dict[str, Any]) -> float:
 
 def compare(run: Path) -> tuple[list[str], dict[str, float]]:
     """Images a second in a closed loop, by server."""
-    cores = len(os.sched_getaffinity(0))
+    threads_here = cores()
     servers = {
         "one forward pass a request": ["--batch", "1"],
         "micro-batching": [],
-        f"micro-batching, {cores} workers": ["--workers", str(cores)],
+        f"micro-batching, {threads_here} workers": ["--workers", str(threads_here)],
     }
     taken: dict[tuple[str, str], list[float]] = {}
     for _ in range(ROUNDS):
         for name, options in servers.items():
-            for threads in ("by itself", "1", str(cores)) if name.startswith("one") and not SMOKE else ("by itself",):
+            for threads in ("by itself", "1", str(threads_here)) if name.startswith("one") and not SMOKE else ("by itself",):
                 given = {} if threads == "by itself" else {"OMP_NUM_THREADS": threads}
                 with serve(run, *options, **given) as server:
                     load(server.port, CONNECTIONS, SECONDS / 4)

@@ -112,18 +112,7 @@ def _start(
 ) -> tuple[Training, Job]:  # fmt: skip
     if isinstance(net, str):
         find_spec(net)  # a wrong name is said before any data is read
-    if recipe.randaugment:
-        require_kornia()
-    if limits.memory and recipe.compile == "always":
-        raise CallError("a net that keeps to a memory is not compiled; received --memory and --compile always: leave one out")
-    if recipe.weights:
-        _in_turn(here, lambda: stem_of(recipe.weights))
-        if recipe.whiten:
-            raise CallError("the first convolution is whitened or read from a file; received --whiten and --weights: leave one out")
-        if recipe.dirac:
-            raise CallError("convolutions begin as the identity or as a file has them; received --dirac and --weights: leave one out")
-    elif recipe.freeze != "none" or recipe.trunk_lr != 1:
-        raise CallError("fine-tuning (--recipe finetune, --freeze, --trunk-lr) starts from weights; received none: give --weights FILE")
+    _check_options(recipe, limits, here)
     Run.check_free(Path(out) if out else _free_folder(data))
     images = _in_turn(here, lambda: open_images(data, show.reading))
     finding = cheap_check(images)
@@ -173,6 +162,22 @@ def _start(
     here.agree(0)  # nobody trains before the folder exists
     training = Training(built, job.parts["train"], job.parts["val"], job.preprocess, recipe, plan, run, here, show, deadline)
     return training, job
+
+
+def _check_options(recipe: Recipe, limits: Limits, here: Machine) -> None:
+    """Raises CallError for options that do not go together, before any data is read."""
+    if recipe.randaugment:
+        require_kornia()
+    if limits.memory and recipe.compile == "always":
+        raise CallError("a net that keeps to a memory is not compiled; received --memory and --compile always: leave one out")
+    if recipe.weights:
+        _in_turn(here, lambda: stem_of(recipe.weights))
+        if recipe.whiten:
+            raise CallError("the first convolution is whitened or read from a file; received --whiten and --weights: leave one out")
+        if recipe.dirac:
+            raise CallError("convolutions begin as the identity or as a file has them; received --dirac and --weights: leave one out")
+    elif recipe.freeze != "none" or recipe.trunk_lr != 1:
+        raise CallError("fine-tuning (--recipe finetune, --freeze, --trunk-lr) starts from weights; received none: give --weights FILE")
 
 
 def _resume(run: Run, limits: Limits, here: Machine, show: JobShow, started: float) -> tuple[Training, Job]:

@@ -71,6 +71,7 @@ def test_processes_of_a_net_without_batch_norm_have_no_statistics_to_share() -> 
     statistics = RunningStatistics(ResNet(reslab.spec("resnet20", norm="group")))
     before = statistics.read()
     statistics.write_mean(before, 2, Lonely(CPU, world=2))
+    assert before.numel() == statistics.read().numel() == 0
 
 
 @pytest.mark.parametrize("error", [MemoryError(), torch.OutOfMemoryError("CUDA out of memory. Tried"), RuntimeError("you tried: can't allocate memory")])
