@@ -206,7 +206,8 @@ def _resume(run: Run, limits: Limits, here: Machine, show: JobShow, started: flo
     total = limits.seconds or config.get("budget")
     training = Training(built, job.parts["train"], job.parts["val"], job.preprocess, kept, plan, run, here, show)
     training.resume()
-    run.mend_log()
+    if here.is_writer:
+        run.mend()
     run.start = started - training.progress.seconds
     training.deadline = started + total - training.progress.seconds - _reserve(job, plan) if total else None
     show.say(f"resumed {shown(run.path)} at step {training.progress.step} of {training.progress.steps}")

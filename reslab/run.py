@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import shutil
 import tempfile
 import time
 import tomllib
@@ -16,6 +17,7 @@ from reslab.errors import CallError, WorkError, shown
 
 Record = dict[str, Any]
 SHIPPED = Path(__file__).parent / "shipped"  # trained nets of our own, each a run folder without its training
+UNFINISHED = ".unfinished-"  # so the name of what is being written begins
 
 
 def located(path: str | Path) -> Path:
@@ -93,12 +95,14 @@ class Run:
         except OSError as error:
             raise WorkError(f"{shown(self.path / 'log.jsonl')} cannot be written: {error.strerror}; free some space and --resume") from error
 
-    def mend_log(self) -> None:
-        """Ends a line that a crash cut short, so that the next record does not run into it."""
+    def mend(self) -> None:
+        """After a crash: ends a line that it cut short, so that the next record does not run into it, and drops half-written states."""
         log = self.path / "log.jsonl"
         if log.exists() and not log.read_bytes().endswith(b"\n"):
             with log.open("ab") as out:
                 out.write(b"\n")
+        for left in (self.path / "state").glob(f"{UNFINISHED}*"):
+            shutil.rmtree(left, ignore_errors=True)
 
     def records(self, *kinds: str) -> Iterator[Record]:
         """The records of the given kinds, or all, in order. A line that a crash cut short is passed over."""
@@ -145,7 +149,7 @@ def workplace(target: Path) -> Iterator[Path]:
     """
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=target.parent, prefix=".unfinished-") as folder:
+        with tempfile.TemporaryDirectory(dir=target.parent, prefix=UNFINISHED) as folder:
             yield Path(folder)
     except OSError as error:
         raise WorkError(f"{shown(target)} cannot be written: {error.strerror or shown(str(error))}; what was there is kept") from error

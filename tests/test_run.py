@@ -63,13 +63,13 @@ def test_folders_pipes_and_devices_are_not_replaced(tmp_path: Path) -> None:
 
 def test_a_line_that_a_crash_cut_short_costs_no_other_line(tmp_path: Path) -> None:
     run = Run(tmp_path)
-    run.mend_log()
+    run.mend()
     assert not (tmp_path / "log.jsonl").exists()
     run.record("epoch", epoch=1)
-    run.mend_log()
+    run.mend()
     whole = (tmp_path / "log.jsonl").read_bytes()
     assert whole.count(b"\n") == 1
     (tmp_path / "log.jsonl").write_bytes(whole + b'{"kind": "epo')
-    run.mend_log()
+    run.mend()
     run.record("epoch", epoch=2)
     assert [record["epoch"] for record in run.records("epoch")] == [1, 2]

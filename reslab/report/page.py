@@ -43,7 +43,7 @@ def _facts(run: Run, test: Record) -> dict[str, Any]:
         "classes": classes,
         "test": test,
         "calibration": run.last("calibration"),
-        "curves": figures.curves(epochs, val, steps),
+        "curves": figures.curves(epochs, val, steps) if epochs else "",
         "reliability": figures.calibration(test),
         "matrix": _matrix(test, len(classes)) if len(classes) <= TABLE_CLASSES else None,
         "map": figures.confusion(test["confusion"], classes) if len(classes) > TABLE_CLASSES else "",

@@ -14,7 +14,7 @@ import reslab
 from reslab.report.charts import canvas, titled
 from reslab.report.figures import _short, confusion
 from reslab.report.page import write_report
-from reslab.run import Run
+from reslab.run import SHIPPED, Run
 from tests.conftest import draw
 
 EVIL = "<script>alert('x')</script>&\"'$x_1$ 🦊\nnew"
@@ -152,6 +152,14 @@ def test_unfinished_run_has_no_report(tmp_path: Path) -> None:
     (tmp_path / "run.toml").touch()
     with pytest.raises(reslab.CallError, match="needs a finished run"):
         write_report(Run(tmp_path))
+
+
+def test_of_a_run_that_kept_only_its_test_the_page_shows_no_training(tmp_path: Path) -> None:
+    shutil.copytree(SHIPPED / "resnet20-cifar10", tmp_path / "copied")
+    run = Run(tmp_path / "copied")
+    write_report(run)
+    page = parsed(run).text
+    assert "What is taken for what" in page and "How it learned" not in page and "0 steps" not in page
 
 
 @pytest.mark.parametrize(("find", "put"), [('"confusion"', '"confused"'), ('"loss": ', '"loss": 1e999, "l": '), ('"n": ', '"n": "many", "m": ')])

@@ -26,7 +26,7 @@ from reslab.data.images import SPLITS
 from reslab.data.source import open_images
 from reslab.errors import CallError
 from reslab.job import Silent
-from reslab.run import Run
+from reslab.run import UNFINISHED, Run
 from reslab.train import fit, plan
 from reslab.train.checkpoint import Checkpointed
 from reslab.train.fit import Training
@@ -78,6 +78,7 @@ def test_killed_and_resumed_equals_uninterrupted_bit_for_bit(uninterrupted: Path
     process.communicate()
     assert process.returncode == -signal.SIGKILL
     assert not (out / "model").exists()
+    (out / "state" / f"{UNFINISHED}left").mkdir()  # a kill in the middle of writing leaves one
     done = cli("train", "--resume", out)
     assert done.returncode == 0, done.stderr
     step = int(done.stdout.split("at step ")[1].split(" ")[0])
@@ -85,6 +86,7 @@ def test_killed_and_resumed_equals_uninterrupted_bit_for_bit(uninterrupted: Path
     ours, theirs = weights(out), weights(uninterrupted)
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs), f"killed after step {step}"
     assert Run(out).last("test")["top1"] == Run(uninterrupted).last("test")["top1"]
+    assert not list(out.rglob(f"{UNFINISHED}*"))
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
