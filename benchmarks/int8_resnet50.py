@@ -23,8 +23,9 @@ from reslab.use.formats import FORMATS, Runner, metadata, to_onnx
 from reslab.use.race import race
 
 SMOKE = "--smoke" in sys.argv
-NET, SIZE = ("resnet18", 64) if SMOKE else ("resnet50", 224)
+NET, SIZE = ("resnet18", 32) if SMOKE else ("resnet50", 224)
 CALIBRATION = 4 if SMOKE else 64
+RACE = {"seconds": 1, "rounds": 3} if SMOKE else {"seconds": 100}
 
 
 def classifier_like(theirs: torch.nn.Module) -> Classifier:
@@ -66,7 +67,7 @@ if __name__ == "__main__":
                 return logits
 
         runs = {name: partial(run, pixels) for name, run in opened.items()}
-        took = race({"torchvision eager fp32": eager, **runs}, seconds=1 if SMOKE else 100)
+        took = race({"torchvision eager fp32": eager, **runs}, **RACE)
         base = took["torchvision eager fp32"]
         lines += [f"batch {batch}: {name} {batch / t:.1f} img/s, {base / t:.2f}x" for name, t in took.items()]
     keep("int8_resnet50", lines)

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from reslab.nets import dots, tiles
 from reslab.nets.compiler import takes
+from reslab.nets.once import once_differentiable
 
 WHOLE = 2  # pixels a side of a map in which every pixel sees every other
 
@@ -18,7 +19,7 @@ class Conv3x3(nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor
-        if not (self.fused and self.training and self.bias is None and takes(x)):
+        if not (self.fused and self.training and self.bias is None and takes(x) and x.shape[1] == self.in_channels):
             return super().forward(x)
         if tiles.suits(x):
             return tiles.convolution(x, self.weight, self.stride[0])
@@ -52,7 +53,7 @@ class _AsMatrix(torch.autograd.Function):
         return _images(pixels @ matrix.T, height, width)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None]:
         pixels, matrix = ctx.saved_tensors
         (n, inputs, height, width), (outputs, *_) = ctx.shapes

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from reslab.nets.compiler import FAILURES, at, compiled
+from reslab.nets.once import once_differentiable
 
 WINOGRAD, DIRECT = (Path(__file__).with_name(name) for name in ("winograd.c", "narrow.c"))
 NARROW = 16  # channels
@@ -51,7 +52,7 @@ class Dots(torch.autograd.Function):
         return _convolved(x, weight, back=False)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None]:
         x, weight = ctx.saved_tensors
         dy = dy.contiguous(memory_format=torch.channels_last)
@@ -68,7 +69,7 @@ class Dots(torch.autograd.Function):
 
 def _convolved(x: Tensor, weight: Tensor, back: bool) -> Tensor:
     weight = weight.contiguous(memory_format=torch.channels_last)
-    y = torch.empty((len(x), weight.shape[1 if back else 0], *x.shape[2:]), dtype=x.dtype, memory_format=torch.channels_last)
+    y = torch.empty((len(x), weight.shape[1 if back else 0], *x.shape[2:]), dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
     given, threads = (at(x), at(weight), at(y), byref(_conv(x, weight)), back), torch.get_num_threads()
     if _direct().convolve(*given, threads) if narrow(*weight.shape[:2]) else _winograd().convolve(*given, TILES, threads):
         raise MemoryError("no memory for the tiles of a convolution")

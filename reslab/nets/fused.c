@@ -15,6 +15,8 @@
 
 static inline Floats relu(Floats x) { return chosen(~(x < 0), x); } /* a NaN stays one */
 
+static inline Ints passes(Floats y) { return ~(y <= 0); } /* where the gradient of a ReLU that gave y, or got it, goes through; a NaN lets it, as in torch */
+
 static int64_t share(int64_t rows, int part, int parts) { return rows * part / parts; }
 
 /* What is added up over the rows of a channel, in pairs. */
@@ -30,11 +32,11 @@ typedef struct {
 static ALWAYS void add(int kind, const Pixels *p, int64_t at, int64_t c, Floats *first, Floats *second) {
     Floats in = load(p->x + at), d = in - floats(p->middle + c), g = d;
     if (kind == LINEAR) g = load(p->dy + at);
-    if (kind == RECTIFIED) g = chosen(d * floats(p->scale + c) + floats(p->shift + c) > 0, load(p->dy + at));
+    if (kind == RECTIFIED) g = chosen(passes(d * floats(p->scale + c) + floats(p->shift + c)), load(p->dy + at));
     if (kind == JOINED) {
         Floats both = load(p->dy + at);
         if (p->other) both += load(p->other + at);
-        g = chosen(load(p->y + at) > 0, both);
+        g = chosen(passes(load(p->y + at)), both);
         store(p->d_added + at, g);
     }
     *first += g;
@@ -208,7 +210,7 @@ int norm_backward(const T *dy, const T *other, const T *x, const T *y, T *dx, T 
                     ask(from + c);
                     ask(by + c);
                     Floats in = load(from + c), g = load(by + c);
-                    if (rectify && !d_added) g = chosen((in - floats(middle + c)) * floats(scale + c) + floats(shift + c) > 0, g);
+                    if (rectify && !d_added) g = chosen(passes((in - floats(middle + c)) * floats(scale + c) + floats(shift + c)), g);
                     Floats out = floats(scale + c) * (g - floats(level + c) - (in - floats(middle + c)) * floats(slope + c));
                     put(to + c, out, past);
                 }
@@ -243,7 +245,7 @@ int gated(const T *dy, const T *other, const T *y, T *g, int64_t rows, int64_t C
                             ask(y + at + c);
                             ask(other ? other + at + c : NULL);
                             if (other) v += load(other + at + c);
-                            v = chosen(load(y + at + c) > 0, v);
+                            v = chosen(passes(load(y + at + c)), v);
                             put(g + at + c, v, past);
                         }
                         v += floats(near + c);

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from reslab.nets.compiler import FAILURES, LANES, TYPES, at, compiled, takes, told
+from reslab.nets.once import once_differentiable
 from reslab.nets.pool import MaxPool, usable
 
 SOURCE = Path(__file__).with_name("fused.c")
@@ -54,8 +55,8 @@ class Norm(nn.BatchNorm2d):
         if not (self.fused and self.training and self.affine and self.track_running_stats and self.momentum is not None):
             return False
         own, running = self._parameters, self._buffers  # as attributes of the module they take ten times as long to find
-        held = own["weight"], own["bias"], running["running_mean"], running["running_var"]
-        return {(tensor.dtype, tensor.is_cpu) for tensor in held if tensor is not None} == {(torch.float32, True)}
+        held = own.get("weight"), own.get("bias"), running.get("running_mean"), running.get("running_var")  # one that is pruned has other names
+        return all(tensor is not None and tensor.dtype == torch.float32 and tensor.is_cpu for tensor in held)
 
     def groups(self, images: int) -> int:
         """How many are normalised one after the other."""
@@ -146,14 +147,14 @@ def gated(dy: Tensor, other: Tensor | None, y: Tensor | None) -> tuple[Tensor, T
     Without y the first is dy, which may then be any images. All (N, C, H, W), channels-last, C a multiple of LANES.
     """
     g, channels = dy if y is None else torch.empty_like(dy), dy.shape[1]
-    total = torch.empty(channels)
+    total = torch.empty(channels, dtype=torch.float32, device=dy.device)
     rows = dy.numel() // channels
     _checked(_library(dy.dtype).gated(at(dy), at(other), at(y), at(None if y is None else g), rows, channels, at(total), torch.get_num_threads()))
     return g, total
 
 
 def _suits(norm: Norm, x: Tensor) -> bool:
-    if not (norm.quick and x.dtype in TYPES and takes(x)):
+    if not (norm.quick and x.dtype in TYPES and takes(x) and x.shape[1] == norm.num_features):
         return False
     pixels = x.numel() // x.shape[1] // norm.groups(len(x))
     return pixels > 1 and _fold(x.shape[1], pixels) > 0
@@ -202,9 +203,11 @@ class _NormReLU(torch.autograd.Function):
         return y if added is None else (y, y.data)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
         x, y, weight, bias, mean, invstd = ctx.saved_tensors
+        if all(g is None for g in gradients):
+            return (None,) * 6
         dy, other, *_ = *(g.contiguous(memory_format=torch.channels_last) for g in gradients if g is not None), None
         dx = torch.empty_like(x) if ctx.needs_input_grad[0] else None
         d_added = None if y is None else torch.empty_like(x)

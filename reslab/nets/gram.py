@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from reslab.nets import tiles
 from reslab.nets.fused import Norm, gated, hooked
+from reslab.nets.once import once_differentiable
 from reslab.nets.parts import Pointwise, every
 from reslab.nets.product import PAIR, product, usable
 
@@ -104,7 +105,7 @@ class _Entry(torch.autograd.Function):
         return product(x, filters)[0], x.data
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable
     def backward(ctx: Any, dy: Tensor, carried: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         x, filters = ctx.saved_tensors
         dy, carried = (g.contiguous(memory_format=torch.channels_last) for g in (dy, carried))
@@ -134,7 +135,7 @@ class _ConvNorm(torch.autograd.Function):
             invstd = (squares / pixels + norm.eps).rsqrt()
             norm.moved(mean, squares / (pixels - 1))
             scale = gamma * invstd
-            folded = torch.mul(filters, scale[:, None], out=torch.empty(filters.shape, dtype=x.dtype))
+            folded = torch.mul(filters, scale[:, None], out=torch.empty(filters.shape, dtype=x.dtype, device=x.device))
             y, _ = product(x, folded, shift=beta - scale * mean, added=added, rectify=added is not None)
             ctx.save_for_backward(x, y if added is not None else None, weight, folded, scale, level, spread, mean, invstd)
             ctx.set_materialize_grads(False)
@@ -142,8 +143,10 @@ class _ConvNorm(torch.autograd.Function):
             return y if added is None else (y, y.data)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        if all(g is None for g in gradients):
+            return (None,) * 7
         with torch.autocast("cpu", enabled=False):
             x, y, weight, folded, scale, level, spread, mean, invstd = ctx.saved_tensors
             dy, other, *_ = *(g.contiguous(memory_format=torch.channels_last) for g in gradients if g is not None), None

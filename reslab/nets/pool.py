@@ -10,8 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from reslab.nets.compiler import FAILURES, LANES, TYPES, at, compiled, takes
+from reslab.nets.once import once_differentiable
 
 SOURCE = Path(__file__).with_name("pool.c")
+SIDE = 15  # pixels a side of the largest window
 
 
 class MaxPool(nn.MaxPool2d):
@@ -20,10 +22,16 @@ class MaxPool(nn.MaxPool2d):
     fused = False
 
     def forward(self, x: Tensor) -> Tensor:
-        if not (self.fused and self.training and x.dtype in TYPES and takes(x) and x.shape[1] % LANES == 0):
+        if not (self.fused and self.training and x.dtype in TYPES and takes(x) and x.shape[1] % LANES == 0 and self._plain):
             return super().forward(x)  # type: ignore[no-any-return]
         out = nn.functional.max_pool2d(x[:1].to("meta"), self.kernel_size, self.stride, self.padding, ceil_mode=self.ceil_mode)
         return _MaxPool.apply(x, *out.shape[2:], self.kernel_size, self.stride, self.padding)  # type: ignore[no-untyped-call, no-any-return]
+
+    @property
+    def _plain(self) -> bool:
+        """Whether its windows are of the kind that the kernels know: square, close, and a byte counts their pixels."""
+        square = isinstance(self.kernel_size, int) and isinstance(self.stride, int) and isinstance(self.padding, int)
+        return square and self.kernel_size <= SIDE and self.dilation == 1 and not self.return_indices  # type: ignore[operator]
 
 
 @cache
@@ -49,18 +57,18 @@ class _MaxPool(torch.autograd.Function):
         x = x.contiguous(memory_format=torch.channels_last)
         n, channels, height, width = x.shape
         ctx.pool = _Pool(n, height, width, channels, down, across, side, stride, padding)
-        y = torch.empty((n, channels, down, across), dtype=x.dtype, memory_format=torch.channels_last)
+        y = torch.empty((n, channels, down, across), dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
         where = torch.empty_like(y, dtype=torch.uint8)
         _library(x.dtype).pool_forward(at(x), at(y), at(where), byref(ctx.pool), torch.get_num_threads())
         ctx.save_for_backward(where)
         return y
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         (where,) = ctx.saved_tensors
         dy, pool = dy.contiguous(memory_format=torch.channels_last), ctx.pool
-        dx = torch.empty((pool.images, pool.channels, pool.height, pool.width), dtype=dy.dtype, memory_format=torch.channels_last)
+        dx = torch.empty((pool.images, pool.channels, pool.height, pool.width), dtype=dy.dtype, device=dy.device, memory_format=torch.channels_last)
         _library(dy.dtype).pool_backward(at(dy), at(where), at(dx), byref(pool), torch.get_num_threads())
         return dx, None, None, None, None, None
 

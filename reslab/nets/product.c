@@ -51,7 +51,8 @@ static inline void finish(const Product *p, const float *sums, int64_t at, int64
             high = _mm512_max_ps(zero, high);
         }
         if (p->gate) {
-            __mmask32 open = _mm512_cmpgt_epi16_mask(_mm512_loadu_si512(p->gate + place), _mm512_setzero_si512());
+            __m512i gate = _mm512_loadu_si512(p->gate + place); /* as bits: above zero, or a NaN with a sign */
+            __mmask32 open = _mm512_cmpgt_epi16_mask(gate, _mm512_setzero_si512()) | _mm512_cmpgt_epu16_mask(gate, _mm512_set1_epi16((short)0xff80));
             low = _mm512_maskz_mov_ps((__mmask16)open, low);
             high = _mm512_maskz_mov_ps((__mmask16)(open >> LANES), high);
         }

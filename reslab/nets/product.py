@@ -37,8 +37,9 @@ def product(
     outputs = filters.shape[1 if back else 0]
     assert usable() and filters.shape[0 if back else 1] == inputs and (shift is None or shift.dtype == torch.float32)
     assert all(t is None or (t.dtype == x.dtype and t.shape == (n, outputs, height, width)) for t in (added, gate))
-    y, total = torch.empty((n, outputs, height, width), dtype=x.dtype, memory_format=torch.channels_last), torch.empty(outputs)
-    more, others = second or (None, None)
+    y = torch.empty((n, outputs, height, width), dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+    total = torch.empty(outputs, dtype=torch.float32, device=x.device)
+    filters, (more, others) = filters.contiguous(), second or (None, None)
     walk = _Product(n * height * width, inputs, 0 if more is None else more.shape[1], outputs, *map(at, (x, more, added, gate, shift, y)), rectify)
     if _library().product(byref(walk), at(filters), at(others), back, at(total), torch.get_num_threads()):
         raise MemoryError("no memory for the filters of a product")

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from reslab.nets.compiler import FAILURES, at, compiled
+from reslab.nets.once import once_differentiable
 
 SOURCE = Path(__file__).with_name("tiles.c")
 LEAST = 64  # channels of the images; with fewer, laying them out costs what it saves
@@ -64,7 +65,7 @@ class _Convolution(torch.autograd.Function):
         return F.conv2d(x, filters, stride=stride, padding=1)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         (x, filters), stride, dx = ctx.saved_tensors, ctx.stride, None
         dy = dy.contiguous(memory_format=torch.channels_last)
@@ -84,7 +85,7 @@ def filter_gradient(x: Tensor, dy: Tensor, side: int, stride: int = 1) -> Tensor
     channels-last: (O, C, side, side), fp32, channels-last.
     """
     (n, inputs, height, width), (_, outputs, down, across) = x.shape, dy.shape
-    dw = torch.empty((outputs, inputs, side, side), memory_format=torch.channels_last)
+    dw = torch.empty((outputs, inputs, side, side), dtype=torch.float32, device=x.device, memory_format=torch.channels_last)
     walk = _Conv(n, height, width, inputs, down, across, outputs, side, stride, side // 2)
     if _library().filter_gradient(at(x), at(dy), at(dw), byref(walk), _parts(n * down * across)):
         raise MemoryError("no memory for the sums of a filter's gradient")
@@ -103,7 +104,7 @@ def _convolved(x: Tensor, filters: Tensor, back: bool) -> Tensor:
     """x (N, C, H, W) by filters (O, C, 3, 3); or, of the gradient of what came out, that of what went in."""
     n, inputs, height, width = x.shape
     outputs = filters.shape[1 if back else 0]
-    y = torch.empty((n, outputs, height, width), dtype=x.dtype, memory_format=torch.channels_last)
+    y = torch.empty((n, outputs, height, width), dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
     walk = _Conv(n, height, width, inputs, height, width, outputs, 3, 1, 1)
     filters = filters.contiguous(memory_format=torch.channels_last)
     if _library().convolve(at(x), at(filters), at(y), byref(walk), back, _parts(n * height * width)):

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from reslab.nets import dots
 from reslab.nets.compiler import takes
 from reslab.nets.conv3x3 import Conv3x3, computed_in
+from reslab.nets.once import once_differentiable
 
 WIDE = 128  # channels in and out, their geometric mean, below which torch's transforms cost what the products save
 NARROWEST = 64
@@ -41,7 +42,7 @@ class WinogradConv(Conv3x3):
     keep = True
 
     def forward(self, x: Tensor) -> Tensor:
-        if not (self.winograd and pays(x)):
+        if not (self.winograd and pays(x) and x.shape[1] == self.in_channels):
             return super().forward(x)
         dtype = computed_in(x)
         if self._by_dots(dtype):
@@ -83,7 +84,7 @@ def _wide(inputs: int, outputs: int) -> bool:
 
 def pays(x: Tensor) -> bool:
     """Whether x are images (N, C, H, W), as many and as large as it takes."""
-    if not (takes(x) and x.dtype in (torch.float32, torch.float64, torch.bfloat16)):
+    if not (takes(x) and computed_in(x) in (torch.float32, torch.float64, torch.bfloat16)):
         return False
     n, _, height, width = x.shape
     down, across = _tiles(height), _tiles(width)
@@ -138,34 +139,35 @@ class Winograd(torch.autograd.Function):
             return y.view(n, 4 * s.down, 4 * s.across, s.outputs)[:, :height, :width].permute(0, 3, 1, 2)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-        filters, *held = ctx.saved_tensors
-        s: _Shape = ctx.shape
-        by = _transforms(dy.dtype)
-        for_x, for_weight = ctx.needs_input_grad[:2]
-        below, right = 4 * s.down - s.height, 4 * s.across - s.width
-        dx = dy.new_empty(s.n, s.height, s.width, s.inputs) if for_x else None
-        d_filters = torch.zeros_like(filters, dtype=ctx.exact)
-        for number, part in enumerate(s.stretches(dy.dtype)):
-            cells = dy[part].permute(0, 2, 3, 1)
-            cells = F.pad(cells, (0, 0, 0, right, 0, below)) if below or right else cells
-            cells = cells.reshape(-1, s.down, 4, s.across, 4, s.outputs).permute(2, 4, 0, 1, 3, 5)
-            d_products = (by.output.T @ cells.reshape(16, -1)).view(36, -1, s.outputs)
-            if dx is not None:
-                d_tiles = torch.bmm(d_products, filters.transpose(1, 2)).view(36, -1)
-                dx[part] = _overlapped((by.input.T @ d_tiles).view(6, 6, -1, s.down, s.across, s.inputs), s)
+        with torch.autocast("cpu", enabled=False):
+            filters, *held = ctx.saved_tensors
+            s: _Shape = ctx.shape
+            by = _transforms(dy.dtype)
+            for_x, for_weight = ctx.needs_input_grad[:2]
+            below, right = 4 * s.down - s.height, 4 * s.across - s.width
+            dx = dy.new_empty(s.n, s.height, s.width, s.inputs) if for_x else None
+            d_filters = torch.zeros_like(filters, dtype=ctx.exact)
+            for number, part in enumerate(s.stretches(dy.dtype)):
+                cells = dy[part].permute(0, 2, 3, 1)
+                cells = F.pad(cells, (0, 0, 0, right, 0, below)) if below or right else cells
+                cells = cells.reshape(-1, s.down, 4, s.across, 4, s.outputs).permute(2, 4, 0, 1, 3, 5)
+                d_products = (by.output.T @ cells.reshape(16, -1)).view(36, -1, s.outputs)
+                if dx is not None:
+                    d_tiles = torch.bmm(d_products, filters.transpose(1, 2)).view(36, -1)
+                    dx[part] = _overlapped((by.input.T @ d_tiles).view(6, 6, -1, s.down, s.across, s.inputs), s)
+                if for_weight:
+                    tiles = held[number] if ctx.kept else _transformed(held[0][part], s)
+                    if dy.dtype == ctx.exact:
+                        d_filters.baddbmm_(tiles.transpose(1, 2), d_products)
+                    else:
+                        d_filters += torch.bmm(tiles.transpose(1, 2), d_products)
+            dw = None
             if for_weight:
-                tiles = held[number] if ctx.kept else _transformed(held[0][part], s)
-                if dy.dtype == ctx.exact:
-                    d_filters.baddbmm_(tiles.transpose(1, 2), d_products)
-                else:
-                    d_filters += torch.bmm(tiles.transpose(1, 2), d_products)
-        dw = None
-        if for_weight:
-            dw = _transforms(ctx.exact).filter.T @ d_filters.view(36, -1)
-            dw = dw.view(3, 3, s.inputs, s.outputs).permute(3, 2, 0, 1).to(ctx.dtype)
-        return None if dx is None else dx.permute(0, 3, 1, 2), dw, None
+                dw = _transforms(ctx.exact).filter.T @ d_filters.view(36, -1)
+                dw = dw.view(3, 3, s.inputs, s.outputs).permute(3, 2, 0, 1).to(ctx.dtype)
+            return None if dx is None else dx.permute(0, 3, 1, 2), dw, None
 
 
 class _Transforms(NamedTuple):

@@ -49,6 +49,16 @@ def test_maps_of_two_pixels_and_less_are_one_matrix(size: tuple[int, int], dtype
     assert distance(found(*given)[0], right[0]) > 0.05, "a pixel out of place"
 
 
+def test_channels_that_do_not_fit_are_an_error_as_in_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tiles, "usable", lambda: True)
+    monkeypatch.setattr(dots, "usable", lambda: True)
+    for kind, channels in ((Conv3x3, 64), (Conv3x3, 16), (WinogradConv, 128), (Pointwise, 64)):
+        conv = kind(channels, channels, 1 if kind is Pointwise else 3, padding=int(kind is not Pointwise), bias=False).train()
+        use_fused(conv, True)
+        with torch.autocast("cpu", torch.bfloat16), pytest.raises(RuntimeError):
+            conv(torch.randn(8, 2 * channels, 4, 4))
+
+
 def test_larger_maps_and_nets_that_do_not_train_are_left_to_torch() -> None:
     layer, x, _ = made(2, 3, torch.float32)
     assert type(layer(x).grad_fn).__name__ == "ConvolutionBackward0"

@@ -148,6 +148,20 @@ def test_what_is_not_finite_is_not_hidden(dtype: torch.dtype) -> None:
         assert torch.equal(pooled[1, 3].isfinite(), F.max_pool2d(x, 3, 1, 1)[1, 3].isfinite())
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_is_no_number_lets_a_gradient_through_as_torch_does(dtype: torch.dtype) -> None:
+    norm, x, dy = normed(16), torch.randn(4, 16, 4, 4, dtype=dtype), torch.randn(4, 16, 4, 4, dtype=dtype)
+    shortcut = torch.randn(4, 16, 4, 4, dtype=dtype)
+    shortcut[1, 3, 0, 0], shortcut[2, 5, 1, 1] = float("nan"), -float("nan")
+    shortcut.requires_grad_()
+    y = norm_add_relu(norm, Add(), nn.ReLU(), x, lambda: shortcut)
+    assert y is not None
+    d_shortcut, d_bias = torch.autograd.grad(y, (shortcut, norm.bias), dy)
+    right = dy * ~(y.detach() <= 0)
+    assert torch.equal(d_shortcut, right) and d_shortcut[1, 3, 0, 0] == dy[1, 3, 0, 0] and d_shortcut[2, 5, 1, 1] == dy[2, 5, 1, 1]
+    assert distance(d_bias, right.double().sum((0, 2, 3))) < 1e-6
+
+
 def pool(side: int, stride: int, padding: int, ceil_mode: bool = False) -> MaxPool:
     made = MaxPool(side, stride, padding, ceil_mode=ceil_mode).train()
     made.fused = True
@@ -297,3 +311,56 @@ def test_no_images_give_no_images(kernels: bool, together: int) -> None:
 def test_an_image_alone_is_pooled_as_torch_does() -> None:
     x = torch.randn(4, 16, 16)
     assert torch.equal(pool(2, 2, 0)(x), F.max_pool2d(x, 2, 2))
+
+
+def test_windows_that_the_kernels_do_not_know_are_torchs() -> None:
+    x = torch.randn(2, 16, 40, 40)
+    for made in (MaxPool(17, 1), MaxPool((2, 3)), MaxPool(2, (2, 1)), MaxPool(3, 1, (1, 0)), MaxPool(2, dilation=2)):
+        made.train().fused = True
+        assert torch.equal(made(x), nn.MaxPool2d.forward(made, x))
+    largest = pool(15, 4, 7)
+    x.requires_grad_()
+    dy = torch.randint(-9, 9, largest(x).shape).float()
+    ours, theirs = (torch.autograd.grad(y, x, dy)[0] for y in (largest(x), F.max_pool2d(x, 15, 4, 7)))
+    assert torch.equal(ours, theirs)
+
+
+def test_channels_that_do_not_fit_are_an_error_as_in_torch() -> None:
+    for channels in (16, 48, 128):
+        with pytest.raises(RuntimeError, match="running_mean should contain 64 elements"):
+            normed(channels)(torch.randn(8, 64, 4, 4))
+
+
+def test_a_norm_whose_weight_is_made_of_others_is_torchs() -> None:
+    norm, x = normed(16), torch.randn(4, 16, 4, 4)
+    nn.utils.parametrize.register_parametrization(norm, "weight", nn.Softplus())
+    assert not fused._suits(norm, x)
+    assert torch.equal(norm(x), F.batch_norm(x, None, None, norm.weight, norm.bias, training=True))
+
+
+def test_no_gradient_at_all_is_none() -> None:
+    norm, x = normed(16), torch.randn(4, 16, 4, 4, requires_grad=True)
+    (gradient,) = torch.autograd.grad(Nothing.apply(norm(x)), x, allow_unused=True)  # type: ignore[no-untyped-call]
+    assert gradient is None
+
+
+class Nothing(torch.autograd.Function):
+    """Zero, and no gradient."""
+
+    @staticmethod
+    def forward(ctx: object, x: Tensor) -> Tensor:
+        return x.new_zeros(())
+
+    @staticmethod
+    def backward(ctx: object, dy: Tensor) -> None:
+        return None
+
+
+def test_sums_are_fp32_whatever_a_tensor_is_by_default() -> None:
+    dy = torch.randn(4, 16, 4, 4).contiguous(memory_format=torch.channels_last)
+    right = fused.gated(dy, None, None)[1]
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert torch.equal(fused.gated(dy, None, None)[1], right) and right.dtype == torch.float32
+    finally:
+        torch.set_default_dtype(torch.float32)

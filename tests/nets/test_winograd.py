@@ -108,6 +108,28 @@ def test_few_small_and_other_images_are_left_to_the_direct_convolution() -> None
     assert not pays(torch.randn(64, 128, 5, 5)), "most of a tile reaches over the edge"
     assert pays(torch.randn(16, 128, 8, 8).bfloat16())
     assert not pays(torch.randn(16, 128, 8, 8).half())
+    with torch.autocast("cpu", torch.float16):
+        assert not pays(torch.randn(16, 128, 8, 8)), "sums of so many products may be more than fp16 holds"
+
+
+def test_channels_that_do_not_fit_are_an_error_as_in_torch() -> None:
+    conv = WinogradConv(128, 128, 3, padding=1, bias=False).train()
+    use_winograd(conv, True)
+    for channels in (64, 256):
+        for bf16 in (False, True):
+            with torch.autocast("cpu", torch.bfloat16, enabled=bf16), pytest.raises(RuntimeError, match="to have 128 channels"):
+                conv(torch.randn(16, channels, 8, 8))
+
+
+def test_a_gradient_is_the_same_within_autocast() -> None:
+    torch.manual_seed(5)
+    x = torch.randn(16, 128, 8, 8, dtype=torch.bfloat16, requires_grad=True)
+    weight = (torch.randn(128, 128, 3, 3) / 34).requires_grad_()
+    y, dy = of(x, weight), torch.randn(16, 128, 8, 8).bfloat16()
+    outside = torch.autograd.grad(y, (x, weight), dy, retain_graph=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        within = torch.autograd.grad(y, (x, weight), dy)
+    assert all(torch.equal(one, other) for one, other in zip(outside, within, strict=True))
 
 
 def test_what_is_not_kept_for_the_backward_pass_is_made_again_to_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:
