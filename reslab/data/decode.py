@@ -158,8 +158,10 @@ def _orientation(image: Image.Image, data: bytes) -> int:
 
 
 def _load_first(image: Image.Image) -> None:
-    """Decodes a PNG, so that what is wrong with it is not lost where its orientation is looked for: it would be black then."""
-    if image.format == "PNG":
+    """Decodes where Pillow would do so unasked: a PNG where its orientation is looked for, which loses what is wrong with it, so
+    that it would be black; and a TIFF, which comes out upright then, and says so no sooner.
+    """
+    if image.format in ("PNG", "TIFF"):
         image.load()
 
 

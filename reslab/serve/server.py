@@ -89,22 +89,21 @@ def serve(settings: Settings, say: Callable[[str], None] = print) -> None:
 
     Raises CallError for a wrong host or model, WorkError for a port in use or a process that cannot start.
     """
-    listener = _bind(settings)
-    port = listener.getsockname()[1]
-    _allow_many_connections()
-    classifier = load(settings.model)  # what is wrong with it is said here, in one line
-    host = f"[{settings.host}]" if ":" in settings.host else settings.host
-    ready = f"serving {shown(settings.model)} at http://{host}:{port} (Ctrl-C ends it)"
-    rows = shared_rows(settings.workers)
-    if settings.workers == 1:
-        _serve(settings, classifier, listener, Metrics(rows), lambda: say(ready))
-    else:
-        _serve_several(settings, port, listener, rows, lambda: say(ready))
+    with _bind(settings) as listener, _claim(settings, listener):
+        port = listener.getsockname()[1]
+        _allow_many_connections()
+        classifier = load(settings.model)  # what is wrong with it is said here, in one line
+        host = f"[{settings.host}]" if ":" in settings.host else settings.host
+        ready = f"serving {shown(settings.model)} at http://{host}:{port} (Ctrl-C ends it)"
+        rows = shared_rows(settings.workers)
+        if settings.workers == 1:
+            _serve(settings, classifier, listener, Metrics(rows), lambda: say(ready))
+        else:
+            _serve_several(settings, port, listener, rows, lambda: say(ready))
 
 
 def _bind(settings: Settings, port: int | None = None, *, shared: bool = False) -> socket.socket:
-    """The port, not yet listened to. `shared` lets other workers bind it too."""
-    where = f"{shown(settings.host)}:{settings.port}"
+    """The port; listened to, for else two that are not yet ready could have the same. `shared` lets other workers bind it too, unheard."""
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(settings.host, settings.port if port is None else port, type=socket.SOCK_STREAM)[0]
     except (OSError, UnicodeError) as error:
@@ -115,14 +114,32 @@ def _bind(settings: Settings, port: int | None = None, *, shared: bool = False) 
         if shared:
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
         listener.bind(address)
+        if not shared:
+            listener.listen()
     except OSError as error:
         listener.close()
         if isinstance(error, PermissionError):
             raise WorkError(f"port {settings.port} may not be used by this user: give --port from 1024 on") from error
         if error.errno == errno.EADDRINUSE:
-            raise WorkError(f"{where} is in use: stop what uses it, or give another --port (0 takes a free one)") from error
+            raise _in_use(settings) from error
         raise CallError(f"--host must be an address of this machine; received {shown(settings.host)} ({error.strerror}): try 127.0.0.1") from error
     return listener
+
+
+def _claim(settings: Settings, listener: socket.socket) -> socket.socket:
+    """That no other of these servers takes the address while this one's workers are not yet listening: a name that ends with its process."""
+    claim = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+    if sys.platform == "linux":
+        try:
+            claim.bind(f"\0reslab serve {listener.getsockname()[:2]}")
+        except OSError as error:
+            claim.close()
+            raise _in_use(settings) from error
+    return claim
+
+
+def _in_use(settings: Settings) -> WorkError:
+    return WorkError(f"{shown(settings.host)}:{settings.port} is in use: stop what uses it, or give another --port (0 takes a free one)")
 
 
 def _allow_many_connections() -> None:
@@ -161,7 +178,7 @@ class _Server(uvicorn.Server):
         super().__init__(config)
         self.service, self.ready, self.parent = service, ready, parent
         self.interrupts = 0
-        self.quiet: dict[Any, tuple[Any, float]] = {}  # connection -> its last request, and since when there is no other
+        self.quiet: dict[Any, tuple[Any, float]] = {}  # connection -> its last request and bytes unsent, and since when these are so
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
@@ -183,13 +200,14 @@ class _Server(uvicorn.Server):
         return await super().on_tick(counter) or self.parent not in (None, os.getppid())
 
     def _drop_stale(self, now: float) -> None:
-        """Closes connections that have sent no whole request head for STALE_SECONDS."""
+        """Closes connections that for STALE_SECONDS have sent no whole request head, nor read of an answer that waits for them."""
         quiet = {}
         for connection in list(self.server_state.connections):
             cycle = connection.cycle  # type: ignore[union-attr]  # both parsers that _serve chooses from have it
-            if cycle is None or cycle.response_complete:
+            if cycle is None or cycle.response_complete or connection.flow.write_paused:  # type: ignore[union-attr]
+                state = cycle, connection.transport.get_write_buffer_size()
                 before, since = self.quiet.get(connection, (None, now))
-                quiet[connection] = (cycle, since if before is cycle else now)
+                quiet[connection] = (state, since if before == state else now)
                 if now - quiet[connection][1] > STALE_SECONDS:
                     connection.transport.abort()
         self.quiet = quiet
@@ -215,6 +233,8 @@ def _serve_several(settings: Settings, port: int, listener: socket.socket, rows:
 
 def _work(settings: Settings, port: int, rows: Any, row: int, pipe: Connection) -> None:
     listener = _bind(settings, port, shared=True)
+    if settings.model.suffix.lower() == ".onnx":  # its threads are set before it is loaded
+        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores() // settings.workers)))
     _serve(settings, load(settings.model), listener, Metrics(rows, row), lambda: pipe.send_bytes(b"ready"), os.getppid())
 
 

@@ -8,17 +8,18 @@
 Whatever is served from a file is read at the start; no request reaches the file system.
 """
 
+import asyncio
 import base64
 import contextlib
 import io
 import json
 import threading
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from importlib.resources import files
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from PIL import Image
@@ -49,6 +50,7 @@ THREADS = 2  # that decode
 SELF_ONLY = "default-src 'none'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 PAGE_POLICY = f"{SELF_ONLY}; script-src 'self'; style-src 'self'; img-src 'self' blob: data:; connect-src 'self'"
 REPORT_POLICY = f"{SELF_ONLY}; img-src data:; style-src 'unsafe-inline'"  # it has its styles inside, and no script
+T = TypeVar("T")
 PAGE = {"/": ("index.html", "text/html"), "/page.css": ("page.css", "text/css"), "/page.js": ("page.js", "text/javascript")}
 
 
@@ -167,22 +169,22 @@ class Service:
             self.predictions.check_room()  # before the body is read
             with self.memory.lease() as lease:
                 uploads = await read_uploads(request, lease, self.limits.body, self.most_images)
-                return await self._answer(uploads, wants_heat)
+                return await self._answer(request, uploads, wants_heat)
         except Full as full:
             raise Problem(503, f"the queue is full; try again in {full.retry_after} s", {"retry-after": str(full.retry_after)}) from None
         except Late:
             raise Problem(504, f"an answer must be ready within {self.limits.seconds:g} s; it was not: try again, or raise --timeout") from None
 
-    async def _answer(self, uploads: list[Upload], wants_heat: bool) -> Response:
+    async def _answer(self, request: Request, uploads: list[Upload], wants_heat: bool) -> Response:
         until = time.monotonic() + self.limits.seconds
-        found = await self.predictions.ask([upload.body for upload in uploads], self.limits.seconds)
+        found = await _while_there(request, self.predictions.ask([upload.body for upload in uploads], self.limits.seconds))
         bad: list[dict[str, Any]] = [{"index": i, "name": uploads[i].name, "detail": str(f)} for i, f in enumerate(found) if isinstance(f, Unreadable)]
         if bad:
             raise Problem(422, f"every image must be readable; number {bad[0]['index'] + 1} is not: {bad[0]['detail']}", images=bad)
         good = [f for f in found if not isinstance(f, Unreadable)]
         maps: Sequence[str | None] = [None] * len(good)
         if wants_heat:
-            maps = await self.heat_maps.ask(good, until - time.monotonic())
+            maps = await _while_there(request, self.heat_maps.ask(good, until - time.monotonic()))
             self.metrics.add("heat_maps_total", len(maps))
         rows = [self._row(upload.name, f[0], heat) for upload, f, heat in zip(uploads, good, maps, strict=True)]
         return _response({"predictions": rows, "sure_from": self.classifier.sure})
@@ -239,6 +241,19 @@ class Service:
         self.metrics.add("images_total", size)
         self.metrics.observe("batch_images", size)
         self.metrics.observe("batch_seconds", seconds)
+
+
+async def _while_there(request: Request, asked: Coroutine[Any, Any, T]) -> T:
+    """What is asked for, unless the client goes away, for whom then nothing more is computed. Raises Problem, which nobody reads."""
+    answer, gone = asyncio.ensure_future(asked), asyncio.ensure_future(request.receive())
+    try:
+        await asyncio.wait((answer, gone), return_when=asyncio.FIRST_COMPLETED)
+        if not answer.done() and gone.result()["type"] == "http.disconnect":
+            raise Problem(400, "the connection ended before there was an answer")
+        return await answer
+    finally:
+        gone.cancel()
+        answer.cancel()
 
 
 NO_STORE = {"cache-control": "no-store"}

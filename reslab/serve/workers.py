@@ -64,7 +64,7 @@ class _Workers:
             for row, pipe in list(self.pipes.items()):
                 if pipe.poll() and _is_ready(pipe):
                     del self.pipes[row]
-            if not self.pipes and not self.announced:
+            if not self.pipes and not self.announced and not self.stopping:
                 self.announced = True
                 ready()
             for row, process in list(self.processes.items()):

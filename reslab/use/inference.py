@@ -86,9 +86,9 @@ class Quick:
         facts = self.record.get(name, self.record if name == "bf16" else {})  # older records are flat, and of bf16
         if min(facts.get("agreement", 0), facts.get("exchanged", 1)) < AGREEMENT:  # records from before exchanging have only the one
             return False
-        if name == "int8":  # its ranges are of the weights that the record was made of
-            return has_int8(device) and facts.get("agreement_low", 0) >= SURE and self._versions() == self.recorded
-        return has_bf16(device)
+        if device.type == "cpu" and self._versions() != self.recorded:  # on a GPU all lie elsewhere than when they were loaded
+            return False  # it is of other weights than these
+        return has_int8(device) and facts.get("agreement_low", 0) >= SURE if name == "int8" else has_bf16(device)
 
     def _lowered(self, name: str, x: Tensor) -> Forward | None:
         return in_int8(self.net, self.record["int8"].get("ranges"), x) if name == "int8" else lowered(self.net, DTYPES[name])

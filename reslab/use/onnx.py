@@ -35,10 +35,17 @@ def runtime() -> Any:
 
 
 def session(graph: bytes) -> Any:
-    """An InferenceSession on the CPU, on all cores. Raises WorkError for what onnxruntime cannot run."""
+    """An InferenceSession on the CPU, on all cores or as many as OMP_NUM_THREADS says, as torch has it.
+
+    Raises WorkError for what onnxruntime cannot run.
+    """
     ort = runtime()
     options = ort.SessionOptions()
     options.log_severity_level = 4  # what goes wrong is said once, by us
+    if (threads := os.environ.get("OMP_NUM_THREADS", "")).isdecimal():
+        options.intra_op_num_threads = int(threads)
+    # Without VNNI the quick product of 8-bit numbers adds two of them in 16 bits, which may be too few; this one is exact there.
+    options.add_session_config_entry("session.x64quantprecision", "1")
     with tempfile.TemporaryDirectory() as nothing:  # tensors kept in other files are looked for in an empty folder
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", nothing)
         try:

@@ -70,7 +70,7 @@ def test_transparency_goes_onto_white() -> None:
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
-@pytest.mark.parametrize("kind", ["JPEG", "PNG"])
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "TIFF", "WEBP"])
 def test_exif_rotation_is_applied(orientation: int, kind: str) -> None:
     upright = Image.new("RGB", (64, 32), "black")
     upright.paste("white", (0, 0, 20, 20))
@@ -78,11 +78,12 @@ def test_exif_rotation_is_applied(orientation: int, kind: str) -> None:
     stored = upright.transpose(Image.Transpose(undo[orientation])) if orientation > 1 else upright
     exif = Image.Exif()
     exif[0x0112] = orientation
-    data = encoded(stored, kind, exif=exif, **({"quality": 95} if kind == "JPEG" else {}))
+    data = encoded(stored, kind, exif=exif, **{"JPEG": {"quality": 95}, "WEBP": {"lossless": True}}.get(kind, {}))
     assert read_header(data)[:2] == (64, 32)
-    got = decode(data, 32, 3)  # the middle square: columns 16 to 47
-    want = np.asarray(upright.crop((16, 0, 48, 32)))
-    assert np.abs(got.astype(int) - want.astype(int)).max() < 40
+    want = np.asarray(upright).astype(int)
+    for got in (decode(data, 32, 3), decode_square(data, 32, 3)):  # the middle square: columns 16 to 47
+        assert np.abs(got.astype(int) - want[:, 16:48]).max() < 40
+    assert np.abs(decode_whole(data).astype(int) - want).max() < 40
 
 
 @pytest.mark.parametrize(("least", "side"), [(600, 600), (301, 600), (300, 300), (150, 150), (76, 150), (10, 75), (2000, 600)])

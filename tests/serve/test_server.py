@@ -21,7 +21,7 @@ import uvicorn
 import reslab
 from reslab.serve import workers as workers_module
 from reslab.serve.parser import HEAD_BYTES
-from reslab.serve.server import Settings, _Server, serve
+from reslab.serve.server import Settings, _bind, _claim, _Server, serve
 from reslab.serve.service import Limits
 from tests.serve.serving import Server, as_json, image, make_run, serving
 from tests.test_cli import one_line
@@ -66,6 +66,18 @@ def test_wrong_settings_are_refused(run: Path, fields: dict[str, Any], part: str
 def test_a_port_in_use_is_one_line(cli: Callable[..., subprocess.CompletedProcess[str]], run: Path, server: Server) -> None:
     one_line(cli("serve", run, "--port", str(server.port)), 1, f"127.0.0.1:{server.port} is in use")
     one_line(cli("serve", run, "--port", str(server.port), "--workers", "2"), 1, "is in use")
+
+
+def test_two_servers_that_are_not_ready_yet_do_not_get_one_port(run: Path) -> None:
+    with _bind(Settings(run, port=0)) as alone:
+        settings = Settings(run, port=alone.getsockname()[1])
+        with pytest.raises(reslab.WorkError, match="is in use"):
+            _bind(settings)
+    first, second = (_bind(settings, shared=True) for _ in range(2))  # as those of several workers
+    with first, second, _claim(settings, first), pytest.raises(reslab.WorkError, match="is in use"):
+        _claim(settings, second)
+    with _bind(settings) as again:
+        _claim(settings, again).close()
 
 
 def test_the_missing_extra_is_named(run: Path) -> None:
@@ -136,21 +148,28 @@ def test_an_endless_head_is_cut_off(server: Server) -> None:
 def test_connections_that_only_hold_a_place_are_dropped_and_others_are_not() -> None:
     """As the clock goes on; a slow body has a limit of its own."""
 
-    class Connection(SimpleNamespace):
-        __hash__ = object.__hash__
+    class Own(SimpleNamespace):
+        """Equal to nothing but itself, as connections and requests are."""
+
+        __hash__, __eq__ = object.__hash__, object.__eq__
 
     def connection(cycle: Any) -> Any:
         dropped: list[bool] = []
-        return Connection(cycle=cycle, dropped=dropped, transport=SimpleNamespace(abort=lambda: dropped.append(True)))
+        transport = SimpleNamespace(abort=lambda: dropped.append(True), unsent=0)
+        transport.get_write_buffer_size = lambda: transport.unsent
+        return Own(cycle=cycle, dropped=dropped, transport=transport, flow=SimpleNamespace(write_paused=False))
 
-    done, busy = (lambda: SimpleNamespace(response_complete=True)), SimpleNamespace(response_complete=False)
+    done, busy = (lambda: Own(response_complete=True)), Own(response_complete=False)
     silent, idle, working, active = connection(None), connection(done()), connection(busy), connection(done())
+    slow, deaf = connection(done()), connection(busy)  # one reads its answer bit by bit, one reads nothing of what fills the buffer
+    slow.transport.unsent, deaf.transport.unsent, deaf.flow.write_paused = 100, 1 << 16, True
     server = _Server(uvicorn.Config(app="none"), SimpleNamespace(), lambda: None)  # type: ignore[arg-type]
-    server.server_state.connections.update((silent, idle, working, active))
+    server.server_state.connections.update((silent, idle, working, active, slow, deaf))
     for second in range(0, 25):
         server._drop_stale(float(second))
         active.cycle = done()  # it asks again each second
-    assert [bool(each.dropped) for each in (silent, idle, working, active)] == [True, True, False, False]
+        slow.transport.unsent -= 1
+    assert [bool(each.dropped) for each in (silent, idle, working, active, slow, deaf)] == [True, True, False, False, False, True]
 
 
 class Client(threading.Thread):

@@ -234,6 +234,45 @@ def test_more_than_the_queue_holds_is_503_and_what_takes_too_long_504(run: Path)
     assert service.memory.held == 0
 
 
+def test_what_a_client_asked_for_that_went_away_is_not_computed(run: Path) -> None:
+    slow = Slow(run)
+    service = make(run, Limits(batch=1), classifier=slow)
+    scope = {"type": "http", "method": "POST", "path": "/predict", "query_string": b"", "headers": [(b"host", b"localhost"), (b"content-type", b"image/png")]}
+
+    async def ask(gone: asyncio.Event, sent: list[Any]) -> None:
+        body = [{"type": "http.request", "body": image(), "more_body": False}]
+
+        async def receive() -> Any:
+            if body:
+                return body.pop()
+            await gone.wait()
+            return {"type": "http.disconnect"}
+
+        async def send(message: Any) -> None:
+            sent.append(message)
+
+        await service.app(scope, receive, send)
+
+    async def main() -> None:
+        async with service.app.router.lifespan_context(service.app):
+            slow.go.clear()
+            never, gone, answers = asyncio.Event(), asyncio.Event(), [list[Any]() for _ in range(4)]
+            stays = [asyncio.create_task(ask(never, answers[i])) for i in (0, 1)]
+            await asyncio.sleep(0.05)
+            leaves = [asyncio.create_task(ask(gone, answers[i])) for i in (2, 3)]
+            await asyncio.sleep(0.05)
+            before = service.predictions.waiting
+            gone.set()
+            await asyncio.wait_for(asyncio.gather(*leaves), 5)
+            assert service.predictions.waiting == before - 2
+            slow.go.set()
+            await asyncio.wait_for(asyncio.gather(*stays), 20)
+            assert [answer[0]["status"] for answer in answers] == [200, 200, 400, 400]
+
+    asyncio.run(main())
+    assert service.memory.held == 0
+
+
 def test_bodies_in_memory_are_bounded_over_all_requests(run: Path) -> None:
     service = make(run)
     service.memory = Memory(len(image()) - 1)

@@ -20,6 +20,7 @@ from reslab.serve.server import _published
 from reslab.serve.service import Limits, Service
 from reslab.use import inference
 from reslab.use.formats import to_onnx, write_onnx
+from reslab.use.onnx import OnnxModel
 from tests.use.conftest import TINY, classifier_of, photos_of
 
 WITHOUT_TORCH = """
@@ -58,6 +59,14 @@ def test_an_exported_file_is_the_same_classifier(trained: Run, exported: Path, m
         assert [p for _, p in a.top] == pytest.approx([p for _, p in b.top], abs=1e-5)
     with pytest.raises(reslab.CallError, match="give the run folder"):
         _ = theirs.net
+
+
+@pytest.mark.parametrize(("said", "threads"), [("3", 3), ("", 0), ("many", 0)])  # 0: all cores
+def test_it_takes_as_many_threads_as_torch_would(exported: Path, said: str, threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", said)
+    model = reslab.load(exported).model
+    assert isinstance(model, OnnxModel)
+    assert model.session.get_session_options().intra_op_num_threads == threads
 
 
 def test_an_exported_file_is_served(trained: Run, exported: Path) -> None:
