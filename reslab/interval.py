@@ -1,4 +1,4 @@
-"""The 95 % interval of a share."""
+"""The 95 % interval of a share, and shares in words."""
 
 import math
 
@@ -18,3 +18,14 @@ def share(name: str, successes: int, n: int) -> dict[str, float]:
     """A share and its interval as facts of a record: NAME, NAME_low, NAME_high."""
     low, high = wilson(successes, n)
     return {name: successes / n, f"{name}_low": low, f"{name}_high": high}
+
+
+def percent(share: float, digits: int = 1, space: str = "\N{NO-BREAK SPACE}") -> str:
+    """A share as "98.7 %". What is less than all is not rounded to all: it is "> 99.9 %"."""
+    text = limit(share, digits, space)
+    return text if share >= 1 or float(f"{100 * share:.{digits}f}") < 100 else f"> {limit(1 - 10 ** -(digits + 2), digits, space)}"
+
+
+def limit(share: float, digits: int = 1, space: str = "\N{NO-BREAK SPACE}") -> str:
+    """An end of an interval likewise, only rounded."""
+    return f"{100 * share:.{digits}f}{space}%"

@@ -114,6 +114,8 @@ def print_scores(scores: dict[str, Any]) -> None:
     parts += [line("loss", "loss", "{:.3f}".format), line("calibration error", "ece", "{:.2%}".format)]
     how = "" if scores.get("precision", "fp32") == "fp32" else f" in {scores['precision']}, as it was trained"
     print(f"test{how}, n = {scores['n']:,}: " + "\n  ".join(parts))
+    if learned := scores.get("learned"):
+        print(f"{learned:,} of these images are those it was trained on or chosen by: this says little about others")
 
 
 def print_checkup(name: str, n: int, found: "Checkup") -> None:

@@ -91,14 +91,20 @@ def _cheap(images: Images, broken: list[tuple[str, str]]) -> Iterable[Finding]:
         )
 
 
+def _parts(images: Images) -> list[str]:
+    """Where each image is declared to be; what is in no part is split with train, where byte-identical images stay together."""
+    return [declared or "train" for declared in images.declared]
+
+
 def _exact(images: Images) -> Iterable[Finding]:
     groups: dict[str, list[int]] = defaultdict(list)
     for i, held in enumerate(images.digests):
         groups[held].append(i)
     repeated = [group for group in groups.values() if len(group) > 1]
     across_classes = [g for g in repeated if len({int(images.labels[i]) for i in g}) > 1]
-    leaks = [g for g in repeated if len({images.declared[i] for i in g}) > 1]
-    within = [g for g in repeated if len({(int(images.labels[i]), images.declared[i]) for i in g}) == 1]
+    part = _parts(images)
+    leaks = [g for g in repeated if len({part[i] for i in g}) > 1]
+    within = [g for g in repeated if len({(int(images.labels[i]), part[i]) for i in g}) == 1]
     if across_classes:
         yield _pairs(images, "contradiction", True, f"{len(across_classes)} image(s) under more than one class: ", across_classes)
     if leaks:
@@ -118,9 +124,10 @@ def _near(images: Images, hashes: Hashes) -> Iterable[Finding]:
         yield Finding("near", False, f"near-duplicates were not looked for: below {HASH_SIDE} px the hash cannot tell images apart", [])
         return
     pairs = [(i, j) for i, j in near_pairs(hashes) if images.digests[i] != images.digests[j]]
-    leaks = [[i, j] for i, j in pairs if images.declared[i] != images.declared[j]]
-    across = [[i, j] for i, j in pairs if images.labels[i] != images.labels[j] and images.declared[i] == images.declared[j]]
-    others = [[i, j] for i, j in pairs if images.labels[i] == images.labels[j] and images.declared[i] == images.declared[j]]
+    part = _parts(images)
+    leaks = [[i, j] for i, j in pairs if part[i] != part[j]]
+    across = [[i, j] for i, j in pairs if images.labels[i] != images.labels[j] and part[i] == part[j]]
+    others = [[i, j] for i, j in pairs if images.labels[i] == images.labels[j] and part[i] == part[j]]
     for kind, found, text in (
         ("near-leakage", leaks, "near-duplicate pair(s) across train, val and test: "),
         ("near-contradiction", across, "near-duplicate pair(s) under different classes: "),

@@ -4,7 +4,7 @@ A split that the source declares is kept. What is missing is made here: seeded, 
 that byte-identical images never straddle it. Nothing is copied; `split.json` names every image by content hash.
 """
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from dataclasses import replace
 from typing import Any
 
@@ -32,7 +32,7 @@ def split(images: Images, seed: int, val: float | None = None) -> Images:
         raise WorkError(reason)
     rng = np.random.default_rng([seed, 0x5911])
     if "test" not in fixed:
-        parts["train"], parts["test"] = _take(images, parts["train"], TEST, None, rng)
+        parts["train"], parts["test"] = _take(images, parts["train"], TEST, None, rng, leave=1 if "val" in fixed else 2)
     if "val" not in fixed:
         share = (val or VAL) / (1 if "test" in fixed else 1 - TEST)
         parts["train"], parts["val"] = _take(images, parts["train"], share, None if val else MOST_VAL, rng)
@@ -59,20 +59,23 @@ def too_small_to_split(images: Images) -> str:
     if len(images.classes) < 2:
         only = f"only {shown(images.classes[0])!r}" if images.classes else "none"
         return f"a classifier needs two classes or more; received {only}: add a folder or label for each class"
-    train = np.concatenate([_declared(images, "train"), _declared(images, "")])
+    train = np.sort(np.concatenate([_declared(images, "train"), _declared(images, "")]))
     need = 3 - sum(1 for name in ("val", "test") if len(_declared(images, name)))
-    counts = np.bincount(images.labels[train], minlength=len(images.classes))
-    for label, count in enumerate(counts):
-        if count < need:
+    first: dict[str, int] = {}  # copies stay together, in the class of the first
+    for i in train:
+        first.setdefault(images.digests[i], int(images.labels[i]))
+    counts = Counter(first.values())
+    for label, name in enumerate(images.classes):
+        if counts[label] < need:
             return (
-                f"each class needs {need} images or more to train on (and to hold out for val and test); class "
-                f"{shown(images.classes[label])!r} has {count}: add images or remove the class"
+                f"each class needs {need} images or more that differ, to train on (and to hold out for val and test); class "
+                f"{shown(name)!r} has {counts[label]}: add images or remove the class"
             )
     return ""
 
 
-def _take(images: Images, items: Indices, fraction: float, most: int | None, rng: np.random.Generator) -> tuple[Indices, Indices]:
-    """Splits `items` in (kept, taken). Every class gives its share, at least one image and never its last."""
+def _take(images: Images, items: Indices, fraction: float, most: int | None, rng: np.random.Generator, leave: int = 1) -> tuple[Indices, Indices]:
+    """Splits `items` in (kept, taken). Every class gives its share, at least one image and not the last `leave`, copies counted once."""
     groups: dict[str, list[int]] = defaultdict(list)
     for i in items:
         groups[images.digests[i]].append(int(i))
@@ -85,7 +88,7 @@ def _take(images: Images, items: Indices, fraction: float, most: int | None, rng
         candidates = by_class[label]
         quota = max(1, round(share * sum(map(len, candidates))))
         got = 0
-        for position in rng.permutation(len(candidates))[: len(candidates) - 1]:
+        for position in rng.permutation(len(candidates))[: len(candidates) - leave]:
             if got >= quota:
                 break
             taken += candidates[position]

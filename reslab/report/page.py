@@ -6,6 +6,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined, UndefinedError
 
 from reslab.errors import CallError, WorkError, shown
+from reslab.interval import limit, percent
 from reslab.report import figures
 from reslab.run import Record, Run, write_whole
 
@@ -20,7 +21,7 @@ def write_report(run: Run) -> Path:
     if test is None:
         raise CallError(f"a report needs a finished run; {shown(run.path)} has no test result: `reslab train --resume {shown(run.path)}`")
     environment = Environment(loader=PackageLoader("reslab", "report"), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters |= {"percent": _percent, "number": lambda n: f"{n:,}", "shown": shown}
+    environment.filters |= {"percent": percent, "limit": limit, "number": lambda n: f"{n:,}", "shown": shown}
     try:
         page = environment.get_template("page.html.j2").render(_facts(run, test))
     except (LookupError, TypeError, ValueError, ArithmeticError, StopIteration, UndefinedError) as error:
@@ -89,7 +90,3 @@ def _pairs(test: Record, classes: list[str], mistakes: list[Record]) -> list[dic
 def _speed(epochs: list[Record], config: dict[str, Any]) -> float:
     images = epochs[-1]["step"] * config["recipe"]["batch_size"] if epochs else 0
     return images / epochs[-1]["seconds"] if epochs else 0.0
-
-
-def _percent(share: float, digits: int = 1) -> str:
-    return f"{100 * share:.{digits}f}\N{NO-BREAK SPACE}%"

@@ -10,12 +10,14 @@ import re
 import shlex
 import shutil
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined, UndefinedError
 
 from reslab.errors import CallError, WorkError, needs_extra, shown
+from reslab.interval import limit, percent
 from reslab.run import Record, Run, workplace
 from reslab.use.artefact import FILES, model_files
 from reslab.use.classifier import Classifier, load
@@ -111,7 +113,13 @@ def _pages(run: Run, classifier: Classifier) -> dict[str, str]:
         autoescape=lambda name: str(name).startswith("card.html"),  # noqa: S701  # Markdown has its own escape, the filter md
         trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True,
     )  # fmt: skip
-    environment.filters |= {"percent": lambda x: f"{100 * x:.2f} %", "shown": shown, "md": markdown, "number": lambda n: f"{n:,}"}
+    environment.filters |= {
+        "percent": partial(percent, digits=2, space=" "),
+        "limit": partial(limit, digits=2, space=" "),
+        "shown": shown,
+        "md": markdown,
+        "number": lambda n: f"{n:,}",
+    }
     test = run.last("test")
     if test is None:
         raise CallError(f"a card needs a finished run; {shown(run.path)} has no test result: `reslab train --resume {shown(run.path)}`")

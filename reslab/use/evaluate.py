@@ -17,6 +17,7 @@ from reslab.use.classifier import Classifier, softmax
 
 BINS = 15  # of the reliability diagram and ECE, equal in width (Guo et al. 2017)
 RESAMPLES = 500
+DRAWS = 200  # of answers as right as their confidence says, whose calibration error is that of chance
 TEMPERATURES = (0.25, 100.0)
 SURE = 0.95  # the share of right answers that "sure" stands for
 FEW_MISTAKES = 10  # that many wrong answers are needed to tell that a net is not confident enough
@@ -83,7 +84,9 @@ def score(out: Outputs, classes: tuple[str, ...], temperature: float, seed: int 
     for name, probabilities in (("ece_before", raw), ("ece", calibrated)):
         confidence = probabilities.max(1)
         facts |= _bootstrap(name, resamples, lambda rows, c=confidence: ece(c[rows], right[rows]))  # type: ignore[misc]
+    confidence = calibrated.max(1)
     facts |= {
+        "ece_by_chance": float(np.mean([ece(confidence, rng.random(n) < confidence) for _ in range(DRAWS)])),
         "temperature": temperature,
         "reliability": {"before": reliability(raw.max(1), right), "after": reliability(calibrated.max(1), right)},
         "classes": _per_class(out.labels, predicted, classes),

@@ -28,7 +28,7 @@ from reslab.use.int8 import Int8Conv, Ranges, connect, has_int8, observe
 from reslab.use.race import race
 
 AGREEMENT = 0.995  # of a precision's classes with those of fp32, at least; and of the exchanged ones
-SURE = 0.98  # and of int8's, which rounds more, the lower end of the interval: some 200 images without a difference
+SURE = {"bf16": 0.95, "int8": 0.98}  # the lower end of its interval: some 70 images without a difference, or 200, as int8 rounds more
 GAIN = 1.1  # it must be this much faster to be worth its rounding
 WEIGHED = 256, 1024  # val images that the agreement is measured on: at least, and where they take less than
 WEIGHED_SECONDS = 5.0
@@ -88,7 +88,9 @@ class Quick:
             return False
         if device.type == "cpu" and self._versions() != self.recorded:  # on a GPU all lie elsewhere than when they were loaded
             return False  # it is of other weights than these
-        return has_int8(device) and facts.get("agreement_low", 0) >= SURE if name == "int8" else has_bf16(device)
+        if facts.get("agreement_low", float(name == "bf16")) < SURE[name]:  # older records have none of bf16
+            return False
+        return has_int8(device) if name == "int8" else has_bf16(device)
 
     def _lowered(self, name: str, x: Tensor) -> Forward | None:
         return in_int8(self.net, self.record["int8"].get("ranges"), x) if name == "int8" else lowered(self.net, DTYPES[name])

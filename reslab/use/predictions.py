@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from reslab.errors import CallError, shown
+from reslab.interval import percent
 from reslab.run import workplace
 from reslab.use.classifier import Prediction
 
@@ -74,8 +75,8 @@ def print_tables(answers: Answers, console: "Console") -> int:
                 failed += 1
                 table.add_row(Text(shown(path)), Text(found, style="red"), "", "")
             else:
-                then = "  ".join(f"{shown(label)} {p:.1%}" for label, p in found.top[1:3])
-                table.add_row(Text(shown(path)), Text(shown(found.label)), f"{found.probability:.1%}", Text(then))
+                then = "  ".join(f"{shown(label)} {percent(p, space='')}" for label, p in found.top[1:3])
+                table.add_row(Text(shown(path)), Text(shown(found.label)), percent(found.probability, space=""), Text(then))
         console.print(table)
     return failed
 

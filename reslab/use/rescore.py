@@ -1,5 +1,6 @@
 """A finished classifier on labelled images again: a run's own test part, or any data."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,7 @@ import numpy as np
 
 from reslab.data.images import Images, read_batches
 from reslab.data.source import Progress, open_images, silent
-from reslab.errors import CallError, shown, unknown
+from reslab.errors import CallError, WorkError, shown, unknown
 from reslab.run import Run
 from reslab.use.classifier import BATCH, Classifier, load
 from reslab.use.evaluate import outputs, score
@@ -18,6 +19,7 @@ from reslab.use.own import own_images
 def evaluate(path: str | Path, data: str | Path | None = None, reading: Progress = silent) -> dict[str, Any]:
     """Scores a finished run on its test part again, or a run or a .onnx file on all images of `data`. A run records it.
 
+    "learned" says how many of the images it was trained on or chosen by, byte for byte: of these the figures say nothing.
     Raises CallError when `data` has a class that the classifier does not know, WorkError when the run's own data has changed.
     """
     is_file = Path(path).suffix.lower() == ".onnx"
@@ -33,9 +35,23 @@ def evaluate(path: str | Path, data: str | Path | None = None, reading: Progress
         raise CallError(f"an exported file has no images of its own; received {shown(path)} alone: name the data too")
     batches = read_batches(images, items, classifier.preprocess.canvas, BATCH)
     scores = score(outputs(classifier, batches), classifier.classes, classifier.temperature)
+    if run is not None and data is not None:
+        learned = _learned(run)
+        scores["learned"] = sum(digest in learned for digest in images.digests)
     if run is not None and not run.is_shipped:
         run.record("evaluation", data=shown(images.source), **scores)
     return scores
+
+
+def _learned(run: Run) -> set[str]:
+    """The contents of the images in train and val; none of a run without its split.json, as those that come with the package."""
+    try:
+        held = json.loads((run.path / "split.json").read_text("utf-8"))
+        return {digest for part in ("train", "val") for digest, _ in held[part]}
+    except FileNotFoundError:
+        return set()
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise WorkError(f"{shown(run.path / 'split.json')} cannot be read: {shown(str(error))[:120]}") from error
 
 
 def _labelled(classifier: Classifier, data: str | Path, reading: Progress) -> Images:

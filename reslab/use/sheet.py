@@ -9,6 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from reslab.errors import shown
+from reslab.interval import percent
 from reslab.run import write_whole
 from reslab.use.explain import PLACED
 from reslab.use.overlay import scale
@@ -23,7 +24,7 @@ def write_sheet(found: "Explanations", run: str, sure: float) -> Path:
     Names and labels come from outside and are escaped.
     """
     environment = Environment(loader=PackageLoader("reslab", "use"), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters |= {"shown": shown, "correlation": lambda value: f"{value:z.2f}", "percent": lambda share: f"{100 * share:.1f}\N{NO-BREAK SPACE}%"}
+    environment.filters |= {"shown": shown, "correlation": lambda value: f"{value:z.2f}", "percent": percent}
     page = environment.get_template("sheet.html.j2").render(found=found, run=run, sure=sure, scale=scale(), at_place=found.method in PLACED)
     target = found.out / "sheet.html"
     write_whole(target, page.encode("utf-8", "backslashreplace"))
@@ -37,7 +38,7 @@ def print_table(found: "Explanations", console: Console) -> None:
         column.overflow = "fold"
     for one in found.explained:
         names = (Text(shown(text)) for text in (one.path, one.prediction.label))
-        table.add_row(*names, f"{one.prediction.probability:.1%}", Text(shown(one.label)), f"{one.rank_correlation:z.2f}", one.file)
+        table.add_row(*names, percent(one.prediction.probability, space=""), Text(shown(one.label)), f"{one.rank_correlation:z.2f}", one.file)
     for path, reason in found.failed.items():
         table.add_row(Text(shown(path)), Text(reason, style="red"))
     console.print(table)

@@ -75,6 +75,15 @@ def test_leakage_between_declared_parts_is_found_exact_and_near(tmp_path: Path) 
     assert not found.is_healthy
 
 
+def test_what_is_in_no_part_is_trained_on_and_leaks_nothing(tmp_path: Path) -> None:
+    photos(tmp_path / "d")
+    shutil.copy(tmp_path / "d" / "red" / "2.png", tmp_path / "d" / "red" / "copy.png")
+    rows = [(path, "" if path.name == "copy.png" else "train") for path in sorted((tmp_path / "d").rglob("*.png"))]
+    file = tmp_path / "list.csv"
+    file.write_text("path,label,split\n" + "".join(f"{path},{path.parent.name},{part}\n" for path, part in rows))
+    assert set(kinds(check(open_images(file)))) == {"duplicates"}
+
+
 def test_imbalance_is_a_note(tmp_path: Path) -> None:
     root = photos(tmp_path / "p", 3)
     for i in range(40):

@@ -94,3 +94,14 @@ def test_pixels_classes_and_split_change_the_fingerprint_and_a_name_does_not(fol
 def test_images_train_at_their_median_short_side_in_steps_of_32_above_64(side: int, size: int) -> None:
     sizes = np.array([(side, 2 * side), (side + 400, side), (side, side), (8, 8), (4000, 3000)], np.int32)
     assert replace(listed([0, 1, 0, 1, 0], list("abcde")), sizes=sizes).image_size == size
+
+
+def test_copies_of_one_image_are_no_class_that_can_be_split() -> None:
+    with pytest.raises(WorkError, match=r"3 images or more that differ.*'b' has 1"):
+        split(listed([0] * 6 + [1] * 5, [*map(str, range(6)), *["same"] * 5]), 0)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_a_class_of_three_is_in_every_part_whatever_its_copies(seed: int) -> None:
+    images = split(listed([0] * 6 + [1] * 11, [*map(str, range(6)), "x", "y", *["z"] * 9]), seed)
+    assert all(1 in images.labels[images.split[name]] for name in ("train", "val", "test"))

@@ -148,6 +148,15 @@ def test_every_header_of_a_table_says_what_it_heads(run: Run) -> None:
     assert study.count("<th ") == study.count('<th scope="col">') == 3 and "<th>" not in study
 
 
+def test_nearly_all_is_not_all_and_a_class_that_was_never_called_has_no_precision(run: Run, tmp_path: Path) -> None:
+    first, *others = (run.last("test") or {})["classes"]
+    never = {**first, "precision": 0.0, "precision_low": 0.0, "precision_high": 1.0}
+    write_report(other := with_test(run, tmp_path / "run", top1=0.9996, classes=[never, *others]))
+    text = " ".join(parsed(other).text.split())
+    assert "> 99.9 % of" in text and "or none was called so" in text and "or none was called so" not in " ".join(parsed(run).text.split())
+    assert "by chance" in text
+
+
 def test_unfinished_run_has_no_report(tmp_path: Path) -> None:
     (tmp_path / "run.toml").touch()
     with pytest.raises(reslab.CallError, match="needs a finished run"):

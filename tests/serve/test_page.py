@@ -167,14 +167,21 @@ def test_what_failed_for_the_server_alone_can_be_tried_again(browser: Any, serve
 
 @pytest.mark.parametrize(
     ("probability", "threshold", "told"),
-    [(0.826, 0.834, ("82.6", "83.4")), (0.9963, 0.9961, ("99.63", "99.61")), (0.5, 0.75, ("50", "75")), (0.9, 0.9, ("90", "90"))],
+    [
+        (0.826, 0.834, ("82.6", "83.4")),
+        (0.9963, 0.9961, ("99.63", "99.61")),
+        (0.5, 0.75, ("50", "75")),
+        (0.9, 0.9, ("90", "90")),
+        (0.9996, 0.75, ("> 99", "75")),
+        (0.9999, 0.99951, ("99.99", "99.95")),
+    ],
 )
 def test_a_probability_and_the_threshold_never_look_alike(browser: Any, server: Server, probability: float, threshold: float, told: tuple[str, str]) -> None:
     tab = Tab(browser, server)
     one = {"label": "blue", "probability": probability, "sure": probability >= threshold, "top": [{"label": "blue", "probability": probability}]}
     tab.page.route("**/predict*", lambda route: route.fulfill(json={"predictions": [one], "sure_from": threshold}))
     tab.give("a.png", image())
-    assert tuple(re.findall(r"([\d.]+)\s%", tab.text("#confidence"))) == told
+    assert tuple(re.findall(r"((?:> )?[\d.]+)\s%", tab.text("#confidence"))) == told
 
 
 def test_it_is_seen_that_the_first_image_is_being_looked_at(browser: Any, server: Server) -> None:

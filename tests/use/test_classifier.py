@@ -90,7 +90,10 @@ def test_evaluate_repeats_the_test_and_scores_other_data(run: Run, photos: Path,
         draw(tmp_path / "other" / "red" / f"{i}.png", COLOURS["red"], 5000 + i)
     other = json.loads(cli("evaluate", run.path, tmp_path / "other", "--json").stdout)
     assert {row["class"]: row["n"] for row in other["classes"]} == {"blue": 0, "green": 0, "red": 6}, "alone, it is the first of its folder's classes"
-    assert other["top1"] > 0.8
+    assert other["top1"] > 0.8 and other["learned"] == 0
+    own = cli("evaluate", run.path, photos)
+    split = json.loads((run.path / "split.json").read_text())
+    assert f"{len(split['train']) + len(split['val'])} of these images are those it was trained on or chosen by" in own.stdout
     (tmp_path / "other" / "red").rename(tmp_path / "other" / "bleu")
     wrong = cli("evaluate", run.path, tmp_path / "other")
     assert (wrong.returncode, "unknown class 'bleu': did you mean 'blue'" in wrong.stderr) == (2, True)

@@ -77,6 +77,17 @@ def test_calibration_error_of_known_cases() -> None:
     assert ece(np.array([1.0] * 8 + [0.0] * 2), right) == pytest.approx(0)
 
 
+def test_calibration_error_by_chance_is_that_of_a_net_whose_confidence_is_right() -> None:
+    rng = np.random.default_rng(3)
+    logits = rng.normal(0, 2, (400, 3))
+    labels = np.array([rng.choice(3, p=p) for p in softmax(logits)])
+    found = score(Outputs(logits, labels, np.arange(400)), ("a", "b", "c"), 1.0)
+    draws = [np.array([rng.choice(3, p=p) for p in softmax(logits)]) == logits.argmax(1) for _ in range(40)]
+    assert found["ece_by_chance"] == pytest.approx(np.mean([ece(softmax(logits).max(1), right) for right in draws]), rel=0.15)
+    few = score(Outputs(logits[:40], labels[:40], np.arange(40)), ("a", "b", "c"), 1.0)
+    assert few["ece_by_chance"] > 2 * found["ece_by_chance"]
+
+
 def test_temperature_undoes_a_known_scaling() -> None:
     rng = np.random.default_rng(1)
     logits = rng.normal(size=(20_000, 5)) * 1.5

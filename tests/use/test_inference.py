@@ -126,6 +126,7 @@ ELSEWHERE = {**RECORD, "processor": "another"}
         (ELSEWHERE, (2.0, 1.5), "bf16"),
         (ELSEWHERE, (2.0, 3.0), "int8"),
         ({**ELSEWHERE, "precision": "fp32"}, (2.0, 1.0), "bf16"),
+        ({**RECORD, "bf16": {"agreement": 1, "agreement_low": 0.94}}, (9.0, 1.0), "fp32"),  # some fifty images
         (ELSEWHERE, (1.0, 1.05), "fp32"),
         ({**ELSEWHERE, "int8": {**INT8, "agreement": 0.99}}, (1.0, 3.0), "fp32"),
         ({**ELSEWHERE, "int8": {**INT8, "agreement_low": 0.97}}, (1.0, 3.0), "fp32"),  # too few images to know

@@ -4,7 +4,12 @@
 const KEPT = 8;
 const TINY = 160; // pixels below which an image is shown with its pixels visible
 const at = (id) => document.getElementById(id);
-const percent = (share, more = 0) => (share < 0.001 ? "< 0.1\u00a0%" : `${(100 * share).toFixed((share > 0.0995 ? 0 : 1) + more)}\u00a0%`);
+const percent = (share, more = 0) => {
+  const digits = (share > 0.0995 ? 0 : 1) + more;
+  const text = (100 * share).toFixed(digits);
+  if (share < 0.001) return "< 0.1\u00a0%";
+  return share < 1 && text >= 100 ? `> ${(100 - 10 ** -digits).toFixed(digits)}\u00a0%` : `${text}\u00a0%`;
+};
 
 let model = null; // what /model says
 let entries = []; // {url, name, ratio, side, answer}, newest first
@@ -22,7 +27,7 @@ async function start() {
     return;
   }
   const trained = [model.net, model.data && `trained on ${model.data}`].filter(Boolean).join(" ");
-  const test = model.test && `${(100 * model.test.top1).toFixed(1)}\u00a0% of ${model.test.n.toLocaleString("en")} test images right`;
+  const test = model.test && `${percent(model.test.top1, 1)} of ${model.test.n.toLocaleString("en")} test images right`;
   at("name").textContent = model.name;
   at("about").textContent = [trained, `${model.classes.length} classes`, test].filter(Boolean).join(" · ");
   at("report").hidden = !model.report;
