@@ -185,7 +185,8 @@ def _resume(run: Run, limits: Limits, here: Machine, show: JobShow, started: flo
     if (run.path / "model" / "spec.json").is_file():
         raise CallError(f"a finished run cannot be resumed; {shown(run.path)} has its model: train into a new --out")
     try:
-        spec, kept = Spec.from_dict(config["spec"]), recipe_from_dict(config["recipe"])
+        spec, held = Spec.from_dict(config["spec"]), config["data"].get("storage", "auto")  # as then, for it decides what is left out and when
+        kept = recipe_from_dict({**config["recipe"], "storage": held.partition(":")[0]})
         plan = Plan(**{**config["plan"], "segments": tuple(config["plan"]["segments"])})
         source, fingerprint = config["data"]["source"], config["data"]["fingerprint"]
     except (KeyError, TypeError, CallError) as error:
@@ -262,6 +263,10 @@ def _check_readable(parts: dict[str, Batches], recipe: Recipe) -> None:
     for name, part in parts.items():
         if not len(part.items):
             raise WorkError(f"the {name} images must be readable; none of {len(part.dropped)} is: `reslab check` lists them")
+    train = parts["train"]
+    counts = np.bincount(train.images.labels[train.items], minlength=len(train.images.classes))
+    if not counts.all():
+        raise WorkError(f"each class needs a readable image to train on; {shown(train.images.classes[counts.argmin()])!r} has none: `reslab check` lists them")
 
 
 def _whiten(net: ResNet, job: Job) -> None:
@@ -277,11 +282,11 @@ def _plan(job: Job, net: ResNet, limits: Limits, started: float) -> tuple[Plan, 
     x = job.preprocess(batch.pixels, job.machine.device).contiguous(memory_format=torch.channels_last)
     macs = job.spec.cost(recipe.image_size).macs
     plan = make_plan(net, x, recipe, len(job.parts["train"].items), len(job.parts["val"].items), macs, job.machine, limits.memory, limits.seconds or math.inf)
-    deadline = None
+    plan, deadline = job.machine.agree(plan), None
     if limits.seconds:
         deadline = started + limits.seconds - _reserve(job, plan)
-        plan = fit_budget(plan, recipe, deadline - time.monotonic())
-    return job.machine.agree(plan), deadline
+        plan = fit_budget(plan, recipe, job.machine.agree(deadline - time.monotonic()))  # where it does not fit, no process goes on
+    return plan, deadline
 
 
 def _reserve(job: Job, plan: Plan) -> float:

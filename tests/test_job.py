@@ -11,14 +11,18 @@ import torch
 import reslab
 from reslab import job
 from reslab.cli import _explain
+from reslab.data.batches import Batch, Batches
+from reslab.data.images import Images
 from reslab.data.source import open_images
 from reslab.errors import CallError
+from reslab.job import Silent
 from reslab.nets.torch import ResNet
 from reslab.train.fit import Training
 from reslab.train.hardware import Machine
-from reslab.train.pieces import RunningStatistics
+from reslab.train.pieces import RunningStatistics, pieces
 from reslab.train.plan import Plan
 from reslab.train.recipe import Recipe
+from tests.conftest import draw
 
 CPU = torch.device("cpu")
 
@@ -78,3 +82,50 @@ def test_processes_of_a_net_without_batch_norm_have_no_statistics_to_share() -> 
 def test_memory_that_ran_out_is_told_with_what_helps(error: Exception) -> None:
     line, status = _explain(error)
     assert (line[:24], status) == ("the memory must suffice;", 1)
+
+
+def photos(root: Path) -> Path:
+    for c, name in enumerate(("red", "green")):
+        for i in range(12):
+            draw(root / name / f"{i}.png", (200 - 150 * c, 50 + 150 * c, 60), i)
+    return root
+
+
+def test_a_class_of_which_nothing_can_be_trained_on_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def open_and_break(data: Any, reading: Any) -> Images:
+        images = open_images(data)
+        for file in Path(data).glob("green/*"):
+            file.write_bytes(b"gone bad")
+        return images
+
+    monkeypatch.setattr(job, "open_images", open_and_break)
+    with pytest.raises(reslab.WorkError, match="each class needs a readable image to train on; 'green' has none"):
+        reslab.train(photos(tmp_path / "p"), out=tmp_path / "run", batch_size=4, balance="weights")
+
+
+def test_a_run_resumes_with_its_pixels_where_they_were(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Cut(Silent):
+        def step(self, epoch: int, epochs: int, step: int, steps: int, facts: dict[str, float]) -> None:
+            if step == 2:
+                raise KeyboardInterrupt
+
+    used: set[str] = set()
+
+    def noted(images: Images, items: Any, size: int, storage: Any, workers: int) -> Batches:
+        used.add(storage)
+        return Batches(images, items, size, storage, workers)
+
+    monkeypatch.setattr(job, "choose_storage", lambda *_: ("stream", "because"))
+    net = reslab.spec("resnet20", depths=(1,), widths=(8,))
+    with pytest.raises(KeyboardInterrupt):
+        reslab.train(photos(tmp_path / "p"), net, tmp_path / "run", steps=6, batch_size=4, save_every=0, show=Cut())
+    monkeypatch.setattr(job, "choose_storage", lambda *_: ("memory", "of more of it"))
+    monkeypatch.setattr(job, "Batches", noted)
+    reslab.train(resume=tmp_path / "run")
+    assert used == {"stream"}
+
+
+def test_a_batch_of_which_images_are_missing_is_cut_evenly() -> None:
+    batch = Batch(torch.zeros(49, 4, 4, 3), torch.zeros(49), torch.arange(49))
+    assert [len(part.items) for part in pieces(batch, 4)] == [13, 12, 12, 12]
+    assert [len(part.items) for part in pieces(Batch(*(part[:2] for part in batch)), 4)] == [1, 1]

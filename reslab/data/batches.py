@@ -85,14 +85,15 @@ class Batches:
         if self._pixels is not None:
             pixels = self._pixels if crops else self._near(self._pixels, device)
             for number, chunk in enumerate(chunks):
-                yield self._batch(self._held(pixels, number, chunk, crops), self.items[chunk])
+                yield self._batch(self._held(pixels, number, chunk, batch_size, crops), self.items[chunk])
         else:
-            yield from self._stream(chunks, crops, device)
+            yield from self._stream(chunks, batch_size, crops, device)
 
-    def _held(self, pixels: Tensor, number: int, chunk: Indices, crops: Crops | None) -> Tensor:
+    def _held(self, pixels: Tensor, number: int, chunk: Indices, batch_size: int, crops: Crops | None) -> Tensor:
         if crops is None:
             return pixels[torch.from_numpy(chunk).to(pixels.device)]
-        return torch.stack([cut(pixels[position].numpy(), crops.boxes[position], crops.size(number)) for position in chunk])
+        boxes = crops.boxes[number * batch_size :]
+        return torch.stack([cut(pixels[position].numpy(), box, crops.size(number)) for position, box in zip(chunk, boxes, strict=False)])
 
     def _near(self, pixels: Tensor, device: torch.device) -> Tensor:
         """The pixels on that device."""
@@ -105,11 +106,11 @@ class Batches:
     def _batch(self, pixels: Tensor, items: Indices) -> Batch:
         return Batch(pixels, torch.from_numpy(self.images.labels[items]), torch.from_numpy(items))
 
-    def _stream(self, chunks: list[Indices], crops: Crops | None, device: torch.device) -> Iterator[Batch]:
+    def _stream(self, chunks: list[Indices], batch_size: int, crops: Crops | None, device: torch.device) -> Iterator[Batch]:
         images = self.images
         loader: DataLoader[Any] = DataLoader(
             _Files(images),
-            batch_sampler=[self._wanted(number, chunk, crops) for number, chunk in enumerate(chunks)],
+            batch_sampler=[self._wanted(number, chunk, batch_size, crops) for number, chunk in enumerate(chunks)],
             num_workers=self.workers,
             collate_fn=_collate,
             worker_init_fn=_quiet_worker,
@@ -121,9 +122,11 @@ class Batches:
                 raise WorkError(f"images must stay readable; a whole batch is not, first {shown(images.names[failed[0][0]])}: {failed[0][1]}")
             yield self._batch(pixels, items)
 
-    def _wanted(self, number: int, chunk: Indices, crops: Crops | None) -> list[_Wanted]:
-        size = self.size if crops is None else crops.size(number)
-        return [_Wanted(int(self.items[position]), size, None if crops is None else crops.boxes[position]) for position in chunk]
+    def _wanted(self, number: int, chunk: Indices, batch_size: int, crops: Crops | None) -> list[_Wanted]:
+        if crops is None:
+            return [_Wanted(int(item), self.size, None) for item in self.items[chunk]]
+        boxes, size = crops.boxes[number * batch_size :], crops.size(number)
+        return [_Wanted(int(item), size, box) for item, box in zip(self.items[chunk], boxes, strict=False)]
 
 
 def choose_storage(images: Images, size: int, processes: int = 1) -> tuple[Storage, str]:

@@ -20,7 +20,7 @@ Range = tuple[float, float]
 
 
 class Crops(NamedTuple):
-    """What an epoch cuts out: a box for each position, float32 (n, 4), and the pixels a side of the batch of each number."""
+    """What an epoch cuts out: a box for each image in the order of its batches, float32 (n, 4), and the pixels a side of the batch of each number."""
 
     boxes: Boxes
     size: Callable[[int], int]

@@ -29,12 +29,13 @@ class Feed:
         self.steps_per_epoch, self.device = steps_per_epoch, device
         self.coins = torch.randint(0, 2, (len(train.images),), generator=seeded(recipe.seed, COIN))
 
-    def boxes(self, epoch: int) -> Boxes | None:
-        """What an epoch's batches show of each training image; None for the whole canvas."""
+    def boxes(self, epoch: int, order: Indices) -> Boxes | None:
+        """What an epoch's batches show of the images in its order; None for the whole canvas. One drawn more than once is shown differently."""
+        if self.recipe.crop not in ("resized", "scale"):
+            return None
         n, generator = len(self.train.items), seeded(self.recipe.seed, BOXES, epoch)
-        if self.recipe.crop == "resized":
-            return resized(n, generator)
-        return scaled(n, generator) if self.recipe.crop == "scale" else None
+        boxes = resized(n, generator) if self.recipe.crop == "resized" else scaled(n, generator)
+        return boxes if self.recipe.balance == "sampling" else boxes[order]
 
     def order(self, epoch: int) -> Indices:
         """The training images of an epoch, by their place among these."""
@@ -82,6 +83,6 @@ class Feed:
 
     def _mirrored(self, items: Tensor, epoch: int, generator: Generator) -> Tensor:
         """Which images are mirrored: each with probability 1/2, or every other epoch (Jordan 2024, 2404.00498, section 3.6)."""
-        if self.recipe.flip == "random":
+        if self.recipe.flip == "random" or self.recipe.balance == "sampling":  # which may show an image twice in an epoch
             return torch.rand(len(items), generator=generator) < 0.5
         return (self.coins[items] + epoch) % 2 == 1

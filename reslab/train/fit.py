@@ -187,7 +187,7 @@ class Training:
     def _gradients(self, share: Batch) -> Tensor:
         """Leaves the mean gradient of the whole batch in the parameters. Sums over this share, float64 (3): loss, right answers, images."""
         told = torch.zeros(3, dtype=torch.float64, device=self.machine.device)
-        parts = list(pieces(share, self.micro_batch))
+        parts = list(pieces(share, self.share // self.micro_batch))
         first = self.machine.rank * (self.share // self.micro_batch)
         alone = len(parts) == self.machine.world == 1
         before = torch.zeros(0) if alone else self.statistics.read()
@@ -227,11 +227,12 @@ class Training:
     def _batches(self, epoch: int, done: int) -> Iterator[Batch]:
         """What is left of an epoch, this process's share of each batch."""
         last = min(self.plan.steps_per_epoch, self.progress.steps - epoch * self.plan.steps_per_epoch)
-        order = self.feed.order(epoch)[done * self.batch_size : last * self.batch_size].reshape(-1, self.machine.world, self.share)
-        first = epoch * self.plan.steps_per_epoch + done
-        boxes = self.feed.boxes(epoch)
-        crops = None if boxes is None else Crops(boxes, lambda number: self._size(first + number))
-        yield from self.train.epoch(self.share, order[:, self.machine.rank].reshape(-1), crops, self.pixels_on)
+        order, first = self.feed.order(epoch), epoch * self.plan.steps_per_epoch + done
+        boxes = self.feed.boxes(epoch, order)
+        left = np.arange(done * self.batch_size, last * self.batch_size).reshape(-1, self.machine.world, self.share)
+        mine = left[:, self.machine.rank].reshape(-1)
+        crops = None if boxes is None else Crops(boxes[mine], lambda number: self._size(first + number))
+        yield from self.train.epoch(self.share, order[mine], crops, self.pixels_on)
 
     def _size(self, step: int) -> int:
         low = step < round((self.recipe.low_resolution or 0) * self.progress.steps)
@@ -246,6 +247,7 @@ class Training:
 
     def _end_epoch(self, epoch: int) -> None:
         p = self.progress
+        self._check_finite()
         train = {"loss": p.loss_sum / p.seen, "top1": p.correct / p.seen}
         started = time.monotonic()
         self._make_room()
@@ -256,7 +258,7 @@ class Training:
         if better:
             p.best_top1, p.best_epoch = val["top1"], epoch + 1
         if self.machine.is_writer:
-            if better and self.recipe.keep == "best" and math.isfinite(p.loss_sum):
+            if better and self.recipe.keep == "best":
                 write_tensors(self.best_file, {f"net.{name}": t for name, t in self._weights().items()})
             self.run.record("epoch", epoch=epoch + 1, step=p.step, seconds=round(p.seconds, 3), image_size=self._size(p.step - 1), **train)
             self.run.record("val", epoch=epoch + 1, step=p.step, **val)
@@ -313,9 +315,12 @@ class Training:
         elif self.average:
             self.net.load_state_dict(self.average.tensors)
 
-    def _save(self) -> None:
+    def _check_finite(self) -> None:
         if not all(torch.isfinite(t).all() for t in self.net.parameters()):
             raise self._diverged("the weights must be finite; some are not", self._lr())
+
+    def _save(self) -> None:
+        self._check_finite()
         if self.machine.is_writer:
             self._make_room()
             save_state(self.state_file, self.net, self.optimizer, self.average, self.progress)

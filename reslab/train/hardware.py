@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
@@ -20,6 +21,7 @@ from reslab.errors import WorkError
 from reslab.host import cores, cpu_name, keep_freed_memory, release_freed_memory, resident
 
 PIXEL_SHARE = 0.25  # of a GPU's free memory, at most, for pixels
+PATIENCE = timedelta(hours=2)  # of processes while one reads or downloads the data; an end of one of them is noticed at once
 
 T = TypeVar("T")
 N = TypeVar("N", bound=nn.Module)
@@ -165,7 +167,7 @@ def _join(backend: str, restarts: int) -> None:
     store, rank, world = next(dist.rendezvous("env://"))  # type: ignore[attr-defined]
     if os.environ.get("GROUP_WORLD_SIZE", "1") == "1":
         store = dist.PrefixStore(f"start{restarts}", store)  # type: ignore[attr-defined]
-    dist.init_process_group(backend, store=store, rank=rank, world_size=world)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=PATIENCE)
 
 
 def synchronise(x: Tensor) -> None:

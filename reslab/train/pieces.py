@@ -14,9 +14,9 @@ from reslab.data.batches import Batch
 from reslab.train.hardware import Machine
 
 
-def pieces(batch: Batch, size: int) -> Iterator[Batch]:
-    """The batch in stretches of at most `size` images."""
-    return map(Batch, *(torch.split(part, size) for part in batch))
+def pieces(batch: Batch, count: int) -> Iterator[Batch]:
+    """The batch in so many stretches, as equal as can be, for each counts alike: a batch is smaller where images cannot be read."""
+    return map(Batch, *(torch.tensor_split(part, min(count, len(batch.items))) for part in batch))
 
 
 class RunningStatistics:

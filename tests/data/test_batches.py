@@ -35,8 +35,9 @@ def test_memory_and_stream_cut_the_same_boxes_of_changing_sizes(folder: Path) ->
     assert [tuple(b.pixels.shape) for b in memory] == [(16, 12, 12, 3), (16, 12, 12, 3), (16, 16, 16, 3), (9, 16, 16, 3)]
     for a, b in zip(memory, stream, strict=True):
         assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
-    first = int(order[0])
-    assert torch.equal(memory[0].pixels[0], cut(images.pixels(3 + first, 24), boxes[first], 12))
+    first, later = int(order[0]), int(order[37])
+    assert torch.equal(memory[2].pixels[5], cut(images.pixels(3 + later, 24), boxes[37], 16))
+    assert torch.equal(memory[0].pixels[0], cut(images.pixels(3 + first, 24), boxes[0], 12))
 
 
 def test_images_in_memory_are_decoded_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -82,13 +82,30 @@ def test_sampling_shows_rare_classes_as_often_as_frequent_ones() -> None:
     assert sorted(feed_of(labels.tolist())[0].order(0)) == list(range(1000))
 
 
+def test_an_image_that_is_drawn_again_is_shown_differently() -> None:
+    labels = [0] * 990 + [1] * 10
+    feed, batch = feed_of(labels, balance="sampling", crop="resized", flip="alternate")
+    order = feed.order(0)
+    boxes = feed.boxes(0, order)
+    assert boxes is not None and len(boxes) == len(order)
+    again = np.flatnonzero(order == np.bincount(order).argmax())
+    assert len(np.unique(boxes[again], axis=0)) == len(again) > 20
+    same = batch.items[:1].repeat(64)
+    assert len(set(feed._mirrored(same, 0, torch.Generator().manual_seed(0)).tolist())) == 2
+    each, _ = feed_of(labels, crop="resized")
+    order = each.order(0)
+    boxes = each.boxes(0, order)
+    by_image = each.boxes(0, np.arange(1000))
+    assert boxes is not None and by_image is not None and np.array_equal(boxes, by_image[order]), "a box goes with its image, whatever the order"
+
+
 @pytest.mark.parametrize(
     ("fields", "choose"),
     [
         ({}, lambda feed, batch, epoch: feed.order(epoch)),
         ({"balance": "sampling"}, lambda feed, batch, epoch: feed.order(epoch)),
-        ({"crop": "resized"}, lambda feed, batch, epoch: feed.boxes(epoch)),
-        ({"crop": "scale"}, lambda feed, batch, epoch: feed.boxes(epoch)),
+        ({"crop": "resized"}, lambda feed, batch, epoch: feed.boxes(epoch, feed.order(epoch))),
+        ({"crop": "scale"}, lambda feed, batch, epoch: feed.boxes(epoch, feed.order(epoch))),
         ({"flip": "alternate"}, lambda feed, batch, epoch: mirrored(feed, batch, 5 * epoch).numpy()),
         ({"flip": "random"}, lambda feed, batch, epoch: mirrored(feed, batch, 5 * epoch).numpy()),
         ({"crop": "pad", "pad": 2}, lambda feed, batch, epoch: feed.shown(batch, 5 * epoch, 0, 8)[0].numpy()),
