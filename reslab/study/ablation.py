@@ -123,7 +123,7 @@ def answer(records: list[Record]) -> str:
 
 
 def _less(e: Estimate) -> str:
-    return f"{100 * e.mean:.1f} points" + (f" [{100 * e.low:.1f}, {100 * e.high:.1f}]" if e.n > 1 else "")
+    return f"{100 * e.mean:.1f} points" + (f" [{100 * e.low:.1f}, {100 * e.high:.1f}]" if e.has_interval else "")
 
 
 STUDY = Study(

@@ -221,14 +221,14 @@ def of_seeds(records: list[Record], norm: str, key: str) -> dict[int, float]:
 
 
 def _factor(e: Estimate) -> str:
-    if e.n < 2:
-        return f"{math.exp(e.mean):.3g} times (n = 1)" if e.n else "no seed"
+    if not e.has_interval:
+        return f"{math.exp(e.mean):.3g} times (n = {e.n})" if e.n else "no seed"
     return f"{math.exp(e.mean):.3g} times (95 % interval {math.exp(e.low):.3g} to {math.exp(e.high):.3g}, n = {e.n})"
 
 
 def _interval(e: Estimate) -> str:
-    if e.n < 2:
-        return f"{e.mean:+.3f} (n = 1)" if e.n else "no seed"
+    if not e.has_interval:
+        return f"{e.mean:+.3f} (n = {e.n})" if e.n else "no seed"
     return f"{e.mean:+.3f} (95 % interval {e.low:+.3f} to {e.high:+.3f}, n = {e.n})"
 
 

@@ -13,19 +13,20 @@ Expected at the full protocol (CIFAR-10 test error, %): residual 20 / 56 / 110: 
 plain 20 / 56: 9.78 / 12.95 (a five-run reproduction of the protocol), plain 110 over 60.
 """
 
+import math
 from collections.abc import Iterator
 
 from reslab.interval import wilson
 from reslab.run import Record
 from reslab.study.data import Data
 from reslab.study.kinds import Cell, Claim, Pace, Ready, Setting, Study, Subject, Verdict
-from reslab.study.stats import Estimate, paired, points
+from reslab.study.stats import Estimate, estimate, paired, points
 from reslab.study.training import outcome
 from reslab.study.twins import deeper, layers, plain, schedule
 
 SHARE, START = 0.85, 20.0  # of the budget for training steps, and the seconds without which it is: processes begin, errors are counted
 DEPTHS, PAPER_DEPTHS = (1, 3), (1, 5 / 3, 7 / 3, 3, 6)  # times the net's: 20 and 56 layers; 20, 32, 44, 56, 110
-A_THIRD = 1 / 3
+A_THIRD = 1 / 3  # of the plain net's rise: what the residual net's must stay below; the bound is this project's own
 
 
 def cells(setting: Setting, data: Data, pace: Pace) -> list[Cell]:
@@ -47,15 +48,20 @@ def measure(cell: Cell, ready: Ready, data: Data) -> Iterator[Record]:
 
 def rise(records: list[Record], twin: str, error: str = "train_error") -> Estimate:
     """By how much the error of the deepest net exceeds that of the shallowest, seed by seed."""
+    return estimate(list(_rises(records, twin, error).values()))
+
+
+def _rises(records: list[Record], twin: str, error: str = "train_error") -> dict[int, float]:
     shallow, deep = _ends(records)
-    found = {n: {r["seed"]: r[error] for r in _results(records) if (r["twin"], r["layers"]) == (twin, n)} for n in (shallow, deep)}
-    return paired(found[deep], found[shallow] if deep > shallow else {})
+    found = {n: {r["seed"]: float(r[error]) for r in _results(records) if (r["twin"], r["layers"]) == (twin, n)} for n in (shallow, deep)}
+    return {seed: found[deep][seed] - found[shallow][seed] for seed in sorted(found[deep].keys() & found[shallow].keys())} if deep > shallow else {}
 
 
 def claims(records: list[Record]) -> list[Claim]:
     """What figure 6 says, decided by paired differences between the deepest and the shallowest twin."""
     shallow, deep = _ends(records)
     plain_rise, residual_rise = rise(records, "plain"), rise(records, "residual")
+    short = paired({seed: A_THIRD * value for seed, value in _rises(records, "plain").items()}, _rises(records, "residual"))
     said = f"from {shallow} to {deep} layers"
     return [
         Claim(
@@ -65,10 +71,10 @@ def claims(records: list[Record]) -> list[Claim]:
             plain_rise.n,
         ),
         Claim(
-            "The deeper residual net does not",
-            f"training error of the residual net {said}: {points(residual_rise)}",
-            _harmless(residual_rise, plain_rise),
-            residual_rise.n,
+            "The deeper residual net does not: its rise is less than a third of the plain net's",
+            f"training error of the residual net {said}: {points(residual_rise)}; below a third of the plain net's rise by {points(short)}",
+            short.verdict(),
+            short.n,
         ),
         _deep_comparison(_results(records), deep),
         *_of_one_seed(_results(records), shallow, deep),
@@ -98,14 +104,6 @@ def _ends(records: list[Record]) -> tuple[int, int]:
     return min(depths), max(depths)
 
 
-def _harmless(residual: Estimate, plain: Estimate) -> Verdict:
-    """That no rise was found is no agreement: it must be shown to be far below that of the plain twin. One that was found disagrees, however small."""
-    if residual.is_above_zero:
-        return "disagrees"
-    is_small = plain.is_above_zero and residual.mean <= A_THIRD * plain.mean and residual.high < plain.low
-    return "agrees" if residual.is_below_zero or is_small else "not decided at this budget"
-
-
 def _deep_comparison(results: list[Record], deep: int) -> Claim:
     by_twin = {twin: {r["seed"]: r["test_error"] for r in results if (r["twin"], r["layers"]) == (twin, deep)} for twin in ("plain", "residual")}
     gap = paired(by_twin["plain"], by_twin["residual"])
@@ -126,11 +124,20 @@ def _of_one_seed(results: list[Record], shallow: int, deep: int) -> list[Claim]:
     told = ", ".join(f"{twin} {n} {100 * e:.1f} % ({100 * low:.1f} to {100 * high:.1f})" for (twin, n) in ends for e, low, high in [found[twin, n]])
     (_, worst, best), others = found["plain", deep], [found[end] for end in ends if end != ("plain", deep)]
     is_worst, is_not = worst > max(high for *_, high in others), best < max(low for _, low, _ in others)
-    rises, falls = found["residual", deep][1] > found["residual", shallow][2], found["residual", deep][0] <= found["residual", shallow][0]
-    verdict: Verdict = "disagrees" if is_not or rises else "agrees" if is_worst and falls else "not decided at this budget"
-    said = "The deeper plain net ends with the highest test error, the deeper residual net with none above the shallower one's"
     n = min(int(r["test_n"]) for r in results)
-    return [Claim(said, f"of one seed, with 95 % intervals over {n:,} test images: {told}", verdict, n)]
+    fall = _newcombe(found["residual", shallow], found["residual", deep], n)
+    verdict: Verdict = "disagrees" if is_not or fall.is_below_zero else "agrees" if is_worst and fall.is_above_zero else "not decided at this budget"
+    said = "The deeper plain net ends with the highest test error, the deeper residual net with a lower one than the shallower"
+    return [Claim(said, f"of one seed, with 95 % intervals over {n:,} test images: {told}; residual {shallow} beyond {deep}: {points(fall)}", verdict, n)]
+
+
+def _newcombe(one: tuple[float, float, float], other: tuple[float, float, float], n: int) -> Estimate:
+    """The difference of two shares, from Wilson's intervals of each (Newcombe 1998, method 10).
+
+    The records do not tell on which images a net errs. Nets tend to err on the same ones, so a paired interval would be narrower.
+    """
+    (p, low, high), (q, least, most) = one, other
+    return Estimate(p - q, p - q - math.hypot(p - low, most - q), p - q + math.hypot(high - p, q - least), n)
 
 
 STUDY = Study(
@@ -139,7 +146,8 @@ STUDY = Study(
     source="He et al. 2015 (1512.03385), section 4.2 and figure 6",
     shows="whether depth alone hurts the optimisation: a deeper plain net could represent the shallower one",
     limits="not why; and a short budget compares how fast the nets train, not where they would end",
-    expected="CIFAR-10 test error at the full protocol: residual 20 / 56 / 110 8.75 / 6.97 / 6.43 %; plain 20 / 56 9.78 / 12.95 % (five-run reproduction)",
+    expected="CIFAR-10 test error at the full protocol: residual 20 / 56 / 110 8.75 / 6.97 / 6.43 %; plain 20 / 56 9.78 / 12.95 % (five-run reproduction). "
+    "The bound of a third of the plain net's rise is this project's own.",
     cells=cells,
     measure=measure,
     claims=claims,

@@ -26,6 +26,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from reslab.interval import wilson
 from reslab.nets.torch import ResNet
 from reslab.run import Record
 from reslab.seeds import seeded
@@ -190,8 +191,8 @@ def claims(records: list[Record]) -> list[Claim]:
 
 
 def _benign(records: list[Record]) -> Claim:
-    found = {net: estimate(list(of_lines(records, net, falls).values())) for net in names(records)}
-    measured = "; ".join(f"{net} {100 * e.mean:.1f} % (95 % interval {100 * e.low:.1f} to {100 * e.high:.1f})" for net, e in found.items() if e.n > 1)
+    found = {net: _falling(records, net) for net in names(records)}
+    measured = "; ".join(f"{net} {100 * e.mean:.1f} % (95 % interval {100 * e.low:.1f} to {100 * e.high:.1f})" for net, e in found.items() if e.has_interval)
     n = min((e.n for e in found.values()), default=0)
     verdict: Verdict = "not decided at this budget"
     if n > 1 and any(e.low > BENIGN for e in found.values()):
@@ -201,6 +202,14 @@ def _benign(records: list[Record]) -> Claim:
     said = f"steps away from the minimiser in which the loss falls (benign: below {100 * BENIGN:.0f} %): {measured or 'no lines'}"
     both = ", with and without skips" if len({r["skips"] for r in records}) > 1 else ""
     return Claim(f"Up to {SHALLOW} layers the surface is benign{both}", said, verdict, n)
+
+
+def _falling(records: list[Record], net: str) -> Estimate:
+    """The share of steps in which the loss falls, by Student's t over the lines, but no surer than so many steps can be (Wilson)."""
+    e = estimate(list(of_lines(records, net, falls).values()))
+    steps = sum(of_lines(records, net, lambda line: len(line["loss"]) - 1).values())
+    low, high = wilson(e.mean * steps, steps)
+    return e._replace(low=min(e.low, low), high=max(e.high, high))
 
 
 def _chaos(records: list[Record]) -> Claim:
@@ -252,11 +261,11 @@ def _depth(records: list[Record]) -> int:
 
 
 def _interval(e: Estimate) -> str:
-    return f"{e.mean:+.3f} (95 % interval {e.low:+.3f} to {e.high:+.3f}, n = {e.n} directions)" if e.n > 1 else f"n = {e.n}"
+    return f"{e.mean:+.3f} (95 % interval {e.low:+.3f} to {e.high:+.3f}, n = {e.n} directions)" if e.has_interval else f"n = {e.n}"
 
 
 def _factor(e: Estimate) -> str:
-    if e.n < 2:
+    if not e.has_interval:
         return f"n = {e.n}"
     return f"{math.exp(e.mean):.3g} times (95 % interval {math.exp(e.low):.3g} to {math.exp(e.high):.3g}, n = {e.n} samples of images)"
 

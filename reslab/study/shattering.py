@@ -105,9 +105,17 @@ def _gradient(net: ResNet, x: Tensor) -> Tensor:
 
 
 def whiteness(records: list[Record], net: str, depth: int) -> Estimate:
-    """Where the score lies between that of white noise (0) and that of brown noise (1), net by net."""
-    white, brown = (fmean(_scores(records, f"{name} noise", 0) or [0.0]) for name in ("white", "brown"))
-    return estimate([(score - white) / (brown - white) for score in _scores(records, net, depth)] if brown > white else [])
+    """Where the mean score lies between those of white noise (0) and brown noise (1), which are means of simulated noise themselves.
+
+    In a ratio (score - white) / (brown - white) of independent means, errors add up in squares (the delta method).
+    """
+    white, brown, score = (estimate(_scores(records, *key)) for key in (("white noise", 0), ("brown noise", 0), (net, depth)))
+    gap = brown.mean - white.mean
+    if not score.n or not gap > 0:
+        return estimate([])
+    at = (score.mean - white.mean) / gap
+    half = math.hypot(score.high - score.mean, (1 - at) * (white.high - white.mean), at * (brown.high - brown.mean)) / gap
+    return Estimate(at, at - half, at + half, score.n)
 
 
 def claims(records: list[Record]) -> list[Claim]:
@@ -184,7 +192,7 @@ def _difference(records: list[Record], one: tuple[str, int], other: tuple[str, i
 
 
 def _above(e: Estimate, bound: float, below: bool = False) -> Verdict:
-    if e.n < 2 or e.low <= bound <= e.high:
+    if e.low <= bound <= e.high:
         return "not decided at this budget"
     return "agrees" if (e.low > bound) != below else "disagrees"
 

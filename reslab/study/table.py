@@ -4,22 +4,20 @@ Where a short training would otherwise be a comparison of which variant likes th
 every one of the same rates, and stands with the one at which its training error is the lowest.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
-
-from scipy.stats import spearmanr
 
 from reslab.run import Record
 from reslab.spec import Spec
 from reslab.study.data import Data
 from reslab.study.grid import Arm, Ladder, beyond, by_seed, claim, depths, grid, results
 from reslab.study.kinds import Cell, Claim, Pace, Setting
-from reslab.study.stats import Estimate, estimate, points
+from reslab.study.stats import Estimate, estimate, points, rank_correlation
 
 LADDERS = (Ladder((1,), 1), Ladder((3,), 60), Ladder((6,), 400))  # 20, 56 or 110 layers, where --net is resnet20
 PAPER = (6,)
-FEW = 4  # seeds
 
 
 class Row(NamedTuple):
@@ -74,27 +72,25 @@ def higher(table: Table, records: list[Record], worse: str, better: str, said: s
 
 
 def order(table: Table, records: list[Record]) -> Claim:
-    """The claim that the errors rank with the table's, by Spearman's rank correlation, seed by seed: single rows may have changed places."""
+    """The claim that the mean errors rank with the table's, by Spearman's rank correlation over its rows: single rows may have changed places."""
     e = correlation(table, records)
-    found = f"{e.mean:+.2f} (n = 1)" if e.n else "not measured"
-    if e.n > 1:
-        found = f"{e.mean:+.2f} (95 % interval {max(-1, e.low):+.2f} to {min(1, e.high):+.2f}, n = {e.n})"
+    found = f"{e.mean:+.2f} (95 % interval {e.low:+.2f} to {e.high:+.2f}, n = {e.n} rows)" if e.n else "not measured"
+    if e.n and math.isnan(e.mean):
+        found = "none, all are equal"
     said = "The test errors rank with the table's: their rank correlation is above zero"
-    return Claim(said, f"rank correlation of the test errors with the table's: {found}", e.verdict(), e.n)
+    return Claim(said, f"rank correlation of the mean test errors with the table's: {found}", e.verdict(), e.n)
 
 
 def correlation(table: Table, records: list[Record]) -> Estimate:
-    """Over the seeds of which every row was measured; a seed whose errors are all equal has no order.
+    """Over the rows of the table, of their mean errors over the seeds of which every row was measured.
 
-    Rank correlations move in steps: that a few seeds have the same one says nothing of others, unless it is that of a perfect order.
+    More seeds make the means surer, but not the rows more: the interval is that of so many rows.
     """
     records = best(records)
     errors = [by_seed(records, "test_error", variant=name) for name in table]
-    whole = [[row[seed] for row in errors] for seed in sorted(set.intersection(*map(set, errors)))]
-    published = [row.published for row in table.values()]
-    ranked = [round(float(spearmanr(found, published).statistic), 9) for found in whole if len(set(found)) > 1]
-    e = estimate(ranked)
-    return e._replace(low=-1.0, high=1.0) if 1 < e.n < FEW and len(set(ranked)) == 1 and abs(e.mean) < 1 else e
+    seeds = sorted(set.intersection(*map(set, errors)))
+    means = [round(estimate([row[seed] for seed in seeds]).mean, 9) for row in errors]  # equal counts are ties, whatever their sum's last digit
+    return rank_correlation([row.published for row in table.values()], means) if seeds else estimate([])
 
 
 def answer(table: Table, records: list[Record]) -> str:

@@ -320,10 +320,18 @@ def test_verdicts(residual: list[float], plain_: list[float], layers: int, verdi
 
 
 def test_one_net_alone_is_drawn_and_compared_with_nothing() -> None:
-    rows = [line("c1", n, [9.0, 1.0, 0.1, 1.0, 9.0], 20) for n in range(3)]
+    rows = [line("c1", n, [float(abs(i)) for i in range(-8, 9)], 20) for n in range(3)]
     assert [claim.verdict for claim in claims(rows)] == ["not decided at this budget", "not decided at this budget", "agrees"]
     assert [f.title for f in figures(rows)] == ["Loss along random directions, a line each"]
     assert claims([]) and landscape.answer([]) and figures([]) == []
+
+
+@pytest.mark.parametrize(("lines", "side", "high", "verdict"), [(3, 5, "24.2", "not decided at this budget"), (4, 25, "3.8", "agrees")])
+def test_that_no_step_falls_is_as_sure_as_there_are_steps(lines: int, side: int, high: str, verdict: str) -> None:
+    """Wilson's upper limits for 0 of 12 and 0 of 96."""
+    rows = [line("c1", n, [float(abs(i)) for i in range(-(side // 2), side // 2 + 1)], 20) for n in range(lines)]
+    assert claims(rows)[2].verdict == verdict
+    assert f"c1 0.0 % (95 % interval 0.0 to {high})" in claims(rows)[2].measured
 
 
 def test_lost_points_are_drawn_as_gaps() -> None:

@@ -12,7 +12,8 @@ from reslab.report.studies.lesion import figures
 from reslab.spec import Spec
 from reslab.study.data import Data, prepare
 from reslab.study.kinds import Cell, Given, Ready, Setting, Subject
-from reslab.study.lesion import MEASURES, answer, cells, claims, measure
+from reslab.study.lesion import MEASURES, _over_images, answer, cells, claims, measure
+from reslab.study.stats import Estimate
 
 UNDECIDED = "not decided at this budget"
 NET = reslab.spec("resnet20", depths=(2, 1, 1), widths=(4, 8, 16), in_channels=1)
@@ -54,6 +55,15 @@ def test_one_block_is_judged_by_the_bounds_and_a_net_near_chance_not_at_all(net:
     assert claims(one_removed(net, rise, whole))[0].verdict == verdict
 
 
+def test_zero_of_n_images_leaves_the_interval_of_zero_of_n() -> None:
+    """Wilson's upper limit for 0 of 500 is 0.76 %, for 0 of 64 it is 5.7 %: beyond the bound."""
+    many = one_removed("residual", (0.0, 0.0, 0.0))
+    assert "+0.0 points (95 % interval -0.8 to +0.8, n = 500)" in claims(many)[0].measured
+    assert claims(many)[0].verdict == "agrees"
+    assert claims([{**r, "images": 64} for r in many])[0].verdict == UNDECIDED
+    assert _over_images(Estimate(0.4, 0.3, 0.5, 500)) == Estimate(0.4, 0.3, 0.5, 500), "a wider interval stays"
+
+
 def test_of_few_blocks_each_does_much_and_the_claim_is_not_about_them() -> None:
     residual, plain = (claims(one_removed(net, (0.5, 0.6, 0.7), blocks=9))[0] for net in ("residual", "plain"))
     assert (residual.verdict, plain.verdict) == (UNDECIDED, "agrees")
@@ -62,9 +72,15 @@ def test_of_few_blocks_each_does_much_and_the_claim_is_not_about_them() -> None:
 
 @pytest.mark.parametrize(
     ("errors", "verdict"),
-    [([0.1, 0.2, 0.3, 0.4, 0.5], "agrees"), ([0.45, 0.46, 0.47, 0.48, 0.5], "disagrees"), ([0.1] * 5, UNDECIDED)],
+    [
+        ([0.1, 0.2, 0.3, 0.4, 0.5], "agrees"),
+        ([0.45, 0.46, 0.47, 0.48, 0.5], "disagrees"),
+        ([0.12, 0.14, 0.44, 0.47, 0.5], "disagrees"),
+        ([0.12, 0.14, 0.16, 0.2, 0.5], "disagrees"),
+        ([0.1] * 5, UNDECIDED),
+    ],
 )
-def test_errors_that_jump_at_the_first_block_are_not_smooth(errors: list[float], verdict: str) -> None:
+def test_errors_that_jump_at_any_block_are_not_smooth(errors: list[float], verdict: str) -> None:
     rows = [of("residual", "whole", error=0.1, chance=0.9)]
     rows += [of("residual", "several", draw=draw, removed=n, error=e + 0.01 * (draw - 2) * (n > 3)) for draw in range(5) for n, e in enumerate(errors, 1)]
     assert claims(rows)[1].verdict == verdict
@@ -139,6 +155,7 @@ def test_every_kind_is_measured_claimed_and_drawn(data: Data) -> None:
                 records += [{**r, "cell": cell.name, "seed": 0, **cell.facts} for r in measure(cell, Ready(reslab.build(spec), []), data)]
     assert {r["kind"] for r in records} == {"whole", "removed", "median", "several", "permuted", "path", "paths", "fall"}
     assert len([r for r in records if r["kind"] == "removed"]) == 8
+    assert all(r["rise_low"] < r["rise"] < r["rise_high"] for r in records if r["kind"] == "removed"), "an untrained net may miss no block"
     assert len(claims(records)) == 6
     drawn = figures(records)
     assert len(drawn) == 5

@@ -14,7 +14,7 @@ from reslab.seeds import seeded
 from reslab.study import shattering
 from reslab.study.autocorrelation import autocorrelation, brown_noise, white_noise
 from reslab.study.kinds import Ready, Setting
-from reslab.study.shattering import answer, between_images, cells, claims, measure
+from reslab.study.shattering import answer, between_images, cells, claims, measure, whiteness
 from tests.conftest import distance
 from tests.study.probing import digits, made, same, state, tiny
 
@@ -107,6 +107,22 @@ def test_nets_that_do_not_shatter_disagree(records: list[dict]) -> None:
     assert verdicts[:2] == ["agrees", "disagrees"]
     assert verdicts[3] == "disagrees"
     assert fmean(brown) > 0.5
+
+
+def test_the_noises_own_errors_count() -> None:
+    """A net half-way takes half of either noise's error on, and errors add up in squares."""
+
+    def dense(net: str, layers: int, scores: list[float]) -> dict:
+        return {"look": "dense", "net": net, "layers": layers, "scores": scores}
+
+    net, exact = dense("plain", 50, [0.4, 0.5, 0.6]), [0.2, 0.2, 0.2]
+    surest = whiteness([net, dense("white noise", 0, exact), dense("brown noise", 0, [0.8] * 3)], "plain", 50)
+    both = whiteness([net, dense("white noise", 0, [0.1, 0.2, 0.3]), dense("brown noise", 0, [0.7, 0.8, 0.9])], "plain", 50)
+    white = whiteness([net, dense("white noise", 0, [0.1, 0.2, 0.3]), dense("brown noise", 0, [0.8] * 3)], "plain", 50)
+    assert (surest.mean, both.mean) == pytest.approx((0.5, 0.5))
+    assert (both.high - 0.5) / (surest.high - 0.5) == pytest.approx(math.sqrt(1 + 1 / 4 + 1 / 4))
+    assert (white.high - 0.5) / (surest.high - 0.5) == pytest.approx(math.sqrt(1 + 1 / 4))
+    assert not whiteness([net, dense("white noise", 0, exact), dense("brown noise", 0, [0.8])], "plain", 50).has_interval
 
 
 def test_missing_cells_decide_nothing() -> None:
