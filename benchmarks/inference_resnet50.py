@@ -31,7 +31,7 @@ from reslab.use.own import own_images
 from reslab.use.race import race
 
 SMOKE = "--smoke" in sys.argv
-NET, SIZE, STEPS = ("resnet18", "32", ("--steps", "4")) if SMOKE else ("resnet50", "224", ("--epochs", "5", "--batch-size", "16"))
+NET, SIZE, STEPS = ("resnet18", "64", ("--steps", "4")) if SMOKE else ("resnet50", "224", ("--epochs", "5", "--batch-size", "16"))
 THEIRS, KEPT = "torchvision eager fp32", "the same, memory kept"
 SMALL_FIRST = "--low-resolution", "0.7", "--low-size", "0.5"
 OPTIONS = "--net", NET, "--image-size", SIZE, "--crop", "none", "--val", "0.2", *STEPS, *SMALL_FIRST  # int8 wants some 200 val images
