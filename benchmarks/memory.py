@@ -40,7 +40,7 @@ def one(data: str, blocks: str, memory: str) -> None:
 
 def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
-        data = str(some_of_cifar(Path(folder) / "cifar", 1000))
+        data = str(some_of_cifar(Path(folder) / "cifar", 500 if SMOKE else 1000))
         deep = train(data, "--net", DEEP, "--memory", BUDGET, "--recipe", "paper-cifar", "--precision", PRECISION, "--batch-size", "128", "--epochs", EPOCHS)
         plan = deep.last("plan")
         of = sum(reslab.spec(DEEP).depths)
