@@ -49,7 +49,7 @@ def fetch(archive: Archive, folder: Path, progress: Callable[[str, int, int], No
     checksum, which is removed.
     """
     target = folder / archive.name
-    with contextlib.suppress(FileNotFoundError):  # another process may make room at any time
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError):  # another process may make room at any time
         if not (found := digest(target, archive.kind)).startswith(archive.checksum):
             raise WorkError(f"{shown(target)} must have {archive.kind} {archive.checksum}; it has {found}: remove it, and it will be downloaded")
         return target

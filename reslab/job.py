@@ -189,7 +189,7 @@ def _resume(run: Run, limits: Limits, here: Machine, show: JobShow, started: flo
         kept = recipe_from_dict({**config["recipe"], "storage": held.partition(":")[0]})
         plan = Plan(**{**config["plan"], "segments": tuple(config["plan"]["segments"])})
         source, fingerprint = config["data"]["source"], config["data"]["fingerprint"]
-    except (KeyError, TypeError, CallError) as error:
+    except (KeyError, TypeError, AttributeError, CallError) as error:
         raise WorkError(f"{shown(run.path / 'run.toml')} is damaged: {shown(str(error))}") from error
     try:
         images = split(_in_turn(here, lambda: open_images(source, show.reading)), kept.seed, kept.val)

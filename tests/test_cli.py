@@ -137,6 +137,9 @@ def test_finished_and_damaged_runs_are_not_resumed(words: Cli, tmp_path: Path) -
     (run.model / "spec.json").unlink()
     (run.path / "state" / "last.safetensors").write_bytes(b"\xff" * 64)
     one_line(words("train", "--resume", run.path), 1, "cannot be read as")
+    whole = (run.path / "run.toml").read_text()
+    (run.path / "run.toml").write_text(whole.replace('storage = "memory', 'storage = 3 # "'))
+    one_line(words("train", "--resume", run.path), 1, "run.toml is damaged")
     (run.path / "run.toml").write_text("spec = [")
     one_line(words("train", "--resume", run.path), 1, "cannot be read")
 

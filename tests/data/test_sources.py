@@ -274,6 +274,12 @@ def test_corrupted_download_is_removed_and_said(server: Server, tmp_path: Path) 
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_folder_for_data_that_is_a_file_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(WorkError, match=r"a\.bin is needed and could not be downloaded"):
+        fetch(Archive("a.bin", "0" * 32, "https://localhost/a.bin"), tmp_path / "file", lambda *a: None)
+
+
 @pytest.mark.parametrize("checksum", ["", "right"])
 def test_of_those_who_need_a_file_at_once_one_downloads_it(server: Server, tmp_path: Path, checksum: str) -> None:
     archive = Archive("a.bin", checksum and hashlib.md5(server.body).hexdigest(), server.url)
