@@ -12,8 +12,9 @@ skips and with, where rates of 0.1 and 0.2 leave 49 and 22 %. So what batch norm
 does not depend on the rate (docs/log.md).
 
 A result shows what either part does to a training of the given steps at that rate. No error is much above that of a guess:
-a net that fails without one part cannot lose more without both, which is a part of what "together" measures. It does not
-show why (studies `gradients`, `signal`, `batchnorm`), nor what nets without norm do from an initialisation made for them
+a net that fails without one part cannot lose more without both, which is a part of what "together" measures, and all of it
+where residual nets without norm do not train: then it is what skips buy with batch norm once more, and decides nothing. It does not show
+why (studies `gradients`, `signal`, `batchnorm`), nor what nets without norm do from an initialisation made for them
 (`init`).
 
     reslab study ablation --budget 2m      digits, 8 to 56 layers
@@ -32,7 +33,7 @@ from reslab.study import grid
 from reslab.study.data import Data
 from reslab.study.grid import Arm, Ladder, beyond, by_seed, claim, depths, differences, results, trained
 from reslab.study.kinds import Cell, Claim, Pace, Setting, Study
-from reslab.study.stats import Estimate, estimate, paired
+from reslab.study.stats import Estimate, estimate, paired, points
 from reslab.study.twins import plain
 
 SKIPS = ("residual", "plain")
@@ -75,6 +76,7 @@ def claims(records: list[Record]) -> list[Claim]:
         return f"{skip} nets with {NORMS[norm]}: {trained(results(records, **arm(skip, norm)))}"
 
     skips = {n: differences(records, arm("plain", "batch", n), arm("residual", "batch", n)) for n in (shallow, deep)}
+    bare = results(records, **arm("residual", "none"))
     return [
         claim(
             "With batch norm, deep nets need skips (He et al. 2015)",
@@ -96,9 +98,11 @@ def claims(records: list[Record]) -> list[Claim]:
             dead=results(records, **arm("residual", "none")),
         ),
         claim(
-            "In deep nets batch norm works through the skips: the two buy more together than apart (De & Smith 2020)",
+            "In deep nets batch norm works through the skips: the two buy more together than apart (this project's reading of De & Smith 2020)",
             f"training error at {deep} layers, what skips buy with batch norm beyond what they buy without",
             effects(records, deep)["together"],
+            f"; without norm they buy {points(beyond(records, arm('plain', 'none'), arm('residual', 'none')))}; {alive('residual', 'none')}",
+            asked=bare,
         ),
         claim(
             "Group norm, without statistics of a batch, trains deep residual nets too (Wu & He 2018)",

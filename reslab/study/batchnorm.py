@@ -4,7 +4,7 @@ Method: a shallow plain net and its residual twin, each with batch norm, without
 whose distribution changes at every step. Now and then in training the weights are moved along the gradient of the step by
 half to four times the learning rate: how far the loss ranges, how much the gradient changes, and how much at most for the
 way gone (effective beta-smoothness). Then they are put back: the training goes on as if nobody had looked (Santurkar et
-al. 2018, sections 2.2 and 3.1). How stable a layer's inputs are is how much the mean of each activation over the batch
+al. 2018, sections 2.1 and 3.2). How stable a layer's inputs are is how much the mean of each activation over the batch
 moves from one step to the next, in deviations.
 
 Without norm a net first sits on a plateau, where nothing changes and it learns nothing; probes count from where its loss is
@@ -237,7 +237,7 @@ STUDY = Study(
     method="Shallow plain and residual nets with batch norm, without norm, and with batch norm followed by noise whose distribution changes at every step; the "
     "same images, steps, seeds and learning rate. Every so many steps the weights are moved along the gradient by half to four times the learning rate, "
     "and put back; what is seen counts from where the loss is a tenth below guessing, since without norm a net first sits on a plateau.",
-    source="Santurkar et al. 2018 (1805.11604), sections 2.2 and 3.1, figures 2 and 4",
+    source="Santurkar et al. 2018 (1805.11604), sections 2.1 and 3.2, figures 2 and 4",
     shows="whether a smooth loss or stable inputs go with fast training",
     limits="that smoothness is the cause, nor what happens at learning rates at which a net without norm does not train",
     expected="the paper has curves, no numbers: without batch norm the loss ranges wider, the gradient changes more and the smoothness is worse all through "

@@ -1,7 +1,8 @@
 """Does a plain net train worse the deeper it is, and a residual one not?
 
-Method: plain and residual twins with exactly the same parameters (shortcut A has none), the same order of images, the
-same augmentation, steps and seeds, at several depths; training error beside test error (He et al. 2015, figure 6).
+Method: plain and residual twins with exactly the same parameters where the shortcuts are of kind A, which has none, the
+same order of images, augmentation, steps and seeds, at several depths; training error beside test error (He et al. 2015,
+figure 6).
 
 A result shows whether depth alone hurts the optimisation, since a deeper plain net could represent the shallower one. It
 does not show why; with batch norm the paper finds vanishing gradients unlikely (section 4.1; study `gradients`).
@@ -142,7 +143,8 @@ def _newcombe(one: tuple[float, float, float], other: tuple[float, float, float]
 
 STUDY = Study(
     question="Does a plain net train worse the deeper it is, and a residual one not?",
-    method="Plain and residual twins with exactly the same parameters, order of images, augmentation, steps and seeds; training error beside test error.",
+    method="Plain and residual twins with the same order of images, augmentation, steps and seeds, and exactly the same parameters where the shortcuts are of "
+    "kind A, which has none; training error beside test error.",
     source="He et al. 2015 (1512.03385), section 4.2 and figure 6",
     shows="whether depth alone hurts the optimisation: a deeper plain net could represent the shallower one",
     limits="not why; and a short budget compares how fast the nets train, not where they would end",

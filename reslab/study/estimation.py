@@ -8,7 +8,8 @@ block of its stage, feature by feature (Greff et al. 2017, 1612.07771). A plain 
 adds is its output minus its input, and the same is measured of the residual blocks beside.
 
 A result shows whether blocks behave as steps towards one estimate. It does not show that the net computes by descent: a
-net that was never trained is measured beside, and one training of each net says little of others.
+net that was never trained is measured beside, its batch norms with the statistics of training images, and one training of
+each net says little of others.
 
     reslab study estimation RUN RUN --budget 10m    trained nets, a residual one and its plain twin
     reslab study estimation --budget 2m             digits: trains twins first
@@ -18,6 +19,7 @@ their input less (1710.04773); within a stage the estimates differ by nothing in
 from block to block (1612.07771). Neither paper gives numbers to compare with.
 """
 
+import math
 from collections.abc import Iterator
 from functools import cache
 
@@ -30,16 +32,19 @@ from reslab.nets.torch import ResNet
 from reslab.run import Record
 from reslab.study.data import Data, spread
 from reslab.study.kinds import Cell, Claim, Pace, Ready, Setting, Study, Subject, Verdict
+from reslab.study.probe import settle
 from reslab.study.refinement import Distance, block_outputs, ridge, stage_ends, stage_of, steps_of
-from reslab.study.stats import Estimate, estimate, rank_correlation
+from reslab.study.stats import Estimate, estimate, points, rank_correlation
 from reslab.study.surgery import as_found, batches, units
 from reslab.study.twins import affordable, deeper, is_residual, trained, with_and_without_shortcuts
+from reslab.study.untouched import untouched
 
 DEEPER = 3  # times the blocks: 56 layers of 20
 TRAINING, MEASURING = 0.5, 0.1  # shares of the budget; given nets leave both to the measuring
 COST = {"steps": 1.2, "read-outs": 5 / 3, "differences": 1 / 3}  # of a test image, in training steps
 LEAST, FITTED = 100, 4  # test images; training images that a read-out is fitted to, for each of them
 MOST = 2000  # test images
+SETTLING = 128  # training images for the statistics of batch norm, in the net that was never trained
 NOTHING = 0.25  # standard deviations
 ROOM = 0.3  # below chance: a net that errs more is hardly trained
 UNDECIDED: Verdict = "not decided at this budget"
@@ -62,7 +67,10 @@ def cells(setting: Setting, data: Data, pace: Pace) -> list[Cell]:
 
 def measure(cell: Cell, ready: Ready, data: Data) -> Iterator[Record]:
     """The records of one measurement. The net is left as it was found, also after an exception."""
-    yield from {"steps": steps, "read-outs": read_outs, "differences": differences}[cell.facts["what"]](ready.net, data, cell.facts["images"])
+    with untouched(ready.net):
+        if cell.facts["twin"] == "untrained":  # fresh from its seed, its batch norms would hand on what they get
+            settle(ready.net, data.train_batch(spread(len(data.train), SETTLING))[0])
+        yield from {"steps": steps, "read-outs": read_outs, "differences": differences}[cell.facts["what"]](ready.net, data, cell.facts["images"])
 
 
 def steps(net: ResNet, data: Data, images: int) -> Iterator[Record]:
@@ -99,9 +107,10 @@ def read_outs(net: ResNet, data: Data, images: int) -> Iterator[Record]:
         yield {"kind": "read-out", **_place(net, number), "error": float(wrong.double().mean()), **head}
     last = max(heads)
     earlier = torch.stack([(heads[number] != y).double() for number in heads if number != last]) if len(heads) > 1 else torch.empty(0, len(y))
-    early = estimate(earlier.mean(0).tolist() if len(earlier) else [])
-    whole = float((heads[last] != y).double().mean())
-    yield {"kind": "head", "error": early.mean, "low": early.low, "high": early.high, "n": early.n, "whole": whole, "chance": 1 - 1 / data.facts.classes}
+    early, wrong = earlier.mean(0) if len(earlier) else torch.empty(0), (heads[last] != y).double()
+    more = estimate((early - wrong).tolist() if len(early) else [])
+    facts = {"error": float(early.mean()), "more": more.mean, "low": more.low, "high": more.high, "n": more.n}
+    yield {"kind": "head", **facts, "whole": float(wrong.mean()), "chance": 1 - 1 / data.facts.classes}
 
 
 def differences(net: ResNet, data: Data, images: int) -> Iterator[Record]:
@@ -202,23 +211,27 @@ def _nears(rows: list[Record]) -> Claim:
 
 
 def _agrees_in_the_mean(rows: list[Record]) -> Claim:
-    size = estimate([abs(r["mean"]) for r in _differences(rows)])
-    measured = f"mean difference over the features, without its sign, {_told(size)} standard deviations; bound {NOTHING}"
+    size = estimate([math.hypot(r["mean"], r["spread"]) for r in _differences(rows)])
+    measured = f"root mean square over the features of each one's mean difference, {_told(size)} standard deviations; bound {NOTHING}"
     below = Estimate(NOTHING - size.mean, NOTHING - size.high, NOTHING - size.low, size.n)
     return _claim("Within a stage, the estimates differ by nothing in the mean", measured, below)
 
 
 def _head(rows: list[Record], others: list[Record], other: str) -> Claim:
-    """Two means over the images; that their intervals lie apart is more than a test of the difference would ask for."""
-    said = "The head reads earlier blocks of the last stage better than a plain net's head does"
+    """How much more a head errs on earlier blocks than on its own, so that a net does not lose by an error of the whole.
+
+    Two means over the images; that their intervals lie apart is more than a test of the difference would ask for.
+    """
+    said = "The head loses less than a plain net's head does when it reads earlier blocks of the last stage"
     pair = [next((r for r in each if r["kind"] == "head" and r["n"] > 1), None) for each in (rows, others)]
     if not (pair[0] and pair[1]):
         return Claim(said, "not measured", UNDECIDED, 0)
-    mine, theirs = (Estimate(r["error"], r["low"], r["high"], r["n"]) for r in pair if r)
+    mine, theirs = (Estimate(r["more"], r["low"], r["high"], r["n"]) for r in pair if r)
     verdict: Verdict = "agrees" if mine.high < theirs.low else "disagrees" if mine.low > theirs.high else UNDECIDED
     if pair[1]["whole"] + ROOM > pair[1]["chance"]:
         verdict = UNDECIDED
-    measured = f"mean error {_percent(mine)}, {other} {_percent(theirs)}; the whole nets err on {100 * pair[0]['whole']:.1f} and {100 * pair[1]['whole']:.1f} %"
+    whole = f"the whole nets err on {100 * pair[0]['whole']:.1f} and {100 * pair[1]['whole']:.1f} %"
+    measured = f"errs more by {points(mine)}, {other} by {points(theirs)}; {whole}; n counts images"
     return Claim(said, measured, verdict, mine.n)
 
 
@@ -240,10 +253,6 @@ def _negative(e: Estimate) -> Estimate:
 def _claim(said: str, measured: str, e: Estimate) -> Claim:
     """Decided by whether the interval lies above zero."""
     return Claim(said, measured if e.n else "not measured", e.verdict(), e.n)
-
-
-def _percent(e: Estimate) -> str:
-    return f"{100 * e.mean:.1f} % (95 % interval {100 * e.low:.1f} to {100 * e.high:.1f}, n = {e.n} images)"
 
 
 def _told(e: Estimate, digits: int = 2) -> str:

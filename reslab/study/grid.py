@@ -135,13 +135,20 @@ def trained(rows: list[Record]) -> str:
     return f"{sum(map(has_trained, rows))} of {len(rows)} trained at all"
 
 
-def claim(paper: str, what: str, gap: Estimate, more: str = "", alive: Sequence[Record] = (), dead: Sequence[Record] = ()) -> Claim:
+def claim(
+    paper: str, what: str, gap: Estimate, more: str = "", alive: Sequence[Record] = (), dead: Sequence[Record] = (), asked: Sequence[Record] = ()
+) -> Claim:
     """A claim that a difference is positive, decided by its interval.
 
     Where it says that nets train or do not, it is agreed with only if most of those `alive` have, and most of those `dead` have not.
+    Where it asks what becomes of nets that train, it is decided only if most of those `asked` have.
     """
     verdict = gap.verdict()
     as_said = [*map(has_trained, alive)], [not has_trained(row) for row in dead]
-    if verdict == "agrees" and any(rows and 2 * sum(rows) <= len(rows) for rows in as_said):
+    if (verdict == "agrees" and not all(map(_mostly, as_said))) or not _mostly([*map(has_trained, asked)]):
         verdict = "not decided at this budget"
     return Claim(paper, f"{what}: {points(gap)}{more}", verdict, gap.n)
+
+
+def _mostly(rows: Sequence[bool]) -> bool:
+    return not rows or 2 * sum(rows) > len(rows)

@@ -77,6 +77,8 @@ def claims(records: list[Record]) -> list[Claim]:
             "From He initialisation depth does harm that it does not from Fixup (Zhang et al. 2019)",
             f"rise of the training error from {shallow} to {deep} layers, none beyond Fixup",
             estimate([rise["none"][seed] - rise["Fixup"][seed] for seed in sorted(rise["none"].keys() & rise["Fixup"].keys())]),
+            f"; at {shallow} layers, none: {trained(results(records, **arm('none', shallow)))}",
+            asked=results(records, **arm("none", shallow)),
         ),
     ]
 

@@ -3,15 +3,17 @@
 Method: the loss of training images, never augmented, on a plane through the trained weights and along more random lines,
 in [-1, 1] times directions whose filters are as long as the trained ones; biases and batch norm stay. Eval mode with the
 trained running statistics, as in the authors' code (tomgoldstein/loss-landscape, evaluation.py). Beside it both ends of the
-spectrum of the Hessian by those filters (Li et al. 2018). A cell is one row of the plane, so that what is there is kept.
+spectrum of the Hessian by steps in those lengths (Li et al. 2018). A cell is one row of the plane, so that what is there is kept.
 
 A result shows how the loss rises around one minimiser, in a few random directions out of hundreds of thousands: a dent
-in them is a dent, a bowl in them does not prove that there is none elsewhere. Twins share their random numbers.
+in them is a dent, a bowl in them does not prove that there is none elsewhere. Twins share their random numbers. How far the
+weights can be moved is told by how much the loss rises, not by where it gets to, so that a net that trained worse does not
+look sharper for it.
 
     reslab study landscape runs/a runs/b       trained runs, such as a net and its plain twin
     reslab study landscape --budget 2m         twins on digits, trained in a third of the time
 
-Expected (CIFAR-10; the paper, section 5): at 20 layers both surfaces are benign; at 56 and 110 layers the nets without
+Expected (CIFAR-10; the paper, section 6): at 20 layers both surfaces are benign; at 56 and 110 layers the nets without
 skips lie in a chaotic surface, the ones with skips do not. Their test errors, with / without: 20 7.37 / 8.18, 56
 5.89 / 13.31, 110 5.79 / 16.44 %.
 """
@@ -35,7 +37,7 @@ from reslab.study.data import Data
 from reslab.study.hessian import hessian_product, lanczos
 from reslab.study.kinds import Cell, Claim, Pace, Ready, Setting, Study, Verdict
 from reslab.study.stats import Estimate, estimate, paired, points
-from reslab.study.surface import Batches, along, direction, filters, for_surface, mean_loss
+from reslab.study.surface import Batches, along, direction, filters, for_surface, lengths, mean_loss
 from reslab.study.training import SCORED, errors
 from reslab.study.twins import batch_size, layers, plain, trained
 
@@ -48,6 +50,7 @@ EXTREMES = 5  # eigenvalues of either end that are kept
 BATCH = 125
 SHALLOW = 20  # layers, up to which the paper finds both surfaces benign
 BENIGN = 0.1  # of the steps away from the minimiser; a surface where the loss falls more often is none
+FALL = 0.01  # of a loss, at least, is a fall: less is no chaos
 
 
 class Plan(NamedTuple):
@@ -124,7 +127,8 @@ def _spectrum(net: ResNet, data: Data, images: int, number: int) -> Record:
     batches = _batches(data, _sample(data)[number * few : (number + 1) * few])
     net = copy.deepcopy(net).eval()
     weights = filters(net)
-    found = lanczos(hessian_product(net, weights, batches), sum(w.numel() for w in weights), PRODUCTS, seeded(START, number))
+    product, scale = hessian_product(net, weights, batches), lengths(weights)
+    found = lanczos(lambda vector: scale * product(scale * vector), len(scale), PRODUCTS, seeded(START, number))
     ends = {"largest": slice(None, -EXTREMES - 1, -1), "smallest": slice(None, EXTREMES)}
     return {"of": few, **{f"{name}{what}": found[i][cut].tolist() for name, cut in ends.items() for i, what in enumerate(("", "_within"))}}
 
@@ -138,18 +142,17 @@ def _batches(data: Data, items: NDArray[np.int64]) -> Batches:
 
 
 def reach(line: Record) -> float:
-    """How far from the minimiser a net is still better than guessing, on the mean of both sides; at most 1.
+    """How far from the minimiser the loss has risen by that of guessing, on the mean of both sides; at most 1.
 
     The loss of guessing is the logarithm of the number of classes; between points the loss grows exponentially.
     """
-    middle, level = len(line["at"]) // 2, math.log(line["classes"])
+    middle = len(line["at"]) // 2
     loss = [math.inf if v is None else v for v in line["loss"]]
+    level = loss[middle] + math.log(line["classes"])
     return fmean(_crossing(line["at"][middle:], side, level) for side in (loss[middle:], loss[middle::-1]))
 
 
 def _crossing(at: list[float], loss: list[float], level: float) -> float:
-    if loss[0] >= level:
-        return 0.0
     for i in range(1, len(loss)):
         if loss[i] >= level:
             share = math.log(level / loss[i - 1]) / math.log(loss[i] / loss[i - 1]) if math.isfinite(loss[i]) and loss[i - 1] > 0 else 0.0
@@ -158,9 +161,9 @@ def _crossing(at: list[float], loss: list[float], level: float) -> float:
 
 
 def falls(line: Record) -> float:
-    """The share of the steps away from the minimiser in which the loss falls: none on a bowl, half in chaos."""
+    """The share of the steps away from the minimiser in which the loss falls, by FALL at least: none on a bowl, half in chaos."""
     middle, loss = len(line["loss"]) // 2, [math.inf if v is None else v for v in line["loss"]]
-    steps = [b < a for side in (loss[middle:], loss[middle::-1]) for a, b in pairwise(side)]
+    steps = [b < (1 - FALL) * a for side in (loss[middle:], loss[middle::-1]) for a, b in pairwise(side)]
     return steps.count(True) / len(steps)
 
 
@@ -176,13 +179,13 @@ def claims(records: list[Record]) -> list[Claim]:
     return [
         Claim(
             "In deep nets skips promote flat minimisers: with them the weights can be moved further",
-            f"distance, in lengths of the filters, until the net is no better than guessing, {pair}: {_interval(further)}{where}",
+            f"distance, in lengths of the filters, until the loss has risen by that of guessing, {pair}: {_interval(further)}{where}",
             further.verdict() if deep else undecided,
             further.n,
         ),
         Claim(
-            "In deep nets skips promote flat minimisers: without them the Hessian's largest eigenvalue is larger",
-            f"{f'{none} over {skips}' if skips else pair}: {_factor(sharper)}{where}",
+            "In deep nets skips promote flat minimisers: without them the Hessian's largest eigenvalue is larger (this project's reading)",
+            f"by steps in lengths of the filters, {f'{none} over {skips}' if skips else pair}: {_factor(sharper)}{where}",
             sharper.verdict() if deep else undecided,
             sharper.n,
         ),
@@ -231,7 +234,10 @@ def answer(records: list[Record]) -> str:
         return "Too few cells were measured to say."
     far = ", ".join(f"{net} {distance:.2f}" for net, (distance, _) in known.items())
     sharp = ", ".join(f"{net} {curvature:.3g}" for net, (_, curvature) in known.items())
-    return f"How far the weights can be moved at random until the net is no better than guessing, in lengths of its filters: {far}. Largest curvature: {sharp}."
+    return (
+        f"How far the weights can be moved at random until the loss has risen by that of guessing, in lengths of a net's filters: {far}. "
+        f"Largest curvature, in these lengths: {sharp}."
+    )
 
 
 def names(records: list[Record]) -> list[str]:
@@ -273,11 +279,11 @@ def _factor(e: Estimate) -> str:
 STUDY = Study(
     question="What does the loss look like around a trained net, with and without skips?",
     method="The loss of training images, in eval mode with the trained running statistics, on a plane and on lines of random directions whose filters are "
-    "as long as the trained ones, in [-1, 1]; both ends of the spectrum of its Hessian by the filters, by Lanczos iteration, on three smaller samples.",
+    "as long as the trained ones, in [-1, 1]; both ends of the spectrum of its Hessian by steps in these lengths, by Lanczos iteration, on three smaller "
+    "samples.",
     source="Li et al. 2018 (1712.09913), sections 4 to 6",
     shows="how the loss rises around a minimiser in random directions, and how sharp its sharpest direction is",
-    limits="more than one minimiser of each net, and a few directions of very many; an eigenvalue also changes with the scale of the filters, which batch "
-    "norm makes arbitrary; and twins that trained shortly are compared where they got to",
+    limits="more than one minimiser of each net, and a few directions of very many; and twins that trained shortly are compared where they got to",
     expected="CIFAR-10 test error with / without skips: 20 layers 7.37 / 8.18, 56 layers 5.89 / 13.31, 110 layers 5.79 / 16.44 %; at 20 layers both surfaces "
     "are benign, at 56 and 110 the one without skips is chaotic",
     cells=cells,

@@ -1,4 +1,4 @@
-"""Noise behind every batch norm, with a distribution that is another one at each step: Santurkar et al. 2018, section 2.2.
+"""Noise behind every batch norm, with a distribution that is another one at each step: Santurkar et al. 2018, section 2.1.
 
 It undoes what batch norm was first praised for, that a layer's inputs keep their distribution, and keeps the rest.
 """

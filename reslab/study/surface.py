@@ -49,8 +49,23 @@ def _put(net: nn.Module, name: str, module: nn.Module) -> None:
 
 
 def filters(net: nn.Module) -> list[Tensor]:
-    """The weights that a direction moves: of convolutions and linear layers, not biases and norms."""
-    return [weight for weight in net.parameters() if weight.ndim > 1]
+    """The weights that a direction moves: of convolutions and linear layers, not biases and norms.
+
+    Those on shortcuts come last: what is drawn for all others is then the same for a plain twin, which has none.
+    """
+    found = [(name, weight) for name, weight in net.named_parameters() if weight.ndim > 1]
+    return [weight for _, weight in sorted(found, key=lambda pair: ".downsample." in pair[0])]
+
+
+def lengths(weights: Sequence[Tensor]) -> Tensor:
+    """float64 (n,): for each single weight the norm of its filter, in the order of all weights laid flat."""
+    return torch.cat([_norms(weight.detach()).expand_as(weight).reshape(-1) for weight in weights]).double()
+
+
+def _norms(weight: Tensor) -> Tensor:
+    """Of each filter (index of the first axis), to be broadcast."""
+    norms: Tensor = torch.linalg.vector_norm(weight, dim=tuple(range(1, weight.ndim)), keepdim=True)
+    return norms
 
 
 def direction(weights: Sequence[Tensor], generator: Generator) -> Direction:
@@ -58,8 +73,7 @@ def direction(weights: Sequence[Tensor], generator: Generator) -> Direction:
     made = []
     for weight in weights:
         d = torch.empty_like(weight).copy_(torch.randn(weight.shape, generator=generator))
-        over = tuple(range(1, weight.ndim))
-        made.append(d * (torch.linalg.vector_norm(weight.detach(), dim=over, keepdim=True) / torch.linalg.vector_norm(d, dim=over, keepdim=True)))
+        made.append(d * (_norms(weight.detach()) / _norms(d)))
     return made
 
 

@@ -15,9 +15,10 @@ from reslab.data.split import split
 from reslab.nets.torch import ResNet
 from reslab.report.studies.estimation import figures
 from reslab.spec import Spec
-from reslab.study.data import Data, prepare
-from reslab.study.estimation import answer, cells, claims, differences, measure, read_outs, steps
+from reslab.study.data import Data, prepare, spread
+from reslab.study.estimation import SETTLING, answer, cells, claims, differences, measure, read_outs, steps
 from reslab.study.kinds import Given, Ready, Setting
+from reslab.study.probe import settle
 from reslab.study.refinement import RIDGE, Distance, block_outputs, ridge, stage_ends, steps_of
 from tests.study.tiny import everything, tiny
 
@@ -158,9 +159,28 @@ def test_every_measurement_is_claimed_and_drawn(data: Data) -> None:
     assert len(figures(records)) == 4
 
 
-def rows(net: str, cosine: float = 0.05, ratio: float = -0.05, mean: float = 0.02, head: float = 0.2, whole: float = 0.1, noise: float = 0.01) -> list[dict]:
+def test_an_untrained_net_is_measured_with_statistics_of_the_images(data: Data) -> None:
+    """Fresh from its seed, its norms would hand on what they get, and what it puts out would grow from block to block."""
+    cell = cells(Setting(1, 2, 1, tiny().spec, (Given("with", tiny().spec, "with"),)), data, lambda spec, batch: 0.01)[-1]
+    net = tiny()
+    for module in net.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.reset_running_stats()
+    before = everything(net)
+    fresh = list(steps(net, data, 50))
+    found = list(measure(cell, Ready(net, []), data))
+    assert everything(net) == before
+    settle(net, data.train_batch(spread(len(data.train), SETTLING))[0])
+    assert [r["ratio"] for r in found] == [r["ratio"] for r in steps(net, data, len(data.test))]
+    assert found[-1]["ratio"] != pytest.approx(fresh[-1]["ratio"], rel=0.1)
+
+
+def rows(
+    net: str, cosine: float = 0.05, ratio: float = -0.05, mean: float = 0.02, spread: float = 0.0, head: float = 0.2, whole: float = 0.1, noise: float = 0.01
+) -> list[dict]:
     """Two stages of five blocks with the given slopes and levels, and small differences between them."""
-    made: list[dict] = [{"kind": "head", "error": head, "low": head - 0.02, "high": head + 0.02, "n": 300, "whole": whole, "chance": 0.9}]
+    more = head - whole
+    made: list[dict] = [{"kind": "head", "error": head, "more": more, "low": more - 0.02, "high": more + 0.02, "n": 300, "whole": whole, "chance": 0.9}]
     for number in range(10):
         place = {"number": number, "stage": 1 + number // 5, "position": number % 5}
         wobble = noise * (-1) ** number
@@ -170,7 +190,7 @@ def rows(net: str, cosine: float = 0.05, ratio: float = -0.05, mean: float = 0.0
         )
         made.append({"kind": "read-out", **place, "error": 0.8 + ratio * number + wobble})
         if number % 5 < 4:
-            made.append({"kind": "difference", **place, "mean": mean + wobble, "rms": 0.5 + ratio * (number % 5) + wobble})
+            made.append({"kind": "difference", **place, "mean": mean + wobble, "spread": spread, "rms": 0.5 + ratio * (number % 5) + wobble})
     return [{**r, "net": net, "twin": net} for r in made]
 
 
@@ -180,6 +200,8 @@ def rows(net: str, cosine: float = 0.05, ratio: float = -0.05, mean: float = 0.0
         (rows("residual") + rows("plain", head=0.8), ["agrees"] * 7),
         (rows("residual", -0.05, 0.05, 0.6, head=0.9) + rows("plain", head=0.8), ["disagrees"] * 7),
         (rows("residual", head=0.79) + rows("plain", head=0.8), ["agrees"] * 6 + [UNDECIDED]),
+        (rows("residual", head=0.4, whole=0.02) + rows("plain", head=0.52, whole=0.52), ["agrees"] * 6 + ["disagrees"]),  # which loses nothing
+        (rows("residual", mean=0.0, spread=1.0) + rows("plain", head=0.8), ["agrees"] * 5 + ["disagrees", "agrees"]),  # features apart, whose mean is zero
         (rows("residual", whole=0.7) + rows("plain", head=0.8), [UNDECIDED] * 7),
         (rows("residual") + rows("plain", head=0.85, whole=0.8), ["agrees"] * 6 + [UNDECIDED]),
         (rows("residual")[:1], [UNDECIDED] * 6),

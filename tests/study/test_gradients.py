@@ -112,5 +112,7 @@ def test_verdicts() -> None:
     assert verdicts[2:4] == ["agrees", "agrees"]
     verdicts = [claim.verdict for claim in claims(flows([2.0, 1.0, 1.0], [0.001, 0.001, 1.0]))]
     assert verdicts[2:4] == ["disagrees", "disagrees"], "gradients that vanish and spread"
+    slowly = flows([100.0, 10.0, 1.0], [99.0, 10.0, 1.0])
+    assert claims([{**r, "values": [*r["values"][:2], [1.0, 1.1 + 0.01 * r["seed"], 1.0]]} for r in slowly])[2].verdict == "disagrees", "one step did nothing"
     rates = [{"kind": "growth", "look": "dense", "seed": seed, "rate": value} for seed, value in enumerate((1.35, 1.36, 1.35))]
     assert claims(rates)[0].verdict == "disagrees"

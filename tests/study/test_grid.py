@@ -137,6 +137,8 @@ def test_that_nets_train_or_do_not_is_no_matter_of_a_difference_alone() -> None:
     assert verdict(0.1, nets(0.3, 0.3, 0.3), nets(0.4, 0.4, 0.9)) == undecided, "those that should not train do"
     assert verdict(0.1, nets(0.8, 0.8, 0.3), []) == undecided, "those that should do not"
     assert verdict(-0.1, nets(0.8, 0.8, 0.8), []) == "disagrees"
+    for gap in (0.1, -0.1):
+        assert grid.claim("", "", Estimate(gap, gap - 0.01, gap + 0.01, 3), asked=nets(0.85, 0.85, 0.3)).verdict == undecided, "asked of nets that train"
 
 
 def test_scalars_learn_at_their_share_of_the_rate(data: Data) -> None:
@@ -177,7 +179,8 @@ def test_effects_are_those_of_a_two_by_two_design(data: Data) -> None:
 @pytest.mark.parametrize(
     ("errors", "verdicts"),
     [
-        ((0.9, 0.5, 0.9, 0.1), ["agrees"] * 5),
+        ((0.9, 0.5, 0.9, 0.1), ["agrees", "agrees", "agrees", UNDECIDED, "agrees"]),  # together is the first once more
+        ((0.6, 0.5, 0.5, 0.1), ["agrees", "agrees", UNDECIDED, "agrees", "agrees"]),
         ((0.9, 0.1, 0.5, 0.3), ["disagrees", "disagrees", UNDECIDED, "disagrees", "agrees"]),
         ((0.9, 0.5, 0.1, 0.1), ["agrees", "agrees", UNDECIDED, "disagrees", UNDECIDED]),
     ],

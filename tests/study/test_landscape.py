@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -25,13 +26,14 @@ from reslab.study.data import Data
 from reslab.study.hessian import hessian_product, lanczos
 from reslab.study.kinds import Cell, Ready, Setting, Subject
 from reslab.study.lab import Outcome, Place
-from reslab.study.landscape import Plan, claims, falls, reach
+from reslab.study.landscape import Plan, _spectrum, claims, falls, reach
 from reslab.study.surface import along, direction, filters, for_surface, mean_loss
 from reslab.study.twins import plain
 from tests.conftest import scramble
 
 TINY = reslab.spec("resnet20", depths=(1, 1), widths=(4, 8), in_channels=1)
 SETTING = Setting(seconds=60, jobs=1, seeds=1, net=TINY)
+UNDECIDED = "not decided at this budget"
 
 
 def tiny(spec: reslab.Spec = TINY, seed: int = 0) -> ResNet:
@@ -103,6 +105,27 @@ def test_a_nets_scale_does_not_change_its_landscape() -> None:
     x, y = torch.randn(16, 1, 8, 8, generator=seeded(5)), torch.arange(16) % 10
     found = [along(filters(n), [direction(filters(n), seeded(6))], [(-0.7,), (0.4,)], lambda n=n: mean_loss(n, [(x, y)])) for n in (net, longer)]
     assert found[1] == pytest.approx(found[0], rel=1e-4)
+
+
+def test_a_nets_scale_does_not_change_its_curvature() -> None:
+    net, longer = tiny().eval(), tiny().eval()
+    with torch.no_grad():
+        longer.conv1.weight.mul_(8)  # type: ignore[operator, union-attr]
+        longer.bn1.running_mean.mul_(8)  # type: ignore[union-attr, operator]
+        longer.bn1.running_var.mul_(64)  # type: ignore[union-attr, operator]
+        longer.bn1.eps *= 64  # type: ignore[union-attr, operator]
+    data = SimpleNamespace(train=range(60), train_batch=lambda items: (torch.randn(len(items), 1, 8, 8, generator=seeded(5)), torch.as_tensor(items) % 10))
+    found = [_spectrum(n, data, 60, 0)["largest"][0] for n in (net, longer)]  # type: ignore[arg-type]
+    assert found[1] == pytest.approx(found[0], rel=1e-3)
+
+
+def test_twins_share_their_directions_whatever_the_shortcut() -> None:
+    nets = [ResNet(replace(TINY, shortcut=kind)) for kind in ("B", "none")]
+    moved = [dict(zip(map(id, filters(net)), direction(filters(net), seeded(3)), strict=True)) for net in nets]
+    ours, theirs = ({name: moved[i][id(p)] for name, p in net.named_parameters() if id(p) in moved[i]} for i, net in enumerate(nets))
+    assert set(theirs) < set(ours)
+    for name in theirs:
+        assert torch.nn.functional.cosine_similarity(ours[name].flatten(1), theirs[name].flatten(1)).min() > 0.999, name
 
 
 @pytest.mark.parametrize("order", ["original", "bn-after-add", "relu-before-add", "relu-preact", "preact"])
@@ -282,19 +305,26 @@ def spectrum(net: str, number: int, largest: float, layers: int = 56) -> Record:
             "smallest": [-1.0], "smallest_within": [0.0]}  # fmt: skip
 
 
-def test_reach_is_where_the_loss_passes_guessing() -> None:
+def test_reach_is_where_the_loss_has_risen_by_that_of_guessing() -> None:
     guess = math.log(10)
-    assert reach(line("a", 0, [guess * 4, guess, 0.1, guess, guess * 4])) == pytest.approx(0.5)
-    assert reach(line("a", 0, [guess * 4, guess / 4, 0.1, guess / 4, guess * 4])) == pytest.approx(0.75), "half-way in the logarithm"
+    level = 0.1 + guess
+    assert reach(line("a", 0, [level * 4, level, 0.1, level, level * 4])) == pytest.approx(0.5)
+    assert reach(line("a", 0, [level * 4, level / 4, 0.1, level / 4, level * 4])) == pytest.approx(0.75), "half-way in the logarithm"
     assert reach(line("a", 0, [1.0] * 5)) == 1.0
-    assert reach(line("a", 0, [9.0, 9.0, 3.0, 9.0, 9.0])) == 0.0
     assert reach(line("a", 0, [None, 1.0, 0.1, None, None])) == pytest.approx(0.25)
+
+
+@pytest.mark.parametrize("middle", [0.01, 1.0, 2.0])
+def test_a_net_that_trained_worse_does_not_look_sharper_for_it(middle: float) -> None:
+    at = np.linspace(-1, 1, 401)
+    assert reach(line("a", 0, (middle + 8 * at**2).tolist())) == pytest.approx(math.sqrt(math.log(10) / 8), abs=2e-3)
 
 
 def test_falls_are_counted_outwards() -> None:
     assert falls(line("a", 0, [4, 2, 1, 3, 9])) == 0
     assert falls(line("a", 0, [4, 5, 1, 3, 2])) == 0.5
     assert falls(line("a", 0, [None, 5, 1, 3, None])) == 0
+    assert falls(line("a", 0, [2.3, 2.3 + 1e-6, 2.3, 2.3 + 1e-6, 2.3])) == 0, "a net that answers all alike is no chaos"
 
 
 BOWL, CHAOS = [90.0, 9.0, 0.1, 9.0, 90.0], [80.0, 99.0, 0.9, 99.0, 9.0]
@@ -304,10 +334,9 @@ BOWL, CHAOS = [90.0, 9.0, 0.1, 9.0, 90.0], [80.0, 99.0, 0.9, 99.0, 9.0]
     ("residual", "plain_", "layers", "verdicts"),
     [
         ([0.1, 0.1, 0.1], [0.9, 0.8, 0.9], 56, ["agrees", "agrees", "agrees"]),
-        ([2.2, 2.1, 2.2], [0.1, 0.1, 0.1], 56, ["disagrees", "agrees", "agrees"]),
-        ([0.1], [0.9], 56, ["not decided at this budget"] * 3),
-        ([0.1, 0.1, 0.1], [], 56, ["not decided at this budget"] * 3),
-        ([0.1, 0.1, 0.1], [0.9, 0.8, 0.9], 20, ["not decided at this budget"] * 2 + ["disagrees"]),
+        ([0.1], [0.9], 56, [UNDECIDED] * 3),
+        ([0.1, 0.1, 0.1], [], 56, [UNDECIDED] * 3),
+        ([0.1, 0.1, 0.1], [0.9, 0.8, 0.9], 20, [UNDECIDED] * 2 + ["disagrees"]),
     ],
 )
 def test_verdicts(residual: list[float], plain_: list[float], layers: int, verdicts: list[str]) -> None:
@@ -319,14 +348,19 @@ def test_verdicts(residual: list[float], plain_: list[float], layers: int, verdi
     assert landscape.answer(rows)
 
 
+def test_a_steeper_net_with_skips_disagrees() -> None:
+    rows = [line(net, n, [99 * steep, 9 * steep, 0.1, (9 + n) * steep, 99 * steep]) for net, steep in (("residual", 9), ("plain", 1)) for n in range(3)]
+    assert claims(rows)[0].verdict == "disagrees"
+
+
 def test_one_net_alone_is_drawn_and_compared_with_nothing() -> None:
     rows = [line("c1", n, [float(abs(i)) for i in range(-8, 9)], 20) for n in range(3)]
-    assert [claim.verdict for claim in claims(rows)] == ["not decided at this budget", "not decided at this budget", "agrees"]
+    assert [claim.verdict for claim in claims(rows)] == [UNDECIDED, UNDECIDED, "agrees"]
     assert [f.title for f in figures(rows)] == ["Loss along random directions, a line each"]
     assert claims([]) and landscape.answer([]) and figures([]) == []
 
 
-@pytest.mark.parametrize(("lines", "side", "high", "verdict"), [(3, 5, "24.2", "not decided at this budget"), (4, 25, "3.8", "agrees")])
+@pytest.mark.parametrize(("lines", "side", "high", "verdict"), [(3, 5, "24.2", UNDECIDED), (4, 25, "3.8", "agrees")])
 def test_that_no_step_falls_is_as_sure_as_there_are_steps(lines: int, side: int, high: str, verdict: str) -> None:
     """Wilson's upper limits for 0 of 12 and 0 of 96."""
     rows = [line("c1", n, [float(abs(i)) for i in range(-(side // 2), side // 2 + 1)], 20) for n in range(lines)]

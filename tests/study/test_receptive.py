@@ -101,8 +101,9 @@ def test_verdicts_on_training(records: list[dict], factor: float, verdict: str) 
         if r["look"] == "twin":
             base = 20.0 if r["twin"] == "residual" else 30.0 + 0.5 * r["seed"]
             r = r | {"size": base * (factor if r["trained"] else 1) * (1 + 0.01 * r["seed"] * r["trained"])}
-        turned.append(r)
+        turned.append({**r, "image_size": 32})
     assert claims(turned)[2].verdict == verdict
+    assert claims([{**r, "image_size": 8} for r in turned])[2].verdict == "not decided at this budget", "there may be nothing to enlarge it for"
     assert claims(turned)[3].verdict == "agrees"
 
 

@@ -7,7 +7,7 @@ import torch
 
 from reslab.report.studies.signal import figures
 from reslab.study.kinds import Given, Ready, Setting
-from reslab.study.signal import answer, at_additions, cells, claims, deviations, growth, last_share, measure, share_slope
+from reslab.study.signal import answer, at_additions, cells, claims, growth, last_share, measure, responding, share_slope
 from reslab.study.stats import estimate, factor
 from tests.study.probing import digits, made, same, state, tiny
 
@@ -44,7 +44,9 @@ def test_responses_behind_a_norm_have_its_scale() -> None:
             if isinstance(module, torch.nn.BatchNorm2d):
                 module.weight.fill_(0.25)
     before = state(net)
-    assert deviations(net, x) == pytest.approx([0.25] * 13, rel=0.02)
+    found, answers = responding(net, x)
+    assert found == pytest.approx([0.25] * 13, rel=0.02)
+    assert len(answers) == 64
     assert same(before, state(net))
 
 
@@ -60,8 +62,9 @@ def test_the_law_is_found_in_made_up_strengths() -> None:
     assert growth(addition(0, False, 0, 2.0)) == pytest.approx(math.log(2))
 
 
-def response(seed: int, twin: str, layers: int, value: float) -> dict:
-    return {"kind": "response", "seed": seed, "pair": seed, "twin": twin, "layers": layers, "steps": 9, "deviations": [value * (1 + 0.01 * seed)] * 9}
+def response(seed: int, twin: str, layers: int, value: float, error: float = 0.1) -> dict:
+    deviations = [value * (1 + 0.01 * seed)] * 9
+    return {"kind": "response", "seed": seed, "pair": seed, "twin": twin, "layers": layers, "steps": 9, "deviations": deviations, "error": error, "chance": 0.9}
 
 
 @pytest.mark.parametrize(
@@ -75,6 +78,17 @@ def test_verdicts(power: float, rate: float, residual: float, verdicts: list[str
     assert [claim.verdict for claim in claims(rows)] == verdicts
     assert len(figures(rows)) == 2
     assert "of the shortcut with norm" in answer(rows)
+
+
+@pytest.mark.parametrize(("residual", "plain_error"), [(0.97, 0.1), (0.5, 0.7)])
+def test_responses_that_hardly_differ_or_are_of_nets_that_hardly_trained_decide_nothing(residual: float, plain_error: float) -> None:
+    rows = [
+        response(seed, twin, 56, residual if twin == "residual" else 1.0, plain_error if twin == "plain" else 0.1)
+        for seed in range(3)
+        for twin in ("plain", "residual")
+    ]
+    (claim,) = [claim for claim in claims(rows) if "plain ones" in claim.paper]
+    assert claim.verdict == "not decided at this budget"
 
 
 def test_missing_cells_decide_nothing() -> None:
