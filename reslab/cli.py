@@ -9,7 +9,7 @@ import traceback
 from dataclasses import field as dataclass_field
 from dataclasses import fields, make_dataclass
 from pathlib import Path
-from typing import Annotated, Any, get_type_hints
+from typing import Annotated, Any, get_args, get_type_hints
 
 import cyclopts
 from cyclopts import App, Parameter
@@ -17,30 +17,32 @@ from cyclopts import App, Parameter
 from reslab import __version__
 from reslab.catalogue.models import Sort
 from reslab.errors import CallError, WorkError, shown
-from reslab.terminal import console, print_checkup, print_lines, print_result, print_scores, watch, width
+from reslab.host import end_on_signals
+from reslab.terminal import console, prepare_streams, print_checkup, print_result, print_scores, watch, width
 from reslab.train.recipe import RECIPES, Recipe, helps
 
-DIGITS = "digits"
 CLUSTER = "let a Ray cluster do it: its address, `auto` or `local` (extra `cluster`)"
 app = App(
     name="reslab",
-    help="The workbench for residual networks. Try: reslab train digits",
+    help="The workbench for residual networks. Try: reslab train digits. With --debug an error shows where it arose.",
     help_format="plaintext",  # the others load a Markdown parser, which takes longer than all the rest
     version=__version__,
     result_action="return_value",
     exit_on_error=False,
     print_error=False,
+    suppress_keyboard_interrupt=False,
 )
 
 
 def _flags() -> type:
-    """A dataclass with one optional field a Recipe field, which cyclopts shows as options."""
+    """A dataclass with one field a Recipe field, which cyclopts shows as options."""
     hints = get_type_hints(Recipe)
     rows: list[Any] = []
     for f in fields(Recipe):
         kept = "" if f.default in (None, "") else f" (default {str(f.default).lower() if isinstance(f.default, bool) else f.default})"
-        text = helps()[f.name].text + kept
-        rows.append((f.name, Annotated[hints[f.name] | None, Parameter(help=text, show_default=False)], dataclass_field(default=None)))
+        kinds = get_args(hints[f.name])  # without None, for which cyclopts takes the words none and null
+        kind = kinds[0] if type(None) in kinds else hints[f.name]
+        rows.append((f.name, Annotated[kind, Parameter(help=helps()[f.name].text + kept, show_default=False)], dataclass_field(default=None)))
     made = make_dataclass("Flags", rows, frozen=True, kw_only=True)
     made.__module__ = __name__  # cyclopts takes a class of the standard library for a plain value
     return made
@@ -77,7 +79,7 @@ def train(
 
 @app.command
 def check(
-    data: Annotated[str, Parameter(help="as for train")] = DIGITS,
+    data: Annotated[str, Parameter(help="as for train")] = "digits",
     /,
     *,
     as_json: JsonFlag = False,
@@ -289,7 +291,7 @@ def study(
     from reslab.study import STUDIES
 
     if name is None:
-        print_lines([f"{key:14}{question}" for key, question in STUDIES.items()])
+        print("\n".join(f"{key:14}{question}" for key, question in STUDIES.items()))
         return 0
     from reslab.studies import Call, study_all
     from reslab.studies import study as run_study
@@ -345,7 +347,7 @@ def models(
     if as_json:
         print(json.dumps([model.to_dict() for model in found], indent=1))
     else:
-        print_lines(listing(found, width()))
+        print("\n".join(listing(found, width())))
     return 0
 
 
@@ -374,24 +376,24 @@ def show(
     if as_json:
         print(json.dumps(to_dict(subject, batch), indent=1))
     else:
-        print_lines(sheet(subject, batch, whole, width()))
+        print("\n".join(sheet(subject, batch, whole, width())))
     return 0
 
 
 def main(tokens: list[str] | None = None) -> None:
     """Runs a command line and exits. An error is one line on stderr; `--debug` adds the traceback."""
-    tokens = list(sys.argv[1:] if tokens is None else tokens)
-    debug = "--debug" in tokens
-    tokens = [word for word in tokens if word != "--debug"]
+    prepare_streams()
+    end_on_signals()
+    given = sys.argv[1:] if tokens is None else tokens
+    tokens = [word for word in given if word != "--debug"]
     try:
-        status = app(tokens) if tokens else app(["--help"])
-        sys.exit(status if isinstance(status, int) else 0)
+        sys.exit(app(tokens or ["--help"]) or 0)
     except (SystemExit, BrokenPipeError) as error:
         code = error.code if isinstance(error, SystemExit) else 1
     except KeyboardInterrupt:
         code = _complain("stopped", 130)
     except Exception as error:
-        if debug:
+        if "--debug" in given:
             traceback.print_exc()
         code = _complain(*_explain(error))
     with contextlib.suppress(OSError):
@@ -403,10 +405,8 @@ def _explain(error: Exception) -> tuple[str, int]:
     """The line and the exit status for an error."""
     if isinstance(error, cyclopts.CycloptsError):
         return " ".join(str(error).split()) + " (`reslab --help` shows what there is)", 2
-    if isinstance(error, CallError):
-        return str(error), 2
-    if isinstance(error, WorkError):
-        return str(error), 1
+    if isinstance(error, CallError | WorkError):
+        return str(error), 2 if isinstance(error, CallError) else 1
     if (number := getattr(error, "signal", None)) is not None:  # Interrupted; its module loads torch
         return f"{error}; continue with --resume", 128 + int(number)
     if isinstance(error, OSError):

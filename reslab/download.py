@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from reslab.errors import WorkError, shown
+from reslab.host import expanded
 
 CHUNK = 1 << 18
 MAX_BYTES = 4 << 30
@@ -36,16 +37,18 @@ class Archive(NamedTuple):
 
 
 def cache() -> Path:
-    """Where downloads go: RESLAB_DATA, or ~/.cache/reslab."""
-    return Path(os.environ.get("RESLAB_DATA") or "~/.cache/reslab").expanduser()
+    """Where downloads go: RESLAB_DATA, or ~/.cache/reslab. Raises WorkError where there is no home folder for it."""
+    if (folder := expanded(given := os.environ.get("RESLAB_DATA") or "~/.cache/reslab")) is None:
+        raise WorkError(f"downloads go into {shown(given)}, and this user has no home folder: set HOME or RESLAB_DATA")
+    return folder
 
 
-def fetch(archive: Archive, folder: Path, progress: Callable[[str, int, int], None], otherwise: str = ELSEWHERE) -> Path:
+def fetch(archive: Archive, folder: Path, progress: Callable[[str, int, int], None], otherwise: str = ELSEWHERE, most: int | None = None) -> Path:
     """The checked archive in `folder`, downloaded if it is not there. `progress(name, bytes done, bytes in all)`.
 
     An interrupted download is kept as NAME.part and, where a checksum will judge the result, continued. Of several processes
     one downloads, and the others wait. Raises WorkError offline, naming the file to put where (or `otherwise`), for a file of
-    more than 4 GiB, for a redirect from https to anything else, for a disk that is full, and for a file that fails its
+    more than 4 GiB, or `most` bytes, for a redirect from https to anything else, for a disk that is full, and for a file that fails its
     checksum, which is removed.
     """
     target = folder / archive.name
@@ -56,19 +59,19 @@ def fetch(archive: Archive, folder: Path, progress: Callable[[str, int, int], No
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with _alone(target.with_name(target.name + ".lock")):
-            return target if target.exists() else _checked(archive, target, progress)
-    except (OSError, http.client.HTTPException) as error:
+            return target if target.exists() else _checked(archive, target, progress, most)
+    except (OSError, http.client.HTTPException, ValueError) as error:  # ValueError: of an address, also one it redirects to, that is none
         reason = getattr(error, "reason", None) or getattr(error, "strerror", None) or error
         raise WorkError(
             f"{shown(archive.name)} is needed and could not be downloaded ({shown(str(reason))}): put {shown(archive.url)} into {shown(folder)}{otherwise}"
         ) from error
 
 
-def _checked(archive: Archive, target: Path, progress: Callable[[str, int, int], None]) -> Path:
+def _checked(archive: Archive, target: Path, progress: Callable[[str, int, int], None], most: int | None) -> Path:
     part = target.with_name(target.name + ".part")
     if not archive.checksum:
         part.unlink(missing_ok=True)
-    _download(archive, part, progress)
+    _download(archive, part, progress, most)
     if not (found := digest(part, archive.kind)).startswith(archive.checksum):
         part.unlink()
         raise WorkError(f"{archive.name} must have {archive.kind} {archive.checksum}; what came had {found} and was removed: run the command again")
@@ -102,7 +105,8 @@ class _StaySecure(urllib.request.HTTPRedirectHandler):
         return super().redirect_request(req, fp, code, msg, headers, newurl)
 
 
-def _download(archive: Archive, part: Path, progress: Callable[[str, int, int], None]) -> None:
+def _download(archive: Archive, part: Path, progress: Callable[[str, int, int], None], most: int | None) -> None:
+    most = min(most or MAX_BYTES, MAX_BYTES)
     have = part.stat().st_size if part.exists() else 0
     request = urllib.request.Request(archive.url, headers={"Range": f"bytes={have}-"} if have else {})
     try:
@@ -119,9 +123,9 @@ def _download(archive: Archive, part: Path, progress: Callable[[str, int, int], 
         with part.open("ab" if have else "wb") as out:
             while chunk := reply.read(CHUNK):
                 have += len(chunk)
-                if max(have, total) > MAX_BYTES:
+                if max(have, total) > most:
                     part.unlink()
-                    raise ConnectionError(f"it has over {MAX_BYTES >> 30} GiB")
+                    raise ConnectionError(f"it has over {most:,} bytes")
                 out.write(chunk)
                 progress(archive.name, have, total)
     if have < total:

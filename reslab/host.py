@@ -1,18 +1,22 @@
-"""This computer, as far as it can be known and set without torch: the processor's name, and how memory is kept.
+"""This computer, as far as it can be known and set without torch: processor, memory, the user's folder, signals.
 
-What is set here is glibc's and Linux's, in this process alone, and a no-op elsewhere. With RESLAB_MALLOC=default in the
+How memory is kept is glibc's and Linux's, in this process alone, and a no-op elsewhere. With RESLAB_MALLOC=default in the
 environment memory is left as it is, but for what `release_freed_memory` gives back.
 """
 
 import ctypes
 import os
 import platform
+import signal
+import sys
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from mmap import PAGESIZE as PAGE
 from pathlib import Path
+from types import FrameType
 
-PAGE = os.sysconf("SC_PAGE_SIZE")
+CGROUPS = Path("/sys/fs/cgroup")
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
 MADV_COLLAPSE = 25  # linux/mman.h, since 6.1
 HUGE = 2 << 20  # bytes of a huge page
@@ -33,6 +37,41 @@ def cpu_name() -> str:
         return f"{facts['model name']}{amx}, {cores()} cores"
     except (OSError, KeyError):
         return platform.processor() or platform.machine()
+
+
+def memory() -> int:
+    """Bytes that this process may use: the machine's, or less where its control group (a container, a batch job) or one above is allowed less."""
+    least = PAGE * os.sysconf("SC_PHYS_PAGES")
+    with suppress(OSError):
+        for line in Path("/proc/self/cgroup").read_text("utf-8", "replace").splitlines():
+            _, controllers, name = line.split(":", 2)
+            if controllers and "memory" not in controllers.split(","):
+                continue
+            root, limit = (CGROUPS / "memory", "memory.limit_in_bytes") if controllers else (CGROUPS, "memory.max")
+            group = root / name.lstrip("/")
+            for folder in (group, *group.parents):  # in a container the group may be named as it is outside: then the limit is that of the root
+                with suppress(OSError, ValueError):  # "max" is no limit
+                    least = min(least, int((folder / limit).read_text("ascii")))
+    return least
+
+
+def expanded(path: str) -> Path | None:
+    """The path with its ~ replaced; None where that cannot be, as under a user id without a name in a container."""
+    with suppress(RuntimeError):
+        return Path(path).expanduser()
+    return None
+
+
+def end_on_signals() -> None:
+    """SIGTERM and SIGHUP end this process by an exception, as Ctrl-C does, so that what is half done is put away. What is ignored (nohup) stays so."""
+    with suppress(ValueError):  # not the main thread: whoever started us there handles signals
+        for number in (signal.SIGTERM, signal.SIGHUP):
+            if signal.getsignal(number) == signal.SIG_DFL:
+                signal.signal(number, _end)
+
+
+def _end(number: int, frame: FrameType | None) -> None:
+    sys.exit(128 + number)
 
 
 def keep_freed_memory() -> None:
@@ -56,7 +95,7 @@ def use_huge_pages(within: float) -> None:
     with suppress(OSError, AttributeError):
         madvise = ctypes.CDLL("libc.so.6").madvise
         madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
-        for line in Path("/proc/self/maps").read_text("utf-8").splitlines():
+        for line in Path("/proc/self/maps").read_text("utf-8", "replace").splitlines():
             if line.endswith("[heap]"):
                 begin, end = (int(place, 16) for place in line.split()[0].split("-"))
                 first, last = -(-begin // HUGE), end // HUGE

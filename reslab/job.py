@@ -41,6 +41,7 @@ from reslab.use.artefact import TorchModel, save
 from reslab.use.classifier import BATCH, Classifier
 from reslab.use.evaluate import fit_temperature, outputs, score, sure_above
 from reslab.use.inference import CALIBRATED, WEIGHED, WEIGHED_BATCH, told, weighing_seconds
+from reslab.use.own import changed, reordered
 from reslab.use.second_look import label_suspects, mistakes
 
 T = TypeVar("T")
@@ -176,6 +177,8 @@ def _check_options(recipe: Recipe, limits: Limits, here: Machine) -> None:
             raise CallError("the first convolution is whitened or read from a file; received --whiten and --weights: leave one out")
         if recipe.dirac:
             raise CallError("convolutions begin as the identity or as a file has them; received --dirac and --weights: leave one out")
+        if recipe.zero_init is not None:
+            raise CallError("branches begin at zero or as a file has them; received --zero-init or --no-zero-init, and --weights: leave one out")
     elif recipe.freeze != "none" or recipe.trunk_lr != 1:
         raise CallError("fine-tuning (--recipe finetune, --freeze, --trunk-lr) starts from weights; received none: give --weights FILE")
 
@@ -188,7 +191,7 @@ def _resume(run: Run, limits: Limits, here: Machine, show: JobShow, started: flo
         spec, held = Spec.from_dict(config["spec"]), config["data"].get("storage", "auto")  # as then, for it decides what is left out and when
         kept = recipe_from_dict({**config["recipe"], "storage": held.partition(":")[0]})
         plan = Plan(**{**config["plan"], "segments": tuple(config["plan"]["segments"])})
-        source, fingerprint = config["data"]["source"], config["data"]["fingerprint"]
+        source, fingerprint, classes = config["data"]["source"], config["data"]["fingerprint"], config["data"].get("classes")
     except (KeyError, TypeError, AttributeError, CallError) as error:
         raise WorkError(f"{shown(run.path / 'run.toml')} is damaged: {shown(str(error))}") from error
     try:
@@ -197,8 +200,8 @@ def _resume(run: Run, limits: Limits, here: Machine, show: JobShow, started: flo
         raise WorkError(f"a run resumes on the data it began with; {shown(source)} is gone: move it back, or train into a new --out") from error
     if kept.weights:
         images = replace(images, channels=spec.in_channels)
-    if images.fingerprint() != fingerprint:
-        raise WorkError(f"a run resumes on the data it began with; {shown(source)} has changed since: restore it, or train into a new --out")
+    if what := changed(images, fingerprint, classes) or reordered(images, run):
+        raise WorkError(f"a run resumes on the data it began with; {shown(source)} {what}: restore it, or train into a new --out")
     job = _prepare(images, spec, kept, here, show)
     built = here.place(ResNet(spec))
     if limits.memory:

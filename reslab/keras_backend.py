@@ -4,17 +4,18 @@ import importlib.util
 import json
 import os
 import sys
-from pathlib import Path
 
 from reslab.errors import needs_extra
+from reslab.host import expanded
 
 
 def _is_chosen() -> bool:
     """By a Keras that is imported already, by KERAS_BACKEND, or in keras.json, where Keras itself writes "tensorflow"."""
     if "keras" in sys.modules or os.environ.get("KERAS_BACKEND"):
         return True
+    file = expanded(os.environ.get("KERAS_HOME", "~/.keras") + "/keras.json")
     try:
-        held = json.loads((Path(os.environ.get("KERAS_HOME", "~/.keras")).expanduser() / "keras.json").read_text("utf-8"))
+        held = json.loads(file.read_text("utf-8")) if file else {}
         return bool(held["backend"] != "tensorflow")
     except (OSError, ValueError, KeyError, TypeError):
         return False

@@ -1,6 +1,7 @@
 """What the command shows on a terminal: progress, tables, results. rich is loaded where it is used."""
 
 import contextlib
+import os
 import shutil
 import sys
 from collections.abc import Callable, Iterator
@@ -21,10 +22,13 @@ def width() -> int | None:
     return shutil.get_terminal_size().columns if sys.stdout.isatty() else None
 
 
-def print_lines(lines: list[str]) -> None:
-    """What the terminal's encoding does not have becomes a question mark."""
-    text = "\n".join(lines)
-    print(text.encode(sys.stdout.encoding or "utf-8", "replace").decode(sys.stdout.encoding or "utf-8"))
+def prepare_streams() -> None:
+    """What is printed goes nowhere where the caller has closed the stream, and what its encoding does not have is escaped."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: PTH123, SIM115  # to the end of the process
+        with contextlib.suppress(AttributeError):  # a notebook's own stream
+            getattr(sys, name).reconfigure(errors="backslashreplace")
 
 
 def console() -> "Console":
@@ -74,12 +78,10 @@ class Watcher:
 @contextlib.contextmanager
 def watch() -> Iterator[Watcher]:
     """A progress display while the block runs, where there is a terminal."""
-    from rich.console import Console
-
-    console = Console(stderr=False, highlight=False)
-    if not console.is_terminal:
+    if not sys.stdout.isatty():  # rich takes a pipe for a terminal under FORCE_COLOR
         yield Watcher(None)
         return
+    from rich.console import Console
     from rich.progress import BarColumn, Progress, ProgressColumn, TextColumn, TimeRemainingColumn
     from rich.text import Text
 
@@ -88,7 +90,7 @@ def watch() -> Iterator[Watcher]:
             return Text(f"{task.speed:.1f}/s" if task.speed else "", style="cyan")
 
     columns = (TextColumn("{task.description}"), BarColumn(), Rate(), TimeRemainingColumn(), TextColumn("{task.fields[text]}"))
-    with Progress(*columns, console=console, transient=True) as progress:
+    with Progress(*columns, console=Console(highlight=False), transient=True) as progress:
         add = progress.add_task
         progress.add_task = lambda *args, **kwargs: add(*args, text="", **kwargs)  # type: ignore[method-assign]
         yield Watcher(progress)
@@ -114,6 +116,8 @@ def print_scores(scores: dict[str, Any]) -> None:
     parts += [line("loss", "loss", "{:.3f}".format), line("calibration error", "ece", "{:.2%}".format)]
     how = "" if scores.get("precision", "fp32") == "fp32" else f" in {scores['precision']}, as it was trained"
     print(f"test{how}, n = {scores['n']:,}: " + "\n  ".join(parts))
+    if left_out := scores.get("left_out"):
+        print(f"{left_out:,} of the images cannot be read and were left out, first {scores['first_left_out']}")
     if learned := scores.get("learned"):
         print(f"{learned:,} of these images are those it was trained on or chosen by: this says little about others")
 

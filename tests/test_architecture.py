@@ -13,11 +13,11 @@ PACKAGE = Path(reslab.__file__).parent
 LEAVES = {"download", "errors", "host", "interval", "keras_backend", "run", "seeds", "tensors"}
 NETWORK = {"spec", "layout", "family", "receptive"}
 MAY_IMPORT = {
-    "download": {"errors"},
+    "download": {"errors", "host"},
     "errors": set(),
     "host": set(),
     "interval": set(),
-    "keras_backend": {"errors"},
+    "keras_backend": {"errors", "host"},
     "run": {"errors"},
     "seeds": set(),
     "tensors": {"errors", "run"},
@@ -27,7 +27,7 @@ MAY_IMPORT = {
     "receptive": {"layout", "spec"},
     "catalogue": {"errors"} | NETWORK,
     "nets": LEAVES | NETWORK,
-    "data": {"download", "errors", "keras_backend", "run"},  # run: for writing whole
+    "data": {"download", "errors", "host", "keras_backend", "run"},  # run: for writing whole
     "limits": {"errors"},
     "cluster": {"errors"},
     "use": LEAVES | NETWORK | {"nets", "data", "cluster"},

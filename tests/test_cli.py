@@ -2,6 +2,7 @@
 
 import json
 import resource
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -11,6 +12,7 @@ import pytest
 import torch
 
 import reslab
+from reslab.cli import app
 from tests.conftest import COLOURS, draw
 from tests.data.test_decode import bomb
 
@@ -36,6 +38,11 @@ def one_line(done: subprocess.CompletedProcess[str], status: int, *parts: str) -
         (["train", "digits", "--epohcs", "1"], "Did you mean --epochs"),
         (["train", "digits", "--lr", "fast"], "--lr"),
         (["train", "digits", "--lr", "-1"], "lr must be from 0 to 1000"),
+        (["train", "digits", "--lr", "none"], "--lr"),
+        (["train", "digits", "--epochs", "null"], "--epochs"),
+        (["train", "digits", "--fuse", "none"], '"auto", "never"'),
+        (["report", "resnet20-cifar10"], "came with reslab"),
+        (["export", "resnet20-cifar10", "--to", "torch"], "say where with --out"),
         (["train", "digits", "--epochs", "0"], "epochs must be from 1"),
         (["train", "digits", "--budget", "soon"], "--budget must be a time"),
         (["train", "digits", "--budget", "1s"], "the budget must allow one epoch"),
@@ -207,3 +214,49 @@ def test_models_and_show_print_tables_json_and_a_drawing(cli: Cli, tmp_path: Pat
     assert (tmp_path / "work" / "nets" / "resnet20.svg").read_text("utf-8").startswith("<svg xmlns")
     assert json.loads(cli("show", "resnet20", "--image-size", "64", "--json").stdout)["cost"]["macs"] > 4 * 40_000_000
     one_line(cli("show", "resnet20", "--svg", "nets"), 1, "nets cannot be written")
+
+
+def test_a_choice_that_is_called_none_stays_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    caught: dict[str, object] = {}
+    monkeypatch.setattr("reslab.job.train", lambda *words, **options: caught.update(options))
+    monkeypatch.setenv("RANK", "1")  # which prints nothing
+    app(["train", "digits", "--flip", "none", "--crop", "none", "--epochs", "3"])
+    assert {name: caught[name] for name in ("flip", "crop", "epochs")} == {"flip": "none", "crop": "none", "epochs": 3}
+    assert not {"lr", "seed", "milestones"} & set(caught), "what is not said is left to the recipe"
+
+
+@pytest.mark.parametrize("arguments", [["--version"], ["models", "resnet20"]])
+def test_closed_streams_are_no_failure(arguments: list[str]) -> None:
+    done = subprocess.run(["sh", "-c", '"$0" -m reslab "$@" >&-', sys.executable, *arguments], stderr=subprocess.PIPE, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert subprocess.run(["sh", "-c", '"$0" -m reslab models none-such 2>&-', sys.executable], stdout=subprocess.DEVNULL).returncode == 2
+
+
+def test_a_stream_that_lacks_a_letter_shows_it_escaped(cli: Cli, tmp_path: Path) -> None:
+    for c, name in enumerate(("café", "tea")):
+        for i in range(3):
+            draw(tmp_path / "photos" / name / f"{i}.png", COLOURS["red"], 10 * c + i)
+    done = cli("check", tmp_path / "photos", PYTHONIOENCODING="ascii")
+    assert "unexpected" not in done.stderr
+    assert "caf\\xe9" in done.stdout
+
+
+@pytest.mark.parametrize(("number", "status", "told"), [(signal.SIGTERM, 143, ""), (signal.SIGHUP, 129, ""), (signal.SIGINT, 130, "reslab: stopped\n")])
+def test_signals_put_away_what_is_half_written(number: signal.Signals, status: int, told: str, tmp_path: Path) -> None:
+    code = """
+import os, sys
+from pathlib import Path
+from reslab import cli
+from reslab.run import workplace
+@cli.app.command
+def wait_for_it(out: Path) -> int:
+    with workplace(out) as folder:
+        (folder / "half").touch()
+        os.kill(os.getpid(), int(sys.argv[3]))
+        return 0
+cli.main(sys.argv[1:3])
+"""
+    call = [sys.executable, "-c", code, "wait-for-it", str(tmp_path / "out.csv"), str(int(number))]
+    done = subprocess.run(call, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (status, told)
+    assert list(tmp_path.iterdir()) == []

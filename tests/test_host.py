@@ -1,4 +1,6 @@
+import mmap
 import os
+import pwd
 import subprocess
 import sys
 from pathlib import Path
@@ -6,7 +8,11 @@ from pathlib import Path
 import pytest
 
 from reslab import host
-from reslab.host import cpu_name, use_huge_pages
+from reslab.data.named import roots
+from reslab.download import cache
+from reslab.errors import WorkError
+from reslab.host import cpu_name, memory, use_huge_pages
+from reslab.nets.compiler import _openmp
 
 CORES = f"{len(os.sched_getaffinity(0))} cores"
 
@@ -71,3 +77,47 @@ def test_no_more_huge_pages_are_asked_for_once_the_time_is_over(monkeypatch: pyt
     assert not pages
     use_huge_pages(60.0)
     assert pages == list(range(10, 210)), "each once, and none that is not wholly on the heap"
+
+
+def test_a_mapped_file_may_have_a_name_that_is_no_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = os.fsencode(tmp_path) + b"/caf\xe9"
+    Path(os.fsdecode(file)).write_bytes(b"x" * 4096)
+    with Path(os.fsdecode(file)).open("r+b") as stream, mmap.mmap(stream.fileno(), 0):
+        monkeypatch.delenv("RESLAB_MALLOC", raising=False)
+        use_huge_pages(0.0)
+        assert _openmp().count("libgomp") == 1
+
+
+@pytest.mark.parametrize(
+    ("line", "limits", "least"),
+    [
+        ("0::/job/step", {"job/step/memory.max": "max\n", "job/memory.max": "4096\n", "memory.max": "8192\n"}, 4096),
+        ("0::/outside/the/container", {"memory.max": "8192\n"}, 8192),
+        ("5:cpu:/job\n4:cpuset,memory:/job", {"memory/job/memory.limit_in_bytes": "4096", "memory.max": "8"}, 4096),
+        ("0::/job", {"job/memory.max": "max", "memory.max": f"{1 << 62}"}, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")),
+    ],
+    ids=["of a group above", "of a container", "version 1", "none"],
+)
+def test_memory_is_what_the_control_group_allows(line: str, limits: dict[str, str], least: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, limit in limits.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(limit)
+    monkeypatch.setattr(host, "CGROUPS", tmp_path)
+    read = Path.read_text
+    monkeypatch.setattr(Path, "read_text", lambda self, *words: line if str(self) == "/proc/self/cgroup" else read(self, *words))
+    assert memory() == least
+
+
+def test_a_home_that_nobody_has_is_no_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    def nobody(uid: int) -> None:
+        raise KeyError(uid)
+
+    monkeypatch.delenv("HOME", raising=False)
+    monkeypatch.setattr(pwd, "getpwuid", nobody)
+    monkeypatch.setenv("RESLAB_DATA", "/data")
+    monkeypatch.delenv("KERAS_HOME", raising=False)
+    assert roots() == [Path("/data"), Path("data")]
+    assert cache() == Path("/data")
+    monkeypatch.delenv("RESLAB_DATA")
+    with pytest.raises(WorkError, match="set HOME or RESLAB_DATA"):
+        cache()

@@ -17,11 +17,13 @@ from reslab.data.source import open_images
 from reslab.errors import CallError
 from reslab.job import Silent
 from reslab.nets.torch import ResNet
+from reslab.run import Run
 from reslab.train.fit import Training
 from reslab.train.hardware import Machine
 from reslab.train.pieces import RunningStatistics, pieces
 from reslab.train.plan import Plan
 from reslab.train.recipe import Recipe
+from reslab.use.own import own_images
 from tests.conftest import draw
 
 CPU = torch.device("cpu")
@@ -123,6 +125,43 @@ def test_a_run_resumes_with_its_pixels_where_they_were(tmp_path: Path, monkeypat
     monkeypatch.setattr(job, "Batches", noted)
     reslab.train(resume=tmp_path / "run")
     assert used == {"stream"}
+
+
+@pytest.fixture
+def cut_short(tmp_path: Path) -> Run:
+    """A run on a declared split that was ended at its second step; its images lie in ../p."""
+
+    class Cut(Silent):
+        def step(self, epoch: int, epochs: int, step: int, steps: int, facts: dict[str, float]) -> None:
+            if step == 2:
+                raise KeyboardInterrupt
+
+    for number, part in enumerate(("train", "val", "test")):
+        for c, name in enumerate(("red", "green")):
+            for i in range(4):
+                draw(tmp_path / "p" / part / name / f"{i}.png", (200 - 150 * c, 50 + 150 * c, 60), 10 * number + i)
+    with pytest.raises(KeyboardInterrupt):
+        reslab.train(tmp_path / "p", reslab.spec("resnet20", depths=(1,), widths=(8,)), tmp_path / "run", steps=6, batch_size=4, save_every=0, show=Cut())
+    return Run(tmp_path / "run")
+
+
+def test_a_run_does_not_resume_on_its_images_in_another_order(cut_short: Run) -> None:
+    red = cut_short.path.parent / "p" / "train" / "red"
+    (red / "0.png").rename(red / "9.png")
+    assert len(own_images(cut_short)) == 24, "where the order says nothing they are the same"
+    with pytest.raises(reslab.WorkError, match="has its images in another order now: restore it, or train into a new --out"):
+        reslab.train(resume=cut_short.path)
+    (red / "9.png").rename(red / "0.png")
+    assert (reslab.train(resume=cut_short.path).model / "spec.json").is_file()
+
+
+def test_a_run_whose_classes_have_other_numbers_now_is_refused(cut_short: Run) -> None:
+    config = cut_short.config
+    cut_short.config = {**config, "data": {**config["data"], "classes": config["data"]["classes"][::-1]}}
+    with pytest.raises(reslab.WorkError, match="has its classes in another order now: restore it, or train into a new --out"):
+        reslab.train(resume=cut_short.path)
+    with pytest.raises(reslab.WorkError, match=r"has its classes in another order now: restore it$"):
+        own_images(cut_short)
 
 
 def test_a_batch_of_which_images_are_missing_is_cut_evenly() -> None:

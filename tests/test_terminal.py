@@ -57,6 +57,13 @@ def test_reading_has_a_bar_of_its_own_until_it_is_done(terminal: Terminal) -> No
             assert ("decoding train" in terminal.seen()) == (done < 10), done
 
 
+def test_a_pipe_shows_no_bar_although_colours_are_forced(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    with redirect_stdout(io.StringIO()) as piped, watch() as show:
+        show.reading("decoding train", 3, 10)
+    assert piped.getvalue() == ""
+
+
 def test_without_a_terminal_there_are_words_alone(capsys: pytest.CaptureFixture[str]) -> None:
     with watch() as show:
         show.reading("decoding train", 3, 10)

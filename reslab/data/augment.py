@@ -123,17 +123,28 @@ def _turned(angle: Tensor) -> Tensor:
 
 
 def randaugment(x: Tensor, operations: int, generator: Generator) -> Tensor:
-    """kornia's RandAugment of that many operations, on images in [0, 1]. Raises WorkError when the extra `aug` is not installed."""
+    """That many of RandAugment's operations for each image, on images in [0, 1] (Cubuk et al. 2020, 1909.13719), as kornia has them.
+
+    kornia itself would give all images the same ones. Raises WorkError when the extra `aug` is not installed.
+    """
+    channels, every = x.shape[1], _operations()
+    drawn = torch.rand(len(x), len(every), generator=generator).argsort(dim=1)[:, :operations]
+    x = x.clone() if channels == 3 else x.repeat(1, 3, 1, 1)
     with torch.random.fork_rng(devices=[]):  # kornia draws from the global generator
         torch.manual_seed(int(torch.randint(0, 2**63 - 1, (1,), generator=generator)))
-        x = _kornia_randaugment(operations)(x if x.shape[1] == 3 else x.expand(-1, 3, -1, -1))[:, : x.shape[1]]
-    return x.clamp(0, 1)
+        for turn in drawn.unbind(1):
+            for number, operation in enumerate(every):
+                which = (turn == number).nonzero()[:, 0].to(x.device)
+                if len(which):
+                    x[which] = operation(x[which])
+    return x[:, :channels].clamp(0, 1)
 
 
 @cache
-def _kornia_randaugment(operations: int) -> Callable[[Tensor], Tensor]:
-    augment: Callable[[Tensor], Tensor] = require_kornia().auto.RandAugment(n=operations, m=10)
-    return augment
+def _operations() -> list[Callable[[Tensor], Tensor]]:
+    """Each as an augmentation of its own, at a third of its largest strength and with a sign of its own for each image."""
+    auto = require_kornia().auto
+    return [auto.RandAugment(n=1, m=10, policy=[one]) for one in auto.rand_augment.rand_augment.default_policy]
 
 
 def require_kornia() -> Any:

@@ -6,8 +6,8 @@ own pixels, which may be finer than what memory holds of them.
 """
 
 import atexit
-import os
 import signal
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any, Literal, NamedTuple
 from weakref import WeakSet
@@ -21,6 +21,7 @@ from reslab.data.boxes import Boxes, Crops, cut, least_side
 from reslab.data.decode import Unreadable
 from reslab.data.images import Images, Indices, read_many
 from reslab.errors import WorkError, shown
+from reslab.host import memory
 
 MEMORY_SHARE = 0.25  # of the machine's memory, at most, for pixels
 CPU = torch.device("cpu")
@@ -73,11 +74,14 @@ class Batches:
             array, self.items = np.delete(array, bad, axis=0), np.delete(self.items, bad)
         self._pixels = torch.from_numpy(np.require(array, requirements=["C", "W"]))
 
-    def epoch(self, batch_size: int, order: Indices | None = None, crops: Crops | None = None, device: torch.device = CPU) -> Iterator[Batch]:
+    def epoch(
+        self, batch_size: int, order: Indices | None = None, crops: Crops | None = None, device: torch.device = CPU, trained: bool = False
+    ) -> Iterator[Batch]:  # fmt: skip
         """Batches in the given order of positions within this part; by default each once, in their own order.
 
         With `crops`, what their boxes hold of each image. Whole images from memory are cut into batches on `device`, which gets
-        a copy of them all; those of a stream wait in memory that a GPU reads directly.
+        a copy of them all; those of a stream wait in memory that a GPU reads directly. A streamed batch of unreadable images only
+        is passed over, but where it is `trained` on, which is a step. Raises WorkError for that, and where all batches are such.
         """
         self.load()
         order = np.arange(len(self.items)) if order is None else order
@@ -87,7 +91,7 @@ class Batches:
             for number, chunk in enumerate(chunks):
                 yield self._batch(self._held(pixels, number, chunk, batch_size, crops), self.items[chunk])
         else:
-            yield from self._stream(chunks, batch_size, crops, device)
+            yield from self._stream(chunks, batch_size, crops, device, trained)
 
     def _held(self, pixels: Tensor, number: int, chunk: Indices, batch_size: int, crops: Crops | None) -> Tensor:
         if crops is None:
@@ -106,21 +110,27 @@ class Batches:
     def _batch(self, pixels: Tensor, items: Indices) -> Batch:
         return Batch(pixels, torch.from_numpy(self.images.labels[items]), torch.from_numpy(items))
 
-    def _stream(self, chunks: list[Indices], batch_size: int, crops: Crops | None, device: torch.device) -> Iterator[Batch]:
-        images = self.images
+    def _stream(self, chunks: list[Indices], batch_size: int, crops: Crops | None, device: torch.device, trained: bool) -> Iterator[Batch]:
+        images, any_readable, failed = self.images, False, list[tuple[int, str]]()
         loader: DataLoader[Any] = DataLoader(
             _Files(images),
             batch_sampler=[self._wanted(number, chunk, batch_size, crops) for number, chunk in enumerate(chunks)],
             num_workers=self.workers,
+            # the other ways import the caller's script once more, which need not be written for it
+            multiprocessing_context="fork" if self.workers and sys.platform == "linux" else None,
             collate_fn=_collate,
             worker_init_fn=_quiet_worker,
             pin_memory=device.type == "cuda",
         )
         for pixels, items, failed in _alive(loader):
             self.dropped.update({self.images.names[item]: reason for item, reason in failed})
-            if not len(items):
+            if len(items):
+                any_readable = True
+                yield self._batch(pixels, items)
+            elif trained:
                 raise WorkError(f"images must stay readable; a whole batch is not, first {shown(images.names[failed[0][0]])}: {failed[0][1]}")
-            yield self._batch(pixels, items)
+        if failed and not any_readable:
+            raise WorkError(f"images must stay readable; none of these is, last {shown(images.names[failed[0][0]])}: {failed[0][1]}")
 
     def _wanted(self, number: int, chunk: Indices, batch_size: int, crops: Crops | None) -> list[_Wanted]:
         if crops is None:
@@ -132,7 +142,7 @@ class Batches:
 def choose_storage(images: Images, size: int, processes: int = 1) -> tuple[Storage, str]:
     """Memory when the decoded pixels, which each process holds, take at most a quarter of the machine's; and the sentence that says so."""
     need = len(images) * size * size * images.channels
-    have = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    have = memory()
     storage: Storage = "memory" if need * processes <= MEMORY_SHARE * have else "stream"
     each = f" in each of {processes} processes" if processes > 1 else ""
     return storage, f"{need / 2**20:,.0f} MiB of pixels{each}, {have / 2**30:.0f} GiB of memory"

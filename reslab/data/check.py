@@ -4,7 +4,7 @@ A problem makes the answer of a training untrustworthy (unreadable files, leakag
 worth knowing. Near-duplicates are images whose 64-bit difference hash (Krawetz 2013) differs in at most 3 bits.
 """
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
@@ -20,6 +20,7 @@ from reslab.errors import shown
 NEAR_BITS = 3
 BANDS = 4  # of 16 bits: two hashes at most 3 bits apart agree in one of them
 HASH_SIDE = 32  # smaller images have too little structure for the hash to tell them apart
+MOST_ALIKE = 10  # later images that one is paired with in a band: of n that are all alike, fewer than n * n / 2 pairs say so
 MOST_SHARED = 5000  # images that share a band of the hash, beyond which it says nothing of them
 IMBALANCE = 10.0
 ODD_ASPECT = 3.0
@@ -125,6 +126,7 @@ def _near(images: Images, hashes: Hashes) -> Iterable[Finding]:
         return
     pairs = [(i, j) for i, j in near_pairs(hashes) if images.digests[i] != images.digests[j]]
     part = _parts(images)
+    some = "at least " if max(Counter(i for i, _ in pairs).values(), default=0) >= MOST_ALIKE else ""
     leaks = [[i, j] for i, j in pairs if part[i] != part[j]]
     across = [[i, j] for i, j in pairs if images.labels[i] != images.labels[j] and part[i] == part[j]]
     others = [[i, j] for i, j in pairs if images.labels[i] == images.labels[j] and part[i] == part[j]]
@@ -134,11 +136,14 @@ def _near(images: Images, hashes: Hashes) -> Iterable[Finding]:
         ("near", others, "near-duplicate pair(s) within a class: "),
     ):
         if found:
-            yield _pairs(images, kind, False, f"{len(found)} {text}", found)
+            yield _pairs(images, kind, False, f"{some}{len(found)} {text}", found)
 
 
 def near_pairs(hashes: Hashes) -> list[tuple[int, int]]:
-    """Pairs i < j of hashes that differ in at most 3 bits. Flat images, whose hash is zero, are passed over."""
+    """Pairs i < j of hashes that differ in at most 3 bits. Flat images, whose hash is zero, are passed over.
+
+    Of an image with very many like it the first ones are found, so that each of these is in a pair and memory stays in bounds.
+    """
     found: set[tuple[int, int]] = set()
     for band in range(BANDS):
         keys = (hashes >> np.uint64(16 * band)) & np.uint64(0xFFFF)
@@ -147,13 +152,10 @@ def near_pairs(hashes: Hashes) -> list[tuple[int, int]]:
         for group in np.split(order, bounds[1:]) if len(order) else []:
             group = group[hashes[group] != 0]
             if 2 <= len(group) <= MOST_SHARED:
-                found |= _close_in(hashes, group)
+                for at, i in enumerate(group[:-1], 1):
+                    close = group[at:][np.bitwise_count(hashes[group[at:]] ^ hashes[i]) <= NEAR_BITS]
+                    found |= {(int(i), int(j)) for j in close[:MOST_ALIKE]}
     return sorted(found)
-
-
-def _close_in(hashes: Hashes, group: NDArray[np.intp]) -> set[tuple[int, int]]:
-    distance = np.bitwise_count(hashes[group][:, None] ^ hashes[group][None, :])
-    return {(int(min(group[a], group[b])), int(max(group[a], group[b]))) for a, b in np.argwhere(np.triu(distance <= NEAR_BITS, 1))}
 
 
 def difference_hash(pixels: NDArray[np.uint8]) -> int:

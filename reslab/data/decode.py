@@ -22,6 +22,7 @@ MAX_PIXELS = 89_478_485  # Pillow's own limit: a quarter of a GiB as RGB
 OVERSHOT = 2  # of a float image from 0 to 1, the largest value at most: resampling goes a little beyond 1
 GREY_MODES = ("1", "L", "I", "F", "I;16", "I;16B", "I;16L", "I;16N")
 EXIF_ORIENTATION = 0x0112
+ROWS_PER_STRIP, TILE_WIDTH, TILE_LENGTH = 278, 322, 323  # tags of a TIFF
 TURNS = {
     2: Turn.FLIP_LEFT_RIGHT,
     3: Turn.ROTATE_180,
@@ -99,6 +100,8 @@ def decode_whole(data: bytes) -> Pixels:
             _load_first(image)
             turn = TURNS.get(_orientation(image, data))
             return np.asarray(_eight_bit(image if turn is None else image.transpose(turn), 3))
+        except MemoryError:  # no fault of the image
+            raise
         except Exception as error:  # decoders raise many types on broken files
             raise Unreadable(_reason(error)) from error
 
@@ -127,18 +130,26 @@ def _upright(data: bytes, least: int, channels: int, quick: bool = False) -> Pix
             orientation = _orientation(image, data)
             if image.format == "JPEG" and orientation == 1 and image.mode in ("L", "RGB"):
                 with suppress(ValueError):  # simplejpeg is strict; Pillow reads what is merely odd and refuses what is broken
-                    # Only whole halvings: in between, the decoder is slower than at full size
+                    # Only whole halvings: in between, as at three eighths, the decoder is slower than at full size
+                    enough = _halved(min(image.size), least)
                     array: Pixels = simplejpeg.decode_jpeg(
-                        data, "RGB" if channels == 3 else "GRAY", fastdct=quick, fastupsample=quick, min_height=least, min_width=least, min_factor=2
+                        data, "RGB" if channels == 3 else "GRAY", fastdct=quick, fastupsample=quick, min_height=enough, min_width=enough, min_factor=2
                     )
                     return array
             if image.format == "JPEG":
                 image.draft(None, (least, least))
             turn = TURNS.get(orientation)
             found = np.asarray(_eight_bit(image if turn is None else image.transpose(turn), channels))
+        except MemoryError:
+            raise
         except Exception as error:  # decoders raise many types on broken files
             raise Unreadable(_reason(error)) from error
     return found if channels == 3 else found[:, :, None]
+
+
+def _halved(side: int, least: int) -> int:
+    """The side halved up to three times, as a JPEG decoder rounds, while it is at least `least`."""
+    return min((half for half in (-(-side // n) for n in (8, 4, 2)) if half >= least), default=side)
 
 
 @cache
@@ -170,6 +181,8 @@ def _open(data: bytes) -> Image.Image:
         raise Unreadable("empty file (0 bytes)")
     try:
         image: Image.Image = Image.open(io.BytesIO(data), formats=formats())
+    except MemoryError:
+        raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise Unreadable(f"too many pixels: the limit is {MAX_PIXELS / 1e6:.0f} megapixels") from error
     except Exception as error:
@@ -179,7 +192,26 @@ def _open(data: bytes) -> Image.Image:
         raise Unreadable(f"{width} x {height} px: the limit is {MAX_PIXELS / 1e6:.0f} megapixels")
     if (image.format in ("JPEG", "MPO") or image.info.get("compression") == "jpeg") and data.count(SCAN) > SCANS:
         raise Unreadable(f"a JPEG of more than {SCANS} scans")
+    if image.format == "TIFF" and _block(image) > MAX_PIXELS:
+        raise Unreadable(f"a TIFF with a tile of more than {MAX_PIXELS / 1e6:.0f} megapixels")
+    if image.format == "PNG" and "transparency" in image.info:
+        image.info["transparency"] = _transparent(image)
     return image
+
+
+def _block(image: Image.Image) -> int:
+    """Pixels of a TIFF's tile or strip, which libtiff makes room for, however small the image is. Strips beyond all bounds mean the whole image."""
+    tags = image.tag_v2  # type: ignore[attr-defined]
+    width, length, rows = (value if isinstance(value := tags.get(tag), int) else 0 for tag in (TILE_WIDTH, TILE_LENGTH, ROWS_PER_STRIP))
+    return max(width * length, image.width * rows * (rows < 1 << 31))
+
+
+def _transparent(image: Image.Image) -> Any:
+    """The transparent value of a PNG as its pixels will have it; Pillow leaves it at the depth of the file."""
+    value, depth = image.info["transparency"], image.tile[0][3]  # type: ignore[attr-defined]
+    if depth in ("L;2", "L;4"):
+        return (value & 3) * 85 if depth == "L;2" else (value & 15) * 17
+    return tuple(part >> 8 for part in value) if depth == "RGB;16B" else value
 
 
 def _check_whole(image: Image.Image, data: bytes) -> None:
@@ -189,6 +221,8 @@ def _check_whole(image: Image.Image, data: bytes) -> None:
         return
     try:
         image.load()
+    except MemoryError:
+        raise
     except Exception as error:
         raise Unreadable(_reason(error)) from error
 
@@ -200,13 +234,20 @@ def _reason(error: Exception) -> str:
 
 
 def _eight_bit(image: Image.Image, channels: int) -> Image.Image:
+    image.load()
     if image.mode in ("I", "F") or image.mode.startswith("I;16"):
-        values: NDArray[Any] = np.nan_to_num(np.asarray(image).astype(np.float64))
-        top = values.max(initial=0.0)
-        wide = top > 255 or image.mode.startswith("I;16")
-        scale = 255.0 if image.mode == "F" and top <= OVERSHOT else 255 / 65535 if wide else 1.0
-        image = Image.fromarray(np.clip(values * scale + 0.5, 0, 255).astype(np.uint8))
-    if image.mode in ("LA", "PA", "La", "RGBA", "RGBa") or "transparency" in image.info:
+        values: NDArray[np.float32] = np.array(image, np.float32)  # worked on in place: images may be large
+        np.nan_to_num(values, copy=False, posinf=65535, neginf=0)
+        clear = values == image.info["transparency"] if "transparency" in image.info else None
+        top = values.max(initial=0)
+        wide = top > 255 or image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PPM")
+        values.clip(0, None, out=values)
+        values *= 255 if image.mode == "F" and top <= OVERSHOT else 255 / 65535 if wide else 1
+        values += 0.5
+        if clear is not None:
+            values[clear] = 255
+        image = Image.fromarray(values.clip(0, 255, out=values).astype(np.uint8))
+    if image.has_transparency_data:
         opaque = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", opaque.size, "white"), opaque)
     return image.convert("RGB" if channels == 3 else "L")

@@ -15,7 +15,7 @@ import numpy as np
 from PIL import Image
 
 from reslab.data.decode import Header, Unreadable, formats, read_header
-from reslab.data.images import SPLITS, Images, Note, Problem, digest, in_threads
+from reslab.data.images import SPLITS, Images, Note, Problem, digest, in_threads, read_image
 from reslab.errors import CallError, WorkError, shown
 
 SPLIT_FOLDERS = {
@@ -29,6 +29,7 @@ SPLIT_FOLDERS = {
 }
 
 RUN = 10_000  # entries of a folder that are sorted together
+FIELD = 80  # characters of a CSV's field that an error shows
 FOLDER_LINK = "a link to a folder; only links to files inside the tree are followed"
 
 
@@ -77,27 +78,31 @@ def from_csv(file: Path, progress: Callable[[int, int], None]) -> Images:
     """
     try:
         with file.open(encoding="utf-8-sig", newline="") as stream:
-            rows = list(csv.DictReader(stream))
-    except (UnicodeDecodeError, csv.Error) as error:
+            reader = csv.DictReader(stream)
+            rows, columns = list(reader), reader.fieldnames or []
+    except UnicodeDecodeError as error:
         raise WorkError(f"a CSV must be UTF-8 text; {shown(file)} is not: save it as CSV UTF-8") from error
-    columns = list(rows[0]) if rows else []
+    except csv.Error as error:  # what a quote swallows is one field
+        raise WorkError(f"each quote in a CSV must be closed; {shown(file)} cannot be read ({shown(str(error))}): correct it") from error
     for needed in ("path", "label"):
         if needed not in columns:
-            have = ", ".join(shown(str(c)) for c in columns) or "no rows"
+            have = _brief(", ".join(columns)) or "no rows"
             raise WorkError(f"the CSV must have the columns path and label; {shown(file)} has {have}: add a first line path,label")
+    if not rows:
+        raise WorkError(f"the CSV must have a row an image; {shown(file)} has its first line only: add the images")
     items = []
     for row in rows:
         name, label, declared = (row.get("path") or "").strip(), (row.get("label") or "").strip(), (row.get("split") or "").strip().lower()
         if not name or not label:
-            received = f"{shown(name)!r},{shown(label)!r}"
+            received = f"{_brief(name)!r},{_brief(label)!r}"
             raise WorkError(f"every row of the CSV needs a path and a label; {shown(file)} has {received}: fill them in")
         if declared and declared not in SPLIT_FOLDERS:
-            raise WorkError(f"the column split may hold train, val or test; {shown(file)} has {shown(declared)!r}: correct it")
+            raise WorkError(f"the column split may hold train, val or test; {shown(file)} has {_brief(declared)!r}: correct it")
         items.append(Item(file.parent / name, name, label, SPLIT_FOLDERS.get(declared, "")))
     missing = [item.name for item in items if not item.path.is_file()]
     if missing:
         raise WorkError(
-            f"every path in the CSV must be a file; {len(missing)} of {len(items)} are not, first {shown(missing[0])!r}: "
+            f"every path in the CSV must be a file; {len(missing)} of {len(items)} are not, first {_brief(missing[0])!r}: "
             f"paths are relative to {shown(file.parent)}"
         )
     return _read(file.stem, str(file), items, [], [], progress)
@@ -161,10 +166,8 @@ def _read(name: str, source: str, items: list[Item], problems: list[Problem], no
 
 def _open(item: Item) -> tuple[Header, str] | str:
     try:
-        data = item.path.read_bytes()
+        data = read_image(item.path)
         return read_header(data), digest(data)
-    except OSError as error:
-        return error.strerror or "cannot be read"
     except Unreadable as error:
         return str(error)
 
@@ -229,7 +232,12 @@ def _name(path: Path, root: Path) -> str:
     return path.relative_to(root).as_posix()
 
 
-def _natural(name: str) -> list[tuple[int, str]]:
-    """Numbers in names by value and before words, so that class 10 comes after class 9."""
+def _brief(text: str) -> str:
+    """Its beginning, for an error: a stray quote makes one field of many lines."""
+    return shown(text[:FIELD]) + "..." * (len(text) > FIELD)
+
+
+def _natural(name: str) -> tuple[list[tuple[int, str]], str]:
+    """Numbers in names by value and before words, so that class 10 comes after class 9; of equals, as 1 and 01, by their digits."""
     parts = re.split(r"(\d{1,18})", name)
-    return [(int(part), "") if part.isascii() and part.isdigit() else (1 << 62, part) for part in parts if part]
+    return [(int(part), "") if part.isascii() and part.isdigit() else (1 << 62, part) for part in parts if part], name

@@ -28,6 +28,7 @@ def _named(images: tuple[str, ...]) -> Iterator[Path]:
         if os.path.isdir(path):  # noqa: PTH112  # a path that is too long, or may not be looked at, is said to be none
             yield from image_paths(path)
         elif glob.has_magic(given) and not os.path.exists(path):  # noqa: PTH110  # likewise
-            yield from map(Path, sorted(glob.glob(str(path), recursive=True)) or [given])  # noqa: PTH207  # patterns may be absolute
+            found = sorted(glob.glob(str(path), recursive=True))  # noqa: PTH207  # patterns may be absolute
+            yield from [name for name in map(Path, found) if not name.is_dir()] or [Path(given)]
         else:
             yield path

@@ -1,10 +1,12 @@
 """`Images`: labelled images from a source, with class names; knows its split."""
 
 import hashlib
+import stat
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
 from typing import NamedTuple, Protocol, TypeVar
 
 import numpy as np
@@ -13,6 +15,7 @@ from numpy.typing import NDArray
 from reslab.data.decode import Pixels, Unreadable, decode, decode_square, middle_square, resize, with_channels
 
 SPLITS = ("train", "val", "test")
+MAX_IMAGE = 256 << 20  # bytes of a file; pixels are limited by decoding
 SMALL_IMAGE = 128 * 128  # pixels
 SLICE = 64  # images that a thread takes at a time
 THREADS = 4  # decoding and hashing leave the interpreter lock, reading waits for the disk
@@ -95,16 +98,27 @@ class Images:
 
     def _data(self, index: int) -> bytes:
         assert self.paths is not None
-        try:
-            return self.paths[index].read_bytes()
-        except OSError as error:
-            raise Unreadable(error.strerror or "cannot be read") from error
+        return read_image(self.paths[index])
 
     def fingerprint(self) -> str:
         """SHA-256 over each item's content hash, class and split: equal only for equal data."""
         where = {int(i): name for name, items in self.split.items() for i in items}
         lines = sorted(f"{d} {self.classes[y]} {where.get(i, '')}" for i, (d, y) in enumerate(zip(self.digests, self.labels, strict=True)))
         return hashlib.sha256("\n".join(lines).encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def read_image(file: File) -> bytes:
+    """All of an image file. Raises Unreadable for what cannot be read, is larger than 256 MiB, or is a pipe or a device, which need not end."""
+    try:
+        if isinstance(file, Path):
+            held = file.stat()
+            if not stat.S_ISREG(held.st_mode) and not stat.S_ISDIR(held.st_mode):
+                raise Unreadable("not a regular file")
+            if held.st_size > MAX_IMAGE:
+                raise Unreadable(f"{held.st_size:,} bytes: the limit is {MAX_IMAGE >> 20} MiB")
+        return file.read_bytes()
+    except OSError as error:
+        raise Unreadable(error.strerror or "cannot be read") from error
 
 
 def digest(data: bytes | memoryview) -> str:
@@ -146,14 +160,19 @@ def read_many(images: Images, items: Indices, size: int, progress: Callable[[int
     return out, sorted(failed)
 
 
-def read_batches(images: Images, items: Indices, size: int, batch_size: int) -> Iterator[tuple[Pixels, Indices, Indices]]:
+def read_batches(
+    images: Images, items: Indices, size: int, batch_size: int, dropped: dict[str, str] | None = None
+) -> Iterator[tuple[Pixels, Indices, Indices]]:  # fmt: skip
     """(pixels, labels, items) of the readable images, in order: uint8 (n, size, size, channels) and twice int64 (n).
 
-    Decoded as they are asked for, in this process and without torch; a training reads through `Batches` instead.
+    `dropped` gets the names of the others, with reasons. Decoded as they are asked for, in this process and without torch; a
+    training reads through `Batches` instead.
     """
     for start in range(0, len(items), batch_size):
         chunk = items[start : start + batch_size]
         pixels, failed = read_many(images, chunk, size)
+        if dropped is not None:
+            dropped.update({images.names[chunk[position]]: reason for position, reason in failed})
         bad = [position for position, _ in failed]
         good = np.delete(chunk, bad)
         if len(good):

@@ -22,8 +22,9 @@ from numpy.typing import NDArray
 
 from reslab.data.decode import Pixels
 from reslab.data.images import Images, digest
-from reslab.download import Archive, fetch
+from reslab.download import Archive, cache, fetch
 from reslab.errors import WorkError, shown
+from reslab.host import expanded
 
 Progress = Callable[[str, int, int], None]
 Part = tuple[Pixels, NDArray[np.int64]]  # uint8 NHWC, labels
@@ -70,10 +71,9 @@ def from_name(name: str, progress: Progress) -> Images:
 
 def roots() -> list[Path]:
     """Where copies are looked for, in order: RESLAB_DATA, our cache, torchvision's usual root, Keras's cache."""
-    own = [Path(os.environ["RESLAB_DATA"]).expanduser()] if os.environ.get("RESLAB_DATA") else []
-    keras = Path(os.environ.get("KERAS_HOME", "~/.keras")).expanduser() / "datasets"
-    usual = [Path("~/.cache/reslab").expanduser(), Path("data"), Path("~/data").expanduser(), keras]
-    return own + usual
+    own = [given] if (given := os.environ.get("RESLAB_DATA")) else []
+    keras = os.environ.get("KERAS_HOME", "~/.keras") + "/datasets"
+    return [folder for path in (*own, "~/.cache/reslab", "data", "~/data", keras) if (folder := expanded(path))]
 
 
 def _digits() -> Images:
@@ -103,7 +103,7 @@ def _cifar(name: str, progress: Progress) -> Images:
             data = np.concatenate([np.asarray(b[b"data"], dtype=np.uint8) for b in batches])
             labels = np.concatenate([np.asarray(b[labels_key], dtype=np.int64) for b in batches])
             parts.append((part, (data.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1), labels)))
-    except (OSError, KeyError, ValueError, pickle.UnpicklingError, EOFError, tarfile.TarError) as error:
+    except (OSError, LookupError, TypeError, AttributeError, ArithmeticError, ValueError, pickle.UnpicklingError, EOFError) as error:
         raise WorkError(f"the copy of {name} in {shown(place or folder)} is damaged ({shown(repr(error))[:80]}): remove it and run again") from error
     return _images(name, classes, parts)
 
@@ -129,7 +129,7 @@ def _mnist(name: str, progress: Progress) -> Images:
             files = [_copy(place, a.name) if place else fetch(a, _download_folder(a.name, MNIST_PLACES[name][0]), progress) for a in archives]
             arrays = [_idx(file) for file in files if file]
             parts = [(p, (arrays[i][..., None], arrays[i + 1].astype(np.int64))) for p, i in (("train", 0), ("test", 2))]
-    except (OSError, ValueError, KeyError, EOFError, struct.error, zlib.error, BadZipFile) as error:
+    except (OSError, ValueError, LookupError, EOFError, struct.error, zlib.error, BadZipFile) as error:
         raise WorkError(f"the copy of {name} in {shown(place or 'the cache')} is damaged ({shown(repr(error))[:80]}): remove it and run again") from error
     return _images(name, DIGITS if name == "mnist" else FASHION_CLASSES, parts, upright=name == "mnist")
 
@@ -150,16 +150,19 @@ def _idx(file: Path) -> NDArray[np.uint8]:
 
 
 def _download_folder(archive: str, inner: str = "") -> Path:
-    """The first root that has the archive already; otherwise where downloads go, the first root."""
-    places = [root / inner for root in roots()]
-    return next((place for place in places if (place / archive).is_file()), places[0])
+    """The first root that has the archive already; otherwise where downloads go."""
+    places = (root / inner for root in roots())
+    return next((place for place in places if (place / archive).is_file()), None) or cache() / inner
 
 
 def _images(name: str, classes: tuple[str, ...], parts: list[tuple[str, Part]], upright: bool = False) -> Images:
+    for part, (data, labels) in parts:
+        shaped = data.dtype == np.uint8 and data.ndim == 4 and data.size and data.shape[1:] == parts[0][1][0].shape[1:] and labels.shape == data.shape[:1]
+        if not shaped or labels.min() < 0 or labels.max() >= len(classes):
+            has = f"{part or name} has images of shape {data.shape}, labels of shape {labels.shape}, {len(classes)} classes"
+            raise WorkError(f"the copy of {name} is damaged: {has}: remove it and run again")
     array = np.ascontiguousarray(np.concatenate([data for _, (data, _) in parts]))
     labels = np.concatenate([labels for _, (_, labels) in parts])
-    if len(array) != len(labels) or labels.min() < 0 or labels.max() >= len(classes):
-        raise WorkError(f"the copy of {name} is damaged: {len(array)} images, {len(labels)} labels up to {labels.max()}, {len(classes)} classes")
     return Images(
         name=name,
         classes=classes,
@@ -204,4 +207,4 @@ def _unpickle(data: bytes) -> dict[bytes, Any]:
 
 
 def _text(name: bytes | str) -> str:
-    return name.decode() if isinstance(name, bytes) else name
+    return name.decode() if isinstance(name, bytes) else str(name)

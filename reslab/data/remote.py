@@ -8,6 +8,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, Protocol
+from urllib.error import HTTPError
 from urllib.parse import urljoin, urlsplit
 
 from reslab.download import Archive, cache, fetch
@@ -15,6 +16,7 @@ from reslab.errors import CallError, WorkError, shown
 
 MAX_INDEX = 64 << 20  # bytes
 LOCAL = ("localhost", "127.0.0.1", "::1")
+BUSY = (408, 429)  # answers that another may follow: a timeout, and too many requests
 TRIES, PATIENCE = 5, 2.0  # seconds before the second try; each next one waits twice as long
 
 
@@ -50,21 +52,22 @@ class Cache:
                 with contextlib.suppress(FileNotFoundError):  # it is not here yet, or another process has just made room
                     os.utime(path)
                     return path.open("rb", buffering=0)
-                self.fetched(shard.name, shard.sha256)
+                self.fetched(shard.name, shard.sha256, ", and --resume a training")
                 self._make_room(path)
         except OSError as error:  # no fault of the image
             raise WorkError(
                 f"shards from elsewhere are kept in {shown(self.folder)}; it refuses ({error.strerror}): make room or set RESLAB_DATA, and --resume"
             ) from error
 
-    def fetched(self, name: str, sha256: str) -> Path:
-        """A file by its checksum. Raises WorkError after five tries."""
+    def fetched(self, name: str, sha256: str, otherwise: str = "", most: int | None = None) -> Path:
+        """A file of at most so many bytes by its checksum. Raises WorkError after five tries, or one where more do not help."""
         archive = Archive(name, sha256, urljoin(self.address, name))
         for attempt in range(TRIES):
             try:
-                return fetch(archive, self._place(sha256), lambda what, done, total: None, ": the run can be resumed")
-            except WorkError:
-                if attempt == TRIES - 1:
+                return fetch(archive, self._place(sha256), lambda what, done, total: None, otherwise, most)
+            except WorkError as error:
+                refused = isinstance(error.__cause__, HTTPError) and 400 <= error.__cause__.code < 500 and error.__cause__.code not in BUSY
+                if attempt == TRIES - 1 or refused or (self._place(sha256) / name).exists():  # what is here has another checksum
                     raise
                 time.sleep(PATIENCE * 2**attempt)
         raise AssertionError
@@ -91,9 +94,6 @@ def read_url(address: str) -> bytes:
         raise CallError(f"data from elsewhere comes over https; received {shown(address)}: use https, or a folder")
     with tempfile.TemporaryDirectory() as folder:
         try:
-            file = fetch(Archive("index", "", address), Path(folder), lambda what, done, total: None)
+            return fetch(Archive("index", "", address), Path(folder), lambda what, done, total: None, most=MAX_INDEX).read_bytes()
         except WorkError as error:
             raise WorkError(f"{shown(address)} is needed and could not be had ({shown(str(error.__cause__ or error))}): check the address") from error
-        if file.stat().st_size > MAX_INDEX:
-            raise WorkError(f"an index has at most {MAX_INDEX >> 20} MiB; {shown(address)} has {file.stat().st_size:,} bytes")
-        return file.read_bytes()

@@ -22,7 +22,7 @@ from urllib.parse import urljoin, urlsplit
 import numpy as np
 from numpy.typing import NDArray
 
-from reslab.data.images import SPLITS, Images, Indices, digest
+from reslab.data.images import MAX_IMAGE, SPLITS, Images, Indices, digest
 from reslab.data.remote import Cache, read_url
 from reslab.data.split import split
 from reslab.download import digest as file_digest
@@ -33,8 +33,8 @@ INDEX = "shards.json"
 FORMAT = "reslab-shards-1"
 SHARD_MIB = 128.0
 MOST_MIB = 2048  # of a shard, before its last image: what is fetched has at most 4 GiB
-MAX_IMAGE = 256 << 20  # bytes of a file; pixels are limited by decoding
 MAX_IMAGES = 1 << 28
+INDEX_BASE, INDEX_ROW = 1 << 20, 1 << 10  # bytes of a shard's index, at most: for long names, and for each image
 NUMBERS = ("labels", "offsets", "bytes", "widths", "heights")
 COLUMNS = ("names", "digests", *NUMBERS)
 BLOCK = 512  # of a tar
@@ -248,27 +248,30 @@ def _sound(shard: Shard) -> bool:
     return (
         re.fullmatch(r"\w[\w-]{0,99}\.tar", str(shard.name), re.ASCII) is not None and shard.part in SPLITS
         and type(shard.images) is int and 0 < shard.images <= MAX_IMAGES and type(shard.bytes) is int and 0 < shard.bytes < 1 << 40
-        and all(re.fullmatch(r"[0-9a-f]{64}", str(sum_)) for sum_ in (shard.sha256, shard.index_sha256))
+        and all(type(sum_) is str and re.fullmatch(r"[0-9a-f]{64}", sum_) for sum_ in (shard.sha256, shard.index_sha256))
     )  # fmt: skip
 
 
 def _table(where: Folder | Cache, shard: Shard, classes: int) -> dict[str, list[Any]]:
     """A shard's index, every number of it within bounds. Raises WorkError."""
     name = Path(shard.name).with_suffix(".json").name
+    most = INDEX_BASE + shard.images * INDEX_ROW
     damaged = WorkError(f"{shown(shard.name)} and its index must be those that shards.json names; they are not: write or fetch the shards again")
     try:
         if isinstance(where, Folder):
+            if (where.path / name).stat().st_size > most:
+                raise damaged
             if (where.path / shard.name).stat().st_size != shard.bytes or file_digest(where.path / name) != shard.index_sha256:
                 raise damaged
             text = (where.path / name).read_bytes()
         else:
-            text = where.fetched(name, shard.index_sha256).read_bytes()
+            text = where.fetched(name, shard.index_sha256, most=most).read_bytes()
         table: dict[str, list[Any]] = json.loads(text)
         rows = [table[column] for column in COLUMNS]
         if not all(type(row) is list and len(row) == shard.images for row in rows):
             raise damaged
         good = (
-            all(type(name) is str for name in table["names"]) and all(re.fullmatch(r"[0-9a-f]{32}", str(d)) for d in table["digests"])
+            all(type(name) is str for name in table["names"]) and all(type(d) is str and re.fullmatch(r"[0-9a-f]{32}", d) for d in table["digests"])
             and all(type(n) is int and 0 <= n < classes for n in table["labels"]) and all(type(n) is int and 0 < n <= MAX_IMAGE for n in table["bytes"])
             and all(type(n) is int and 0 <= n <= shard.bytes - size for n, size in zip(table["offsets"], table["bytes"], strict=True))
             and all(type(n) is int and 0 < n < 1 << 31 for n in table["widths"] + table["heights"])

@@ -51,7 +51,7 @@ def at(x: Tensor | None) -> int | None:
 
 def _openmp() -> str:
     """torch's own OpenMP, so that both share threads: those of a second one would fight for the same cores."""
-    lines = Path("/proc/self/maps").read_text("utf-8").splitlines()
+    lines = os.fsdecode(Path("/proc/self/maps").read_bytes()).splitlines()
     loaded = sorted({line.split(maxsplit=5)[-1] for line in lines if "libgomp" in line})
     near = str(Path(torch.__file__).parent)
     for file in [*(file for file in loaded if file.startswith(near)), *(file for file in loaded if Path(file).name.startswith("libgomp.so"))]:

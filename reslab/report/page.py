@@ -16,7 +16,9 @@ PAIRS = 6
 
 
 def write_report(run: Run) -> Path:
-    """Writes report.html and returns its path. Raises CallError when the run has no test result yet."""
+    """Writes report.html and returns its path. Raises CallError when the run has no test result yet, and for a shipped net."""
+    if run.is_shipped:
+        raise CallError(f"a report is drawn into a run of your own; {shown(run.path)} came with reslab: copy it, and name the copy")
     test = run.last("test")
     if test is None:
         raise CallError(f"a report needs a finished run; {shown(run.path)} has no test result: `reslab train --resume {shown(run.path)}`")

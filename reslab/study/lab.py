@@ -11,11 +11,15 @@ import importlib
 import json
 import math
 import multiprocessing
+import os
+import signal
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import AbstractContextManager
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -38,7 +42,7 @@ from reslab.tensors import read_tensors, write_tensors
 TIMED_STEPS = 3
 REDRAWN = 0.04  # of the time, at most, goes into drawing what is there so far
 Tell = Callable[[str], None]
-Workers = Callable[[int, Callable[[], None]], Executor]  # so many at a time; each calls that before it works
+Workers = Callable[[int, Callable[[], None]], AbstractContextManager[Executor]]  # so many at a time; each calls that before it works
 
 
 class Place(NamedTuple):
@@ -76,9 +80,30 @@ def find(name: str) -> Study:
     return study
 
 
-def processes(jobs: int, begin: Callable[[], None]) -> Executor:
-    """Processes of this machine."""
-    return ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), begin)
+@contextlib.contextmanager
+def processes(jobs: int, begin: Callable[[], None]) -> Iterator[Executor]:
+    """Processes of this machine, which do not outlive this one. What is broken off, by Ctrl-C or a signal, does not wait for what they are at."""
+    with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), partial(_in_process, begin)) as pool:
+        try:
+            yield pool
+        except (KeyboardInterrupt, SystemExit, GeneratorExit):
+            for process in list((pool._processes or {}).values()):
+                process.terminate()
+            raise
+
+
+def _in_process(begin: Callable[[], None]) -> None:
+    """Ctrl-C reaches the whole process group; only the parent answers it, and ends its processes."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    begin()
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent
+    parent.join()
+    os._exit(1)
 
 
 def run(
@@ -231,8 +256,6 @@ def _work(name: str, place: Place, cells: list[Cell], fingerprint: str, setting:
                         yield item, now
         except BrokenProcessPool as error:
             raise WorkError("a process of the study was killed, perhaps for want of memory; the finished cells are kept: repeat the command") from error
-        finally:
-            pool.shutdown(cancel_futures=True)
 
 
 def _threads(jobs: int) -> int:

@@ -37,14 +37,13 @@ from reslab.train.optim import Average, keep_gradients, lr_at, optimizer, set_lr
 from reslab.train.passes import Pass, ReplayedPass, ReplayedUpdate, Work
 from reslab.train.pieces import RunningStatistics, pieces
 from reslab.train.plan import Plan, low_size, ready
-from reslab.train.recipe import Recipe, check_shares
+from reslab.train.recipe import PLATEAU, Recipe, check_shares
 from reslab.train.state import Progress, load_state, save_state
 
 LOG_SECONDS = 1.0  # between two `step` records
 GENTLE_ERROR = 0.8  # training error below which warmup_lr ends
 GROWN = 4  # steps at one image size after which the heap grows no more
 PAGING = 0.02  # of the time that is left, at most, for huge pages: a step gains some hundredths by them
-PLATEAU = 10  # epochs without a better val top-1 before the plateau schedule lowers the rate
 
 
 class Interrupted(Exception):
@@ -232,7 +231,7 @@ class Training:
         left = np.arange(done * self.batch_size, last * self.batch_size).reshape(-1, self.machine.world, self.share)
         mine = left[:, self.machine.rank].reshape(-1)
         crops = None if boxes is None else Crops(boxes[mine], lambda number: self._size(first + number))
-        yield from self.train.epoch(self.share, order[mine], crops, self.pixels_on)
+        yield from self.train.epoch(self.share, order[mine], crops, self.pixels_on, trained=True)
 
     def _size(self, step: int) -> int:
         low = step < round((self.recipe.low_resolution or 0) * self.progress.steps)
@@ -280,9 +279,16 @@ class Training:
         planned = replace(self.plan, val_seconds=0.0).seconds(p.steps, low) - replace(self.plan, val_seconds=0.0).seconds(p.steps, low, p.step)
         pace = max(0.01, p.step_seconds / planned)
         steps = self.machine.agree(self.plan.steps_within(self.deadline - time.monotonic(), low, p.step, pace))
+        steps = min([steps, *(int(p.step / share) for share in self._turns() if 0 < share * p.steps <= p.step)])  # what has begun is not taken back
         if self.machine.is_writer:
             self.run.record("replan", steps=steps, pace=pace)
         p.steps = steps
+
+    def _turns(self) -> list[float]:
+        """Shares of the training at which something changes at once: the image size, the gradient, the learning rate."""
+        recipe = self.recipe
+        drops = recipe.milestones if recipe.schedule == "step" else ()
+        return [recipe.low_resolution or 0.0, recipe.sam_from if recipe.sam else 0.0, *drops]
 
     def evaluate(self) -> dict[str, float]:
         """Loss, top-1 and top-5 on val, of the averaged weights where there are any. Every image is counted once."""
@@ -339,6 +345,7 @@ class Training:
         return torch.tensor(counts.sum() / (len(counts) * counts), dtype=torch.float32, device=self.machine.device)
 
     def _tell(self, lr: float) -> None:
+        """Loss and top-1 are means since the epoch began: of one step they would say little."""
         p = self.progress
         facts = {"loss": p.loss_sum / p.seen, "top1": p.correct / p.seen, "lr": lr}
         now = time.monotonic()

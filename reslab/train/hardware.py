@@ -7,7 +7,7 @@ import os
 import platform
 import warnings
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -16,9 +16,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from reslab.download import cache
 from reslab.errors import WorkError
-from reslab.host import cores, cpu_name, keep_freed_memory, release_freed_memory, resident
+from reslab.host import cores, cpu_name, expanded, keep_freed_memory, memory, release_freed_memory, resident
 
 PIXEL_SHARE = 0.25  # of a GPU's free memory, at most, for pixels
 PATIENCE = timedelta(hours=2)  # of processes while one reads or downloads the data; an end of one of them is noticed at once
@@ -124,7 +123,7 @@ class Machine:
             "name": name,
             "processes": self.world,
             "threads": torch.get_num_threads(),
-            "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
+            "memory_gib": round(memory() / 2**30, 1),
             "system": f"{platform.system()} {platform.machine()}",
             "python": platform.python_version(),
             "torch": torch.__version__,
@@ -135,7 +134,7 @@ class Machine:
 def machine() -> Iterator[Machine]:
     """The machine this process is to use. Under torchrun it joins the group, and leaves it at the end."""
     keep_freed_memory()
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache() / "compiled"))  # what torch.compile made is kept; torch's own place is in /tmp
+    _keep_compiled()
     names = ("RANK", "LOCAL_RANK", "TORCHELASTIC_RESTART_COUNT")
     rank, local, restarts = (int(os.environ.get(name, "0")) for name in names)
     world = int(os.environ.get("WORLD_SIZE", "1"))
@@ -156,6 +155,17 @@ def machine() -> Iterator[Machine]:
     finally:
         if world > 1:
             dist.destroy_process_group()
+
+
+def _keep_compiled() -> None:
+    """What torch.compile made is kept where only this user writes, as torch runs what it finds there. Where that cannot be, torch's place in /tmp has to do."""
+    folder = expanded("~/.cache/reslab/compiled")
+    with suppress(OSError):
+        if folder and "TORCHINDUCTOR_CACHE_DIR" not in os.environ:
+            folder.mkdir(parents=True, exist_ok=True)
+            if folder.stat().st_uid == os.getuid():
+                folder.chmod(0o700)  # fails on a disk that is read-only
+                os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder)
 
 
 def _join(backend: str, restarts: int) -> None:

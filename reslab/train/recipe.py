@@ -28,6 +28,8 @@ Tta = Literal["none", "mirror", "shifts"]
 Compile = Literal["auto", "always", "never"]
 Fuse = Literal["auto", "never"]
 
+PLATEAU = 10  # epochs without a better val top-1 before the plateau schedule lowers the rate
+
 
 class Help(NamedTuple):
     """What a field means, for `--help`, and the range of its number where it has one."""
@@ -52,14 +54,14 @@ class Recipe:
     lr: Annotated[float, Help("the highest learning rate", 0, 1e3)] = 0.05
     sgd_lr: Annotated[float, Help("with Muon: the learning rate of norms and head, as a multiple of lr", 0, 1e3)] = 5.0
     bias_lr: Annotated[float, Help("the learning rate of the trunk's biases, as a multiple of what it would be", 0, 1e3)] = 1.0
-    momentum: Annotated[float, Help("of SGD", 0, 1)] = 0.9
-    nesterov: Annotated[bool, Help("SGD looks ahead")] = True
+    momentum: Annotated[float, Help("of SGD and Muon", 0, 1)] = 0.9
+    nesterov: Annotated[bool, Help("SGD looks ahead; Muon always does")] = True
     weight_decay: Annotated[float, Help("L2 for SGD, decoupled for AdamW and Muon", 0, 1e3)] = 0.02
     decay_all: Annotated[bool, Help("also decay norms and biases, and with Muon the head")] = False
     schedule: Annotated[Schedule, Help("how the learning rate falls")] = "one-cycle"
     warmup: Annotated[float, Help("share of the training in which it rises linearly from zero", 0, 1)] = 0.2
-    warmup_lr: Annotated[float, Help("instead: held here until the training error falls below 80 % (He 2015, n = 18)", 0, 1e3)] = 0.0
-    milestones: Annotated[tuple[float, ...], Help("of the step schedule, as shares of the training")] = (0.5, 0.75)
+    warmup_lr: Annotated[float, Help("instead of that: held here until the training error falls below 80 % (He 2015, n = 18)", 0, 1e3)] = 0.0
+    milestones: Annotated[tuple[float, ...], Help("of the step schedule, as shares of the training: between 0 and 1")] = (0.5, 0.75)
     label_smoothing: Annotated[float, Help("share of the target spread over all classes", 0, 1)] = 0.0
     mixup: Annotated[float, Help("alpha of mixup; 0 is off", 0, 100)] = 0.0
     cutmix: Annotated[float, Help("alpha of cutmix; with both, each batch gets one of them", 0, 100)] = 0.0
@@ -80,7 +82,7 @@ class Recipe:
     low_resolution: Annotated[float | None, Help("share of the epochs, the first, with smaller images; by default half from 32 px up", 0, 1)] = None
     low_size: Annotated[float, Help("size of these, as a share of the image size", 0.05, 1)] = 0.75
     crop: Annotated[Crop | None, Help("pad and shift / random resized / He's scale jitter / none; by default by image size")] = None
-    pad: Annotated[int | None, Help("pixels of shift; by default an eighth of the image", 0, 4096)] = None
+    pad: Annotated[int | None, Help("pixels of shift of the crop `pad`; by default an eighth of the image", 0, 4096)] = None
     edge: Annotated[Edge, Help("what comes in where an image is shifted: zeros, or its own pixels reflected")] = "zero"
     flip: Annotated[Flip | None, Help("mirror left to right at random, or every other epoch; by default not for digits and letters")] = None
     cutout: Annotated[int, Help("pixels a side, at full size, of a square set to zero; 0 is off", 0, 4096)] = 0
@@ -103,6 +105,13 @@ class Recipe:
             value = getattr(self, name)
             if value is not None and help_.high > help_.low and not help_.low <= value <= help_.high:
                 raise CallError(f"{name} must be from {help_.low:g} to {help_.high:g}; received {value}")
+        if not all(0 < share < 1 for share in self.milestones):
+            raise CallError(f"milestones must be shares of the training, between 0 and 1; received {', '.join(f'{m:g}' for m in self.milestones)}")
+        if self.schedule == "plateau" and 0 < self.patience <= PLATEAU:
+            raise CallError(
+                f"the plateau schedule lowers the rate after {PLATEAU} epochs without a better val top-1; received --patience {self.patience}, which stops "
+                "before that is of use: give more, or leave it out"
+            )
 
     @property
     def as_call(self) -> str:
@@ -114,7 +123,7 @@ class Recipe:
                 if isinstance(value, bool):
                     parts.append(f"--{flag}" if value else f"--no-{flag}")
                 elif isinstance(value, tuple):
-                    parts += [f"--{flag} {v}" for v in value]
+                    parts += [f"--{flag} {v}" for v in value] or [f"--empty-{flag}"]
                 else:
                     parts.append(f"--{flag} {shlex.quote(str(value))}")
         return " ".join(parts)
@@ -181,7 +190,7 @@ RECIPES["sprint-96"] = replace(RECIPES["sprint-95"], epochs=45, lr=0.12, momentu
 RECIPES["paper-cifar-110"] = replace(RECIPES["paper-cifar"], warmup_lr=0.01)
 
 # The net that a recipe was made for; it is taken where none is named
-MADE_FOR = {"sprint": "resnet8", "sprint-95": "wide_resnet8", "sprint-96": "wide_resnet14"}
+MADE_FOR = {"sprint": "resnet8", "sprint-95": "wide_resnet8", "sprint-96": "wide_resnet14", "paper-cifar-110": "resnet110"}
 
 
 def made_for(recipe: str | Recipe) -> str | None:
@@ -205,8 +214,7 @@ def find_recipe(recipe: str | Recipe, **changes: Any) -> Recipe:
         if name not in known:
             raise unknown("recipe field", name, known)
     given = {name: value for name, value in changes.items() if value is not None}
-    if "steps" in given and "epochs" in given:
-        raise CallError(f"steps and epochs both say how long a training is; received {given['steps']} and {given['epochs']}: leave one out")
+    _check_length(given)
     if "steps" in given:
         given["epochs"] = None  # else the recipe's own epochs would count
     return from_dict({**{name: getattr(recipe, name) for name in known}, **given})
@@ -247,7 +255,13 @@ def _read_toml(path: Path) -> dict[str, Any]:
     for name in values:
         if name not in known:
             raise unknown("recipe field", name, known)
+    _check_length(values)
     return values
+
+
+def _check_length(given: dict[str, Any]) -> None:
+    if "steps" in given and "epochs" in given:
+        raise CallError(f"steps and epochs both say how long a training is; received {given['steps']} and {given['epochs']}: leave one out")
 
 
 def resolve(recipe: Recipe, train_images: int, image_size: int, upright: bool, processes: int = 1) -> Recipe:
@@ -263,8 +277,9 @@ def resolve(recipe: Recipe, train_images: int, image_size: int, upright: bool, p
     by_steps = math.ceil(recipe.steps / (train_images // batch)) if recipe.steps else None
     epochs = recipe.epochs or by_steps or max(15, min(60, round(1_400_000 / train_images)))
     crop = recipe.crop or ("pad" if size <= 64 else "resized")
-    pad = recipe.pad if recipe.pad is not None else (size // 8 if crop == "pad" else 0)
-    if recipe.edge == "reflect" and pad >= size:
+    pad, edge = (recipe.pad, recipe.edge) if crop == "pad" else (0, "zero")  # nothing is shifted by other crops
+    pad = size // 8 if pad is None else pad
+    if edge == "reflect" and pad >= size:
         raise CallError(f"an image is reflected by less than its size; received --pad {pad} for {size} px: lower it, or leave out --edge reflect")
     flip: Flip = recipe.flip or ("none" if upright else "alternate")
     return replace(
@@ -277,6 +292,8 @@ def resolve(recipe: Recipe, train_images: int, image_size: int, upright: bool, p
         crop=crop,
         low_resolution=(0.5 if size >= 32 else 0.0) if recipe.low_resolution is None else recipe.low_resolution,
         pad=pad,
+        edge=edge,
+        warmup=0.0 if recipe.warmup_lr else recipe.warmup,
         flip=flip,
         tta=recipe.tta if flip != "none" and size > 1 else "none",
     )

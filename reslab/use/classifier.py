@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from reslab.data.decode import Pixels, Unreadable, decode
-from reslab.data.images import THREADS
+from reslab.data.images import THREADS, read_image
 from reslab.data.preprocess import Frame
 from reslab.errors import CallError, WorkError, shown
 from reslab.run import located
@@ -136,9 +136,7 @@ class Classifier:
 
     def _read(self, path: Path) -> Pixels | str:
         try:
-            return self.decode(path.read_bytes())
-        except OSError as error:
-            return error.strerror or "cannot be read"
+            return self.decode(read_image(path))
         except Unreadable as error:
             return str(error)
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from reslab.data.batches import Batches, choose_storage
 from reslab.data.decode import Unreadable, decode_whole
-from reslab.data.images import Images
+from reslab.data.images import Images, read_image
 from reslab.data.source import Progress, silent
 from reslab.errors import CallError, shown
 from reslab.nets.torch import ResNet
@@ -116,10 +116,7 @@ def explain_files(
 
 
 def _explain(classifier: Classifier, control: ResNet, path: Path, found: Explanations, label: str | None, taken: set[str]) -> Explained:
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise Unreadable(error.strerror or "cannot be read") from error
+    data = read_image(path)
     pixels = classifier.decode(data)
     image = Image.fromarray(decode_whole(data))
     prediction = classifier.predict_pixels([pixels])[0]

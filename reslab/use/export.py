@@ -47,7 +47,7 @@ def export(
     run: str | Path, to: str, out: str | Path | None = None, *, precision: str = "fp32", max_drop: float = quantize.MAX_DROP,
     reading: Progress = silent, say: Callable[[str], None] = lambda text: None,
 ) -> Exported:  # fmt: skip
-    """Writes the classifier of a run as `to`, one of FORMATS, by default to RUN/export/model.SUFFIX.
+    """Writes the classifier of a run as `to`, one of FORMATS, by default to RUN/export/model.SUFFIX; of a shipped net only to `out`.
 
     `precision` int8 (ONNX, OpenVINO) or bf16 (ONNX) is refused when slower than fp32 or more than `max_drop` points worse on val.
     Raises CallError for a wrong call and WorkError for a file that does not hold what it must, which is not left behind.
@@ -56,6 +56,8 @@ def export(
     if not 0 <= max_drop <= 100:
         raise CallError(f"--max-drop must be from 0 to 100 points; received {max_drop}")
     path = Path(run)
+    if out is None and Run(located(path)).is_shipped:
+        raise CallError(f"an export goes below its run, and {shown(path)} came with reslab, where nothing is written: say where with --out")
     classifier = load(path)
     _ = classifier.net  # an exported file is no source
     target = Path(out) if out else path / "export" / f"model{'' if precision == 'fp32' else '.' + precision}{form.suffix}"

@@ -24,23 +24,24 @@ KINDS = (".csv", ".jsonl")
 
 
 def check_out(out: Path) -> None:
-    """Raises CallError for a file that predictions cannot be written to."""
-    if out.suffix.lower() not in KINDS or out.is_dir():
-        raise CallError(f"--out must be a file that ends in {' or '.join(KINDS)}; received {shown(out)}")
+    """Raises CallError for a file that predictions cannot be written to; a device or pipe is not to be replaced."""
+    if out.suffix.lower() not in KINDS or (out.exists() and not out.is_file()):
+        raise CallError(f"--out must be a regular file that ends in {' or '.join(KINDS)}; received {shown(out)}")
 
 
 def write_file(answers: Answers, out: Path) -> tuple[int, int]:
     """Writes a row an image and returns how many were written, and how many of them are errors.
 
     A .csv has the columns image, label, probability and error; a .jsonl the five likeliest classes too. The file gets its
-    name when all are in it. Raises CallError for another name, WorkError when it cannot be written.
+    name when all are in it; a link stays a link. Raises CallError for another name, WorkError when it cannot be written.
     """
     check_out(out)
+    out, kind = out.resolve(), out.suffix.lower()
     n = failed = 0
     with workplace(out) as folder:
         # File names need not be text; as surrogates they go back to the bytes that they were
         with (folder / "rows").open("w", encoding="utf-8", errors="surrogateescape", newline="") as stream:
-            write = _csv(stream) if out.suffix.lower() == ".csv" else lambda row: stream.write(json.dumps(row) + "\n")
+            write = _csv(stream) if kind == ".csv" else lambda row: stream.write(json.dumps(row) + "\n")
             for path, found in answers:
                 write(_row(path, found))
                 n, failed = n + 1, failed + isinstance(found, str)
@@ -88,4 +89,13 @@ def _row(path: Path, found: Prediction | str) -> dict[str, Any]:
 def _csv(stream: IO[str]) -> Callable[[dict[str, Any]], Any]:
     writer = csv.DictWriter(stream, COLUMNS, extrasaction="ignore")
     writer.writeheader()
-    return writer.writerow
+    return lambda row: writer.writerow(row | {"label": _writable(row.get("label", ""))})
+
+
+def _writable(label: str) -> str:
+    """The label; escaped where it holds what no file name does, half a character, which would end the file."""
+    try:
+        label.encode("utf-8", "surrogateescape")
+    except UnicodeEncodeError:
+        return shown(label)
+    return label

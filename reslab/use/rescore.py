@@ -19,6 +19,7 @@ from reslab.use.own import own_images
 def evaluate(path: str | Path, data: str | Path | None = None, reading: Progress = silent) -> dict[str, Any]:
     """Scores a finished run on its test part again, or a run or a .onnx file on all images of `data`. A run records it.
 
+    "left_out" counts the images that could not be read; "first_left_out" names one of them, with the reason.
     "learned" says how many of the images it was trained on or chosen by, byte for byte: of these the figures say nothing.
     Raises CallError when `data` has a class that the classifier does not know, WorkError when the run's own data has changed.
     """
@@ -33,8 +34,12 @@ def evaluate(path: str | Path, data: str | Path | None = None, reading: Progress
         items = images.split["test"]
     else:
         raise CallError(f"an exported file has no images of its own; received {shown(path)} alone: name the data too")
-    batches = read_batches(images, items, classifier.preprocess.canvas, BATCH)
+    left_out = {} if data is None else {problem.name: problem.reason for problem in images.problems}
+    batches = read_batches(images, items, classifier.preprocess.canvas, BATCH, left_out)
     scores = score(outputs(classifier, batches), classifier.classes, classifier.temperature)
+    scores["left_out"] = len(left_out)
+    if left_out:
+        scores["first_left_out"] = "{} ({})".format(*map(shown, next(iter(left_out.items()))))
     if run is not None and data is not None:
         learned = _learned(run)
         scores["learned"] = sum(digest in learned for digest in images.digests)

@@ -111,6 +111,14 @@ def test_randaugment_stays_in_range_and_leaves_the_global_generator_alone() -> N
     assert torch.equal(y, augment.randaugment(x, 2, seeded(3)))
 
 
+def test_randaugment_draws_operations_for_each_image() -> None:
+    """Two of fifteen, in either order: 64 copies of one image would otherwise be four at most, by their signs."""
+    x = torch.rand(1, 3, 32, 32, generator=seeded()).expand(64, -1, -1, -1)
+    assert len({tuple(image.flatten().tolist()) for image in augment.randaugment(x, 2, seeded(3))}) > 40
+    grey = augment.randaugment(torch.rand(8, 1, 16, 16, generator=seeded()), 1, seeded(3))
+    assert grey.shape == (8, 1, 16, 16)
+
+
 def test_equal_seeds_give_equal_batches() -> None:
     x = torch.randn(8, 3, 16, 16, generator=seeded())
     for make in (lambda g: augment.pad_crop(x, 2, g), lambda g: augment.jitter(x, 0.4, g), lambda g: augment.cutout(x, 4, g)):

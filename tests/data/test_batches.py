@@ -59,6 +59,19 @@ def test_files_that_break_later_are_dropped_and_named_in_both_storages(folder: P
         assert list(batches.dropped) == ["red/5.png"]
 
 
+def test_a_streamed_batch_of_unreadable_images_is_passed_over_where_nothing_is_trained(folder: Path) -> None:
+    images = open_images(folder)
+    for item in range(48, 72):
+        images.paths[item].write_bytes(b"gone bad")  # type: ignore[index]
+    for storage in ("memory", "stream"):
+        assert sum(len(b.items) for b in Batches(images, np.arange(72), 24, storage).epoch(20)) == 48
+    stream = Batches(images, np.arange(72), 24, "stream")
+    with pytest.raises(WorkError, match="a whole batch is not, first red/"):
+        list(stream.epoch(20, trained=True))
+    with pytest.raises(WorkError, match="none of these is, last red/"):
+        list(Batches(images, np.arange(50, 72), 24, "stream").epoch(20))
+
+
 def test_an_array_is_given_with_the_channels_that_a_net_has() -> None:
     grey = open_images("digits")
     assert grey.array is not None
@@ -128,3 +141,16 @@ def test_images_are_drawn_from_all_classes_of_a_folder_and_of_shards_in_their_or
     assert sorted(drawn(batches, 10**6, 0)) == list(range(len(items)))
     sharded = Batches(replace(images, shards=np.zeros(len(images), np.int32)), items, 20, "memory")
     assert drawn(sharded, 24, 0).tolist() == list(range(24))
+
+
+def test_a_script_without_a_guard_may_stream_whatever_python_starts_processes_by(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "script.py").write_text(f"""
+import multiprocessing
+multiprocessing.set_start_method("forkserver", force=True)  # as from Python 3.14
+import numpy as np
+from reslab.data.batches import Batches
+from reslab.data.source import open_images
+print(sum(len(batch.items) for batch in Batches(open_images({str(folder)!r}), np.arange(12), 20, "stream").epoch(4)))
+""")
+    done = subprocess.run([sys.executable, str(tmp_path / "script.py")], capture_output=True, text=True, timeout=60)
+    assert (done.stdout, done.stderr) == ("12\n", "")

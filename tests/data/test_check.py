@@ -104,6 +104,13 @@ def test_near_pairs_equal_brute_force() -> None:
     assert len(want) > 20
 
 
+def test_very_many_alike_are_reported_without_all_their_pairs() -> None:
+    hashes = np.uint64(0x123456789ABCDEF0) ^ (np.uint64(1) << (np.arange(1500, dtype=np.uint64) % np.uint64(64)))
+    pairs = near_pairs(hashes)
+    assert {i for pair in pairs for i in pair} == set(range(1500))
+    assert len(pairs) <= 4 * 10 * 1500
+
+
 def test_difference_hash_survives_resizing_and_not_other_content() -> None:
     rng = np.random.default_rng(1)
     picture = Image.fromarray(rng.integers(0, 256, (8, 8, 3), dtype=np.uint8)).resize((64, 64), Image.Resampling.BICUBIC)

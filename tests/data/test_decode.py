@@ -1,12 +1,14 @@
 import io
 import struct
+import tracemalloc
 import zlib
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from reslab.data.decode import SCAN, Unreadable, decode, decode_square, decode_whole, formats, read_header
+from reslab.data.decode import SCAN, Unreadable, decode, decode_square, decode_whole, dimensions, formats, read_header
 
 
 def encoded(image: Image.Image, kind: str, **options: object) -> bytes:
@@ -56,17 +58,48 @@ def test_float_tiff_in_unit_range_is_scaled() -> None:
 
 @pytest.mark.parametrize("order", ["<", ">"], ids=["little-endian", "big-endian"])
 def test_dark_images_of_sixteen_bits_stay_dark(order: str) -> None:
-    entries = [(256, 3, 4), (257, 3, 4), (258, 3, 16), (259, 3, 1), (262, 3, 1), (273, 4, 8), (277, 3, 1), (278, 3, 4), (279, 4, 32)]
-    pixels = np.full((4, 4), 200, f"{order}u2").tobytes()
-    head = {"<": b"II*\0", ">": b"MM\0*"}[order] + struct.pack(f"{order}I", 8 + len(pixels)) + pixels
-    fields = b"".join(struct.pack(f"{order}HHI{'Hxx' if kind == 3 else 'I'}", tag, kind, 1, value) for tag, kind, value in entries)
-    tiff = head + struct.pack(f"{order}H", len(entries)) + fields + struct.pack(f"{order}I", 0)
-    assert (decode(tiff, 4, 1) == 1).all(), "200 of 65,535"
+    tags = [(256, 3, 4), (257, 3, 4), (258, 3, 16), (259, 3, 1), (262, 3, 1), (273, 4, 8), (277, 3, 1), (278, 3, 4), (279, 4, 32)]
+    assert (decode(tiff(order, np.full((4, 4), 200, f"{order}u2").tobytes(), *tags), 4, 1) == 1).all(), "200 of 65,535"
+
+
+@pytest.mark.parametrize(("value", "shade"), [(255, 1), (256, 1), (65535, 255)])
+def test_a_pgm_of_sixteen_bits_is_scaled_by_its_depth_and_not_by_what_it_holds(value: int, shade: int) -> None:
+    assert (decode(b"P5 4 4 65535\n" + np.full((4, 4), value, ">u2").tobytes(), 4, 1) == shade).all()
+
+
+def test_a_large_image_of_sixteen_bits_takes_little_memory_beside_itself() -> None:
+    data = encoded(Image.fromarray(np.zeros((1000, 1000), np.uint16)), "PNG")
+    tracemalloc.start()
+    decode(data, 8, 1)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 12 * 1000 * 1000
 
 
 def test_transparency_goes_onto_white() -> None:
     clear = Image.new("RGBA", (16, 16), (255, 0, 0, 0))
     assert (decode(encoded(clear, "PNG"), 16, 3) == 255).all()
+
+
+@pytest.mark.parametrize(
+    ("bits", "colour", "pixels", "clear", "other"),
+    [
+        (16, 0, struct.pack(">2H", 1000, 40000), (1000,), 156),
+        (16, 2, struct.pack(">6H", 1000, 2000, 3000, 40000, 40000, 40000), (1000, 2000, 3000), 156),
+        (2, 0, bytes([0b01100000]), (1,), 170),
+        (4, 0, bytes([0x3A]), (3,), 170),
+        (8, 0, bytes([3, 170]), (3,), 170),
+    ],
+)
+def test_the_transparent_value_of_a_png_is_white_at_every_depth(bits: int, colour: int, pixels: bytes, clear: tuple[int, ...], other: int) -> None:
+    data = png((2, 1, bits, colour, 0, 0, 0), b"\0" + pixels, transparent=struct.pack(f">{len(clear)}H", *clear))
+    assert decode_whole(data).tolist() == [[[255] * 3, [other] * 3]]
+
+
+def test_the_transparent_colour_of_a_tga_is_white() -> None:
+    head = struct.pack("<BBBHHBHHHHBB", 0, 1, 1, 0, 2, 32, 0, 0, 2, 1, 8, 0)
+    data = head + bytes([0, 0, 255, 0]) + bytes([0, 255, 0, 255]) + bytes([0, 1])
+    assert decode_whole(data).tolist() == [[[255, 255, 255], [0, 255, 0]]]
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
@@ -86,7 +119,7 @@ def test_exif_rotation_is_applied(orientation: int, kind: str) -> None:
     assert np.abs(decode_whole(data).astype(int) - want).max() < 40
 
 
-@pytest.mark.parametrize(("least", "side"), [(600, 600), (301, 600), (300, 300), (150, 150), (76, 150), (10, 75), (2000, 600)])
+@pytest.mark.parametrize(("least", "side"), [(600, 600), (301, 600), (300, 300), (222, 300), (150, 150), (76, 150), (10, 75), (2000, 600)])
 def test_the_middle_square_is_reduced_by_halves_only_and_not_resampled(least: int, side: int) -> None:
     image = gradient().resize((800, 600), Image.Resampling.BICUBIC)
     got = decode_square(encoded(image, "JPEG", quality=95), least, 3)
@@ -103,18 +136,19 @@ def test_large_jpegs_are_reduced_to_what_a_full_decode_gives() -> None:
     assert np.abs(got - want).mean() < 2
 
 
-def bomb(width: int, height: int) -> bytes:
-    """A PNG of a few bytes whose header promises width x height pixels."""
+def png(header: tuple[int, ...], pixels: bytes, transparent: bytes = b"") -> bytes:
+    """A PNG of these pixels; `header` is width, height, bits, colour and three zeros."""
 
     def chunk(kind: bytes, body: bytes) -> bytes:
         return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
 
-    return (
-        b"\x89PNG\r\n\x1a\n"
-        + chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
-        + chunk(b"IDAT", zlib.compress(b"0" * 99))
-        + chunk(b"IEND", b"")
-    )
+    clear = chunk(b"tRNS", transparent) if transparent else b""
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", *header)) + clear + chunk(b"IDAT", zlib.compress(pixels)) + chunk(b"IEND", b"")
+
+
+def bomb(width: int, height: int) -> bytes:
+    """A PNG of a few bytes whose header promises width x height pixels."""
+    return png((width, height, 8, 2, 0, 0, 0), b"0" * 99)
 
 
 whole = encoded(gradient().resize((200, 200)), "JPEG")
@@ -140,6 +174,42 @@ def test_unusable_files_are_unreadable_with_the_reason(data: bytes, reason: str)
         read_header(data)
     with pytest.raises(Unreadable):
         decode(data, 32, 3)
+
+
+def tiff(order: str, pixels: bytes, *tags: tuple[int, int, int]) -> bytes:
+    """A TIFF of one strip or tile, at byte 8, with (tag, 3 for a short or 4 for a long, value)."""
+    head = {"<": b"II*\0", ">": b"MM\0*"}[order] + struct.pack(f"{order}I", 8 + len(pixels)) + pixels
+    fields = b"".join(struct.pack(f"{order}HHI{'Hxx' if kind == 3 else 'I'}", tag, kind, 1, value) for tag, kind, value in tags)
+    return head + struct.pack(f"{order}H", len(tags)) + fields + struct.pack(f"{order}I", 0)
+
+
+@pytest.mark.parametrize(
+    ("block", "refused"),
+    [
+        ([(322, 4, 24_000), (323, 4, 24_000), (324, 4, 8), (325, 4, 64)], True),
+        ([(273, 4, 8), (278, 4, 1_000_000), (279, 4, 64)], True),
+        ([(273, 4, 8), (278, 4, 2**32 - 1), (279, 4, 64)], False),
+    ],
+    ids=["tile", "strip", "all of the image in a strip"],
+)
+def test_a_small_tiff_of_a_huge_tile_is_refused(block: list[tuple[int, int, int]], refused: bool) -> None:
+    pixels = zlib.compress(bytes(100 * 100))
+    tags = [(256, 4, 100), (257, 4, 100), (258, 3, 8), (259, 3, 8), (262, 3, 1), (277, 3, 1), *block]
+    for read in (read_header, dimensions, lambda data: decode(data, 8, 1)):
+        with pytest.raises(Unreadable, match="tile of more than 89 megapixels") if refused else nullcontext():
+            read(tiff("<", pixels.ljust(64), *sorted(tags)))
+
+
+def test_memory_that_runs_out_is_no_fault_of_the_image(monkeypatch: pytest.MonkeyPatch) -> None:
+    data = encoded(gradient(), "BMP")
+
+    def full(self: Image.Image) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr("PIL.ImageFile.ImageFile.load", full)
+    for read in (read_header, lambda data: decode(data, 8, 3), decode_whole):
+        with pytest.raises(MemoryError):
+            read(data)
 
 
 def test_no_reader_hands_what_lies_within_to_another_or_to_a_program() -> None:

@@ -211,6 +211,7 @@ def forge(folder: Path, change: object, resealed: bool) -> None:
     [
         lambda t: t["offsets"].__setitem__(0, -512), lambda t: t["bytes"].__setitem__(0, 1 << 40), lambda t: t["labels"].__setitem__(0, 3),
         lambda t: t["digests"].__setitem__(0, "x"), lambda t: t["names"].pop(), lambda t: t.pop("widths"), lambda t: t["labels"].__setitem__(0, True),
+        lambda t: t["digests"].__setitem__(0, 10**31), lambda t: t["names"].__setitem__(0, "a" * (2 << 20)),
     ],
 )  # fmt: skip
 def test_a_forged_index_is_refused_in_one_line(change: object, copied: Path) -> None:
@@ -231,6 +232,7 @@ def test_an_index_that_is_not_the_one_named_is_refused(copied: Path) -> None:
     [
         lambda h: h["shards"][0].update(name="../train.tar"), lambda h: h["shards"][0].update(images=0), lambda h: h.update(classes="ab"),
         lambda h: h.update(format="x"), lambda h: h["shards"].clear(), lambda h: h["shards"][0].update(sha256=None), lambda h: h.pop("name"),
+        lambda h: h["shards"][0].update(sha256=10**63),
     ],
 )  # fmt: skip
 def test_a_forged_list_of_shards_is_refused_in_one_line(change: object, copied: Path) -> None:
@@ -294,6 +296,23 @@ def test_an_address_without_shards_is_one_line(address: str) -> None:
         open_images(address.replace(INDEX, "nothing.json"))
     with pytest.raises(CallError, match="written in ASCII"):
         open_images(address.replace(INDEX, "ä.json"))
+
+
+def test_what_the_server_does_not_have_is_asked_for_once(address: str, shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("reslab.data.remote.time.sleep", lambda seconds: pytest.fail("it waits for what will not come"))
+    held = Cache(address.replace(INDEX, "nowhere/"), kept=2)
+    with pytest.raises(WorkError, match=r"File not found\): put http\S+ into \S+$"):
+        held.fetched("train-000000.json", "0" * 64)
+    (held.folder / ("0" * 16)).mkdir(parents=True, exist_ok=True)
+    (held.folder / ("0" * 16) / "a.tar").write_bytes(b"another's")
+    with pytest.raises(WorkError, match=r"a\.tar must have SHA-256"):
+        held.fetched("a.tar", "0" * 64)
+
+
+def test_an_index_beyond_all_bounds_is_not_downloaded_to_its_end(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("reslab.data.remote.MAX_INDEX", 100)
+    with pytest.raises(WorkError, match=r"could not be had \(it has over 100 bytes\)"):
+        open_images(address)
 
 
 def test_a_disk_that_is_full_is_no_fault_of_an_image(address: str, monkeypatch: pytest.MonkeyPatch) -> None:

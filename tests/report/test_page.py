@@ -9,13 +9,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from jinja2 import Environment, PackageLoader
 
 import reslab
 from reslab.report.charts import canvas, titled
 from reslab.report.figures import _short, confusion
 from reslab.report.page import write_report
 from reslab.run import SHIPPED, Run
+from reslab.use.card import write_card
 from tests.conftest import draw
+from tests.serve.test_page import AXE
 
 EVIL = "<script>alert('x')</script>&\"'$x_1$ 🦊\nnew"
 
@@ -98,6 +101,16 @@ def test_val_is_said_to_have_chosen_the_epoch_only_where_it_did(run: Run, tmp_pa
     assert "chose the epoch" in parsed(run).text
     assert "chose the epoch" not in parsed(last).text
     assert "set the temperature" in parsed(last).text
+
+
+def test_the_page_says_why_the_training_loss_may_lie_above_that_of_val(run: Run, tmp_path: Path) -> None:
+    smoothed = Run(tmp_path / "smoothed")
+    shutil.copytree(run.path, smoothed.path)
+    config = smoothed.path / "run.toml"
+    config.write_text(config.read_text("utf-8").replace("label_smoothing = 0.0", "label_smoothing = 0.2"), "utf-8")
+    write_report(smoothed)
+    assert "measured on augmented images, with smoothed targets, so" in parsed(smoothed).text
+    assert "measured on augmented images, so" in parsed(run).text
 
 
 def with_test(run: Run, path: Path, **changes: object) -> Run:
@@ -235,3 +248,33 @@ def test_page_shows_in_a_real_browser_without_a_complaint(run: Run, width: int, 
     with Image.open(shot) as image:
         assert image.width == width
         assert len(image.convert("RGB").resize((60, 200)).getcolors(12_000) or []) > 40, "the page must show something"
+
+
+def study_page(path: Path) -> Path:
+    """A study's page with a claim that is wider than a telephone."""
+    claim = {"paper": "plain nets degrade with depth", "measured": "+1.0 points", "verdict": "agrees"}
+    study = {"question": "?", "method": "m", "source": "s", "shows": "it", "limits": "all else", "expected": "none"}
+    facts = {"name": "degradation", "data": "digits", "size": 8, "answer": "yes", "protocol": "2 min", "command": "reslab study", "cells": 1, "version": "0"}
+    environment = Environment(loader=PackageLoader("reslab", "report"), autoescape=True)
+    environment.filters["shown"] = str
+    page = environment.get_template("study.html.j2").render(**facts, hardware="a CPU", running=False, claims=[claim], figures=[], study=study)
+    path.write_text(page, "utf-8")
+    return path
+
+
+def test_axe_finds_no_violation_on_a_telephone(run: Run, tmp_path: Path) -> None:
+    program = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if not program or not AXE.is_file():
+        pytest.skip("no Chromium or no axe-core at hand: `npm install axe-core`, or set RESLAB_AXE to its axe.min.js")
+    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    card = tmp_path / "card"
+    write_card(run.path, card)
+    with playwright.sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=program, args=["--no-sandbox"])
+        page = browser.new_page(viewport={"width": 360, "height": 800}, bypass_csp=True)
+        for file in (run.path / "report.html", study_page(tmp_path / "study.html"), card / "card.html"):
+            page.goto(file.as_uri())
+            page.add_script_tag(path=str(AXE))
+            found = page.evaluate("axe.run().then(found => found.violations.map(v => [v.id, v.nodes.map(n => n.html.slice(0, 90))]))")
+            assert found == [], file.name
+        browser.close()

@@ -2,6 +2,10 @@
 
 import json
 import shutil
+import signal
+import subprocess
+import sys
+import time
 from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
@@ -315,3 +319,46 @@ def test_study_from_the_command_line_to_the_page(tmp_path: Path, cli) -> None:  
         assert (tmp_path / "s" / "figures" / f"{number}.csv").read_text().startswith("twin,layers,seed,")
     rows = [json.loads(line) for file in (tmp_path / "s" / "cells").iterdir() for line in file.read_text().splitlines()]
     assert {r["seed"] for r in rows} == {0}
+
+
+PARENT = """
+import os, signal, sys, time
+from pathlib import Path
+from reslab.host import end_on_signals
+from reslab.study.lab import processes
+
+def work(folder):
+    (Path(folder) / str(os.getpid())).touch()
+    time.sleep(600)
+
+if __name__ == "__main__":
+    end_on_signals()
+    with processes(2, int) as pool:
+        for _ in range(2):
+            pool.submit(work, sys.argv[1])
+        while len(os.listdir(sys.argv[1])) < 2:
+            time.sleep(0.05)
+        os.kill(os.getpid(), int(sys.argv[2]))
+        time.sleep(600)
+"""
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGKILL, -9)])
+def test_processes_of_a_study_end_with_it_at_once(number: signal.Signals, status: int, tmp_path: Path) -> None:
+    (tmp_path / "parent.py").write_text(PARENT)
+    (tmp_path / "workers").mkdir()
+    command = [sys.executable, str(tmp_path / "parent.py"), str(tmp_path / "workers"), str(int(number))]
+    assert subprocess.run(command, stderr=subprocess.DEVNULL, timeout=60).returncode == status
+    workers = [Path("/proc") / file.name for file in (tmp_path / "workers").iterdir()]
+    until = time.monotonic() + 10
+    while any(_runs(worker) for worker in workers):
+        assert time.monotonic() < until
+        time.sleep(0.05)
+    assert len(workers) == 2
+
+
+def _runs(process: Path) -> bool:
+    try:
+        return process.joinpath("stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False

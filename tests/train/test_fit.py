@@ -388,3 +388,5 @@ def test_a_whitened_stem_is_not_trained_and_mirror_images_are_looked_at_where_tr
         reslab.train("digits", "resnet20", tmp_path / "both", weights=str(run.model / "weights.safetensors"), **given)
     with pytest.raises(CallError, match="received --dirac and --weights: leave one out"):
         reslab.train("digits", "resnet20", tmp_path / "both", weights=str(run.model / "weights.safetensors"), dirac=True)
+    with pytest.raises(CallError, match="received --zero-init or --no-zero-init, and --weights: leave one out"):
+        reslab.train("digits", "resnet20", tmp_path / "both", weights=str(run.model / "weights.safetensors"), zero_init=False)

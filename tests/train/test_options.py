@@ -1,6 +1,8 @@
 """What the options of a recipe do to a training: a tiny net on images that a rule made, without the job around them."""
 
+import math
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -165,6 +167,26 @@ def test_the_average_is_what_is_kept(tmp_path: Path, keep: str) -> None:
     made.run_to_end()
     assert made.average
     assert same(state(made.net), made.average.tensors)
+
+
+def test_what_has_begun_is_not_taken_back_when_a_budget_gives_more_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither the full size, nor the lower rate, nor the gradient taken uphill, though each is a share of all steps."""
+    show = Watched()
+    made = training(tmp_path / "run", show, epochs=10, milestones=(0.5,), low_resolution=0.55, low_size=0.5, sam=0.1, sam_from=0.6)
+    made.plan, made.deadline = replace(made.plan, step_seconds=1.0, low_step_seconds=1.0), math.inf
+    monkeypatch.setattr(Plan, "steps_within", lambda self, *rest: 26 if made.progress.step >= 12 else 20)
+    sizes: list[int] = []
+    climbs: list[int] = []
+    size, climb = made._size, made._climb
+    monkeypatch.setattr(made, "_size", lambda step: sizes.append(size(step)) or sizes[-1] if step == made.progress.step else size(step))
+    monkeypatch.setattr(made, "_climb", lambda batch: climbs.append(made.progress.step) or climb(batch))
+    made.run_to_end()
+    assert made.progress.steps == 26
+    assert {round(rate, 6) for rate in show.rates} == {0.05, 0.005}
+    assert show.rates == sorted(show.rates, reverse=True)
+    assert sizes == sorted(sizes)
+    assert set(sizes) == {4, 8}
+    assert climbs == list(range(climbs[0], made.progress.steps))
 
 
 def test_the_rate_falls_to_a_tenth_after_ten_epochs_without_a_better_one(tmp_path: Path) -> None:

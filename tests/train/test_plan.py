@@ -1,6 +1,8 @@
+import os
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import cycle
+from pathlib import Path
 
 import pytest
 import torch
@@ -117,3 +119,18 @@ def test_winograds_algorithm_is_taken_where_it_was_faster(monkeypatch: pytest.Mo
         assert winograd(0.5, net="resnet20") == (usable and precision == "bf16"), "narrow ones by dot products only"
     monkeypatch.setattr(plan, "has_amx", lambda: True)
     assert winograd(0.5) == (precision == "fp32"), "with AMX it was slower in bf16 wherever it was measured"
+
+
+def test_compiled_files_are_kept_where_only_their_user_writes_or_where_torch_likes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def place(home: Path) -> str | None:
+        monkeypatch.setenv("HOME", str(home))
+        monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "")
+        monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")
+        with machine():
+            return os.environ.get("TORCHINDUCTOR_CACHE_DIR")
+
+    monkeypatch.setenv("RESLAB_DATA", str(tmp_path / "shared"))
+    own = tmp_path / ".cache" / "reslab" / "compiled"
+    assert place(tmp_path) == str(own)
+    assert own.stat().st_mode & 0o777 == 0o700
+    assert place(Path("/proc")) is None

@@ -6,6 +6,7 @@ import pytest
 
 import reslab
 from reslab.errors import CallError
+from reslab.train.optim import lr_at
 from reslab.train.recipe import MADE_FOR, RECIPES, Recipe, find_recipe, from_dict, helps, resolve
 
 
@@ -49,6 +50,10 @@ def test_recipes_survive_being_written_and_typed(name: str, monkeypatch: pytest.
     assert find_recipe("quick", **{k: v for k, v in caught.items() if k in helps()}) == RECIPES[name]
 
 
+def test_a_recipe_without_milestones_is_typed_so() -> None:
+    assert find_recipe("quick", schedule="step", milestones=()).as_call == "--schedule step --empty-milestones"
+
+
 class _Done:
     path = Path("x")
 
@@ -85,6 +90,19 @@ def test_the_call_of_a_recipe_makes_it_again() -> None:
     assert "--epochs" not in given
 
 
+def test_a_resolved_recipe_says_nothing_that_is_not_done() -> None:
+    photos = resolve(find_recipe("sprint"), 1000, 224, False)
+    assert (photos.crop, photos.pad, photos.edge) == ("resized", 0, "zero")
+    held = resolve(find_recipe("quick", warmup_lr=0.01), 1000, 32, False)
+    assert (held.warmup, lr_at(held, 0.01)) == (0.0, pytest.approx(0.05, rel=0.02))
+
+
+def test_a_file_of_epochs_and_steps_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "own.toml").write_text("epochs = 5\nsteps = 100\n")
+    with pytest.raises(CallError, match="received 100 and 5: leave one out"):
+        find_recipe(str(tmp_path / "own.toml"))
+
+
 def test_a_batch_larger_than_the_data_is_refused() -> None:
     with pytest.raises(CallError, match="batch_size 512, 100 images; lower --batch-size"):
         resolve(Recipe(batch_size=512), 100, 32, False)
@@ -101,6 +119,9 @@ def test_a_batch_larger_than_the_data_is_refused() -> None:
         ({"optimizer": "adam"}, "optimizer"),
         ({"nesterov": "maybe"}, "nesterov"),
         ({"epochs": 2, "steps": 1000}, "both say how long a training is; received 1000 and 2: leave one out"),
+        ({"milestones": (32000.0, 48000.0)}, "shares of the training, between 0 and 1; received 32000, 48000"),
+        ({"milestones": (0.5, float("nan"))}, "between 0 and 1; received 0.5, nan"),
+        ({"schedule": "plateau", "patience": 10}, "received --patience 10, which stops before that is of use"),
     ],
 )
 def test_wrong_fields_are_one_line(fields: dict[str, object], message: str) -> None:

@@ -91,6 +91,10 @@ def test_evaluate_repeats_the_test_and_scores_other_data(run: Run, photos: Path,
     other = json.loads(cli("evaluate", run.path, tmp_path / "other", "--json").stdout)
     assert {row["class"]: row["n"] for row in other["classes"]} == {"blue": 0, "green": 0, "red": 6}, "alone, it is the first of its folder's classes"
     assert other["top1"] > 0.8 and other["learned"] == 0
+    (tmp_path / "other" / "red" / "bad.png").write_bytes(b"no image")
+    fewer = json.loads(cli("evaluate", run.path, tmp_path / "other", "--json").stdout)
+    assert (other["left_out"], fewer["left_out"], fewer["n"]) == (0, 1, 6)
+    assert fewer["first_left_out"] == "red/bad.png (not an image of a known format)"
     own = cli("evaluate", run.path, photos)
     split = json.loads((run.path / "split.json").read_text())
     assert f"{len(split['train']) + len(split['val'])} of these images are those it was trained on or chosen by" in own.stdout

@@ -99,6 +99,29 @@ def test_out_has_a_row_an_image(kind: str, trained: Run, here: Here, tmp_path: P
     assert [file.name for file in out.parent.iterdir()] == [out.name]
 
 
+def test_a_label_that_is_no_text_is_escaped_and_loses_no_row(tmp_path: Path) -> None:
+    found = Prediction("half \ud800", 0.5, [("half \ud800", 0.5)])
+    assert write_file([(Path("a.png"), found), (Path("b.png"), found._replace(label="über"))], tmp_path / "out.csv") == (2, 0)
+    rows = list(csv.DictReader((tmp_path / "out.csv").read_text("utf-8").splitlines()))
+    assert [row["label"] for row in rows] == ["half \\ud800", "über"]
+
+
+def test_a_pattern_gives_no_folders(tmp_path: Path) -> None:
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "a.png").touch()
+    assert list(image_files((str(tmp_path / "*"),), "predict")) == [tmp_path / "a.png"]
+
+
+def test_a_pipe_and_a_file_beyond_all_bounds_are_rows_with_the_reason(trained: Run, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.png")
+    with (tmp_path / "sparse.png").open("wb") as huge:
+        huge.truncate(1 << 40)
+    photo = next(image_paths(photos_of(trained)))
+    found = dict(reslab.load(trained.path).predict_each([tmp_path / "pipe.png", tmp_path / "sparse.png", photo]))
+    assert list(found.values())[:2] == ["not a regular file", "1,099,511,627,776 bytes: the limit is 256 MiB"]
+    assert isinstance(found[photo], Prediction)
+
+
 def test_a_file_that_breaks_off_is_not_left(tmp_path: Path) -> None:
     def answers() -> Iterator[tuple[Path, Prediction | str]]:
         yield Path("a.png"), "no image"
@@ -118,3 +141,14 @@ def test_json_is_valid_and_names_that_are_no_files_are_refused(trained: Run, her
     assert json.loads(told.stdout) == {"out": str(tmp_path / "x.jsonl"), "images": 30, "errors": 0}
     wrong = here("predict", trained.path, photos_of(trained), "--out", tmp_path / "x.xlsx")
     assert (wrong.returncode, "ends in .csv or .jsonl" in wrong.stderr) == (2, True)
+
+
+def test_a_link_stays_a_link_and_a_pipe_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "kept").mkdir()
+    (tmp_path / "link.csv").symlink_to(tmp_path / "kept" / "rows.txt")
+    assert write_file([(Path("a.png"), "no image")], tmp_path / "link.csv") == (1, 1)
+    assert (tmp_path / "link.csv").is_symlink()
+    assert (tmp_path / "kept" / "rows.txt").read_text().splitlines() == ["image,label,probability,error", "a.png,,,no image"]
+    os.mkfifo(tmp_path / "pipe.csv")
+    with pytest.raises(reslab.CallError, match="must be a regular file"):
+        write_file([], tmp_path / "pipe.csv")
