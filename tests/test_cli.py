@@ -244,7 +244,9 @@ def test_a_stream_that_lacks_a_letter_shows_it_escaped(cli: Cli, tmp_path: Path)
 @pytest.mark.parametrize(("number", "status", "told"), [(signal.SIGTERM, 143, ""), (signal.SIGHUP, 129, ""), (signal.SIGINT, 130, "reslab: stopped\n")])
 def test_signals_put_away_what_is_half_written(number: signal.Signals, status: int, told: str, tmp_path: Path) -> None:
     code = """
-import os, sys
+import os, signal, sys
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # what starts the tests may ignore either
+signal.signal(signal.SIGINT, signal.default_int_handler)
 from pathlib import Path
 from reslab import cli
 from reslab.run import workplace

@@ -223,6 +223,7 @@ class Here:
     """A pool that works at once, until it is killed."""
 
     left = 10**6
+    _processes = None
 
     def __init__(self, *facts: object) -> None: ...
     def __enter__(self) -> "Here":
