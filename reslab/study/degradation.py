@@ -63,7 +63,7 @@ def claims(records: list[Record]) -> list[Claim]:
     shallow, deep = _ends(records)
     plain_rise, residual_rise = rise(records, "plain"), rise(records, "residual")
     short = paired({seed: A_THIRD * value for seed, value in _rises(records, "plain").items()}, _rises(records, "residual"))
-    said = f"from {shallow} to {deep} layers"
+    said = f"from {shallow} to {deep} layers" if deep > shallow else f"beyond {shallow} layers"
     return [
         Claim(
             "The deeper plain net has the higher training error",
