@@ -60,13 +60,17 @@ def run_config(job: Job, net: str, data: str, plan: Plan, limits: Limits) -> dic
     }
 
 
+def _last_side(spec: Spec, size: int) -> int:
+    return [layer.shape[1] for layer in spec.layers(size) if layer.name.startswith("layer")][-1]
+
+
 def _decisions(job: Job) -> list[str]:
     """What was chosen because of the data, in words."""
     spec, recipe, images = job.spec, job.recipe, job.images
     size = recipe.image_size
     lines = [
         f"images are {size} x {size} px, {'greyscale' if images.channels == 1 else 'colour'}",
-        f"stem {spec.stem}: the last stage sees {-(-(size or 0) // spec.reduction)} px a side",
+        f"stem {spec.stem}: the last stage sees {_last_side(spec, size or 0)} px a side",
         f"images are mirrored ({recipe.flip})"
         if recipe.flip != "none"
         else "images are not mirrored" + (": characters have a reading direction" if images.upright else ""),

@@ -29,10 +29,11 @@ WRN = "Zagoruyko & Komodakis 2016 (1605.07146)"
 RESNEXT = "Xie 2016 (1611.05431)"
 RESNET_D = "He 2018 (1812.01187), figure 2"
 SQUEEZE = "Hu 2017 (1709.01507)"
+SQUEEZE_BLOCKS = f"blocks of {SQUEEZE}"  # in nets that the paper does not have
 RESNET_RS = "Bello 2021 (2103.07579)"
-BLUR = "Zhang 2019 (1904.11486)"
+BLUR = "Zhang 2019 (1904.11486); shortcut and stem's pool as timm"
 KERAS = "Keras Applications"
-AIRBENCH = "reslab's own, widths and pools of airbench94 and 96, Jordan 2024 (2404.00498)"
+AIRBENCH = "reslab's own, widths and pools of airbench94, 95 and 96, Jordan 2024 (2404.00498)"
 SKIPBLOCK = "the SkipBlock teaching network"
 
 
@@ -44,7 +45,8 @@ def _cifar(n: int, top1: float | None = None, top1_source: str = "", source: str
 
 def _imagenet(block: Block, depths: tuple[int, ...], top1: float | None = None, source: str = "He 2015, table 1", **fields: Any) -> Row:
     spec = Spec(block, depths, **{"widths": (64, 128, 256, 512), "stem": "conv7-pool", **fields})
-    stride = "; stride v1.5 as torchvision" if source == "He 2015, table 1" and block == "bottleneck" else ""
+    peer = {"He 2015, table 1": "torchvision", SQUEEZE: "timm"}.get(source)
+    stride = f"; stride v1.5 as {peer}" if peer and block == "bottleneck" else ""
     return Row(spec, 224, source + stride, top1, TORCHVISION if top1 else "")
 
 
@@ -63,8 +65,9 @@ def _d(block: Block, depths: tuple[int, ...], source: str = f"{RESNET_D}c", **fi
     return _imagenet(block, depths, None, source, stem="deep-pool", shortcut="D", **fields)
 
 
-def _rs(depths: tuple[int, ...]) -> Row:
-    return _imagenet("bottleneck", depths, None, RESNET_RS, stem="deep-conv", shortcut="D", squeeze=4)
+def _rs(depths: tuple[int, ...], image_size: int) -> Row:
+    """At the largest size that the authors trained it with, which grows with the depth."""
+    return _imagenet("bottleneck", depths, None, RESNET_RS, stem="deep-conv", shortcut="D", squeeze=4)._replace(image_size=image_size)
 
 
 def _preact_imagenet(depths: tuple[int, ...]) -> Row:
@@ -99,7 +102,7 @@ FAMILY: dict[str, Row] = {
     "resnet44": _cifar(7, 0.9283, TABLE_6),
     "resnet56": _cifar(9, 0.9303, TABLE_6),
     "resnet110": _cifar(18, 0.9357, TABLE_6),
-    "resnet164": _cifar(18, 0.9407, "CIFAR-10, He 2016 table 2", HE_2016, block="bottleneck", shortcut="B"),
+    "resnet164": _cifar(18, 0.9407, "CIFAR-10, He 2016 table 2", HE_2016, block="bottleneck", shortcut="B", stride="v1"),
     "resnet1202": _cifar(200, 0.9207, TABLE_6),
     "plain20": _cifar(3, shortcut="none"),
     "plain32": _cifar(5, shortcut="none"),
@@ -108,8 +111,8 @@ FAMILY: dict[str, Row] = {
     "plain110": _cifar(18, shortcut="none"),
     "preact20": _cifar(3, source=HE_2016, order="preact", shortcut="B"),
     "preact110": _he_2016(0.9363, 2, order="preact"),
-    "preact164": _cifar(18, 0.9454, "CIFAR-10, the same, table 2", HE_2016, block="bottleneck", order="preact", shortcut="B"),
-    "preact1001": _cifar(111, 0.9508, "CIFAR-10, the same, table 4", HE_2016, block="bottleneck", order="preact", shortcut="B"),
+    "preact164": _cifar(18, 0.9454, "CIFAR-10, the same, table 2", HE_2016, block="bottleneck", order="preact", shortcut="B", stride="v1"),
+    "preact1001": _cifar(111, 0.9508, "CIFAR-10, the same, table 4", HE_2016, block="bottleneck", order="preact", shortcut="B", stride="v1"),
     "resnet110_bn_after_add": _he_2016(0.9183, 2, order="bn-after-add"),
     "resnet110_relu_before_add": _he_2016(0.9216, 2, order="relu-before-add"),
     "resnet110_relu_preact": _he_2016(0.9329, 2, order="relu-preact"),
@@ -122,10 +125,10 @@ FAMILY: dict[str, Row] = {
     "resnet1202_stochastic": _cifar(200, 0.9509, "CIFAR-10, the same", "Huang 2016 (1603.09382)", drop_path=0.5),
     "resnet110_fixup": _cifar(18, source="Zhang 2019 (1901.09321)", norm="none", init="fixup"),
     "resnet110_skipinit": _cifar(18, source="De & Smith 2020 (2002.10444)", norm="none", init="skipinit", order="preact"),
-    "resnet110_rezero": _cifar(18, source="Bachlechner 2020 (2003.04887)", norm="none", init="rezero", order="relu-before-add"),
-    "se_resnet20": _cifar(3, source=SQUEEZE, squeeze=16),
-    "se_resnet56": _cifar(9, source=SQUEEZE, squeeze=16),
-    "se_resnet110": _cifar(18, source=SQUEEZE, squeeze=16),
+    "resnet110_rezero": _cifar(18, source="Bachlechner 2020 (2003.04887), without its norms", norm="none", init="rezero", order="relu-before-add"),
+    "se_resnet20": _cifar(3, source=SQUEEZE_BLOCKS, squeeze=16),
+    "se_resnet56": _cifar(9, source=SQUEEZE_BLOCKS, squeeze=16),
+    "se_resnet110": _cifar(18, source=SQUEEZE_BLOCKS, squeeze=16),
     "wrn40-4": _wide(6, 4, 0.9547),
     "wrn16-8": _wide(2, 8, 0.9573),
     "wrn28-10": _wide(4, 10, 0.9600),
@@ -153,8 +156,8 @@ FAMILY: dict[str, Row] = {
     "resnet101d": _d("bottleneck", (3, 4, 23, 3)),
     "resnet152d": _d("bottleneck", (3, 8, 36, 3)),
     "resnet200d": _d("bottleneck", (3, 24, 36, 3)),
-    "se_resnet18": _imagenet("basic", (2, 2, 2, 2), None, SQUEEZE, squeeze=16),
-    "se_resnet34": _imagenet("basic", (3, 4, 6, 3), None, SQUEEZE, squeeze=16),
+    "se_resnet18": _imagenet("basic", (2, 2, 2, 2), None, SQUEEZE_BLOCKS, squeeze=16),
+    "se_resnet34": _imagenet("basic", (3, 4, 6, 3), None, SQUEEZE_BLOCKS, squeeze=16),
     "se_resnet50": _imagenet("bottleneck", (3, 4, 6, 3), None, SQUEEZE, squeeze=16),
     "se_resnet101": _imagenet("bottleneck", (3, 4, 23, 3), None, SQUEEZE, squeeze=16),
     "se_resnet152": _imagenet("bottleneck", (3, 8, 36, 3), None, SQUEEZE, squeeze=16),
@@ -169,17 +172,17 @@ FAMILY: dict[str, Row] = {
     "resnext50d_32x4d": _d("bottleneck", (3, 4, 6, 3), "timm", groups=32, inner=2),
     "resnext101_32x4d": _imagenet("bottleneck", (3, 4, 23, 3), None, RESNEXT, groups=32, inner=2),
     "resnext101_32x8d": _imagenet("bottleneck", (3, 4, 23, 3), None, f"{RESNEXT}; torchvision", groups=32, inner=4),
-    "resnext101_64x4d": _imagenet("bottleneck", (3, 4, 23, 3), None, f"{RESNEXT}, table 3", groups=64, inner=4),
+    "resnext101_64x4d": _imagenet("bottleneck", (3, 4, 23, 3), None, f"{RESNEXT}, table 4", groups=64, inner=4),
     "preact_resnet50": _preact_imagenet((3, 4, 6, 3)),
     "preact_resnet101": _preact_imagenet((3, 4, 23, 3)),
     "preact_resnet152": _preact_imagenet((3, 8, 36, 3)),
-    "resnetrs50": _rs((3, 4, 6, 3)),
-    "resnetrs101": _rs((3, 4, 23, 3)),
-    "resnetrs152": _rs((3, 8, 36, 3)),
-    "resnetrs200": _rs((3, 24, 36, 3)),
-    "resnetrs270": _rs((4, 29, 53, 4)),
-    "resnetrs350": _rs((4, 36, 72, 4)),
-    "resnetrs420": _rs((4, 44, 87, 4)),
+    "resnetrs50": _rs((3, 4, 6, 3), 160),
+    "resnetrs101": _rs((3, 4, 23, 3), 192),
+    "resnetrs152": _rs((3, 8, 36, 3), 256),
+    "resnetrs200": _rs((3, 24, 36, 3), 256),
+    "resnetrs270": _rs((4, 29, 53, 4), 256),
+    "resnetrs350": _rs((4, 36, 72, 4), 320),
+    "resnetrs420": _rs((4, 44, 87, 4), 320),
     "keras_resnet50": _keras((3, 4, 6, 3)),
     "keras_resnet101": _keras((3, 4, 23, 3)),
     "keras_resnet152": _keras((3, 8, 36, 3)),

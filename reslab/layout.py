@@ -8,9 +8,8 @@ import math
 from itertools import groupby
 from typing import Literal, NamedTuple
 
-from reslab.spec import FLAT_SIZE, STEMS, Conv, Pool, Size, Spec
+from reslab.spec import BOTTLENECK_EXPANSION, FLAT_SIZE, STEMS, Conv, Pool, Size, Spec
 
-BOTTLENECK_EXPANSION = 4
 GROUPS = 32  # of group norm (Wu & He 2018)
 LEAST_SQUEEZED = 8  # channels
 SCALING = 0.5  # of branch and shortcut (He et al. 2016, table 1)

@@ -14,6 +14,7 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Self, get_args
 
 from reslab.errors import CallError, shown, unknown
@@ -32,6 +33,7 @@ Init = Literal["he", "fixup", "skipinit", "rezero"]
 Size = int | tuple[int, int]
 
 FLAT_SIZE = 1000  # of the hidden layer behind a flattened map
+BOTTLENECK_EXPANSION = 4  # channels that a bottleneck gives, as a multiple of its 3x3's
 
 TYPES: dict[Any, tuple[str, Callable[[Any], bool]]] = {  # of fields that are not one of some words
     str: ("a name", lambda value: isinstance(value, str)),
@@ -106,13 +108,13 @@ class Spec:
     order: Order = "original"  # of convolution, norm, ReLU and addition: He et al. 2016 (1603.05027), figure 4
     carry: Carry = "identity"  # what happens to the shortcut's signal: He et al. 2016, table 1
     norm: Norm = "batch"  # group: Wu & He 2018 (1803.08494)
-    bias: Bias = "auto"  # convolutions with a bias: those of nets without norm (auto), those that no norm follows (unnormed), all
+    bias: Bias = "auto"  # convolutions with a bias: those of nets without norm, but for Fixup's and ReZero's (auto), those that no norm follows (unnormed), all
     init: Init = "he"  # for nets without norm: Zhang 2019 (1901.09321), De & Smith 2020 (2002.10444), Bachlechner 2020 (2003.04887)
     groups: int = 1  # of a bottleneck's 3x3 (ResNeXt, Xie et al. 2016, 1611.05431)
     inner: int = 1  # channels of a bottleneck's 3x3, as a multiple of `widths` (wide ResNets, Zagoruyko & Komodakis 2016, 1605.07146)
     stem_width: int = 0  # channels of the stem; 0: widths[0]
     squeeze: int = 0  # squeeze-and-excitation through 1/squeeze of the channels (Hu et al. 2017, 1709.01507); 0: none
-    antialias: bool = False  # blur before every subsampling but the stem's convolution (Zhang 2019, 1904.11486)
+    antialias: bool = False  # blur where a branch and the stem's pool subsample, as in timm; Zhang 2019 (1904.11486) blurs the shortcut too
     dropout: float = 0.0  # before a block's last convolution (wide ResNets)
     drop_path: float = 0.0  # chance that the last block's branch is left out in training, linear in depth (Huang et al. 2016, 1603.09382)
     gate_bias: float = -6.0  # of the gates in `carry`, at the start
@@ -153,8 +155,9 @@ class Spec:
                 "depths, widths, groups, inner, in_channels and num_classes must be whole numbers from 1 to 2^20 (5000 blocks in all); "
                 f"received {self.depths}, {self.widths}, {self.groups}, {self.inner}, {self.in_channels}, {self.num_classes}"
             )
-        if not all(0 <= n <= 1 << 16 for n in (self.stem_width, self.squeeze, self.flatten)):
-            raise CallError(f"stem_width, squeeze and flatten must be whole numbers from 0; received {self.stem_width}, {self.squeeze}, {self.flatten}")
+        sizes = (self.stem_width, self.squeeze, self.flatten)
+        if not all(0 <= n <= 1 << 16 for n in sizes):
+            raise CallError(f"stem_width, squeeze and flatten must be whole numbers from 0 to 65536; received {', '.join(map(str, sizes))}")
         if not (0 <= self.dropout < 1 and 0 <= self.drop_path < 1 and 0 < self.eps < 1 and abs(self.gate_bias) < 100):
             raise CallError(
                 "dropout and drop_path must be at least 0 and below 1, eps between 0 and 1, gate_bias between -100 and 100; "
@@ -179,10 +182,21 @@ class Spec:
             raise CallError(f"init {self.init} is for norm none, without zero_init; received norm {self.norm}, zero_init {self.zero_init}")
         if self.init == "fixup" and self.order != "original":
             raise CallError(f"init fixup is defined for order original; received {self.order}")
+        if self.zero_init and self.order == "relu-before-add":
+            raise CallError("zero_init and order relu-before-add do not go together: a branch that begins at zero behind a ReLU never gets a gradient")
+        if self.shortcut == "D" and self.stride == "last":
+            raise CallError("shortcut D pools before its projection; stride last subsamples the input itself: take shortcut B")
+        if self.shortcut == "A" and self._narrows():
+            raise CallError(f"shortcut A adds channels of zeros and takes none away; received stem_width {self.stem_width}, widths {self.widths}")
         if self.antialias and (self.order != "original" or self.stride == "pool"):
             raise CallError(f"antialias is defined for order original, without stride pool; received {self.order}, stride {self.stride}")
-        if not STEMS[self.stem].activated and self.order not in ("preact", "relu-preact"):
-            raise CallError(f"stem {self.stem} leaves its activation to pre-activation blocks; received order {self.order}")
+        if not STEMS[self.stem].activated and self.order != "preact":
+            raise CallError(f"stem {self.stem} leaves its norm and ReLU to blocks of order preact; received order {self.order}")
+
+    def _narrows(self) -> bool:
+        """Whether a block has fewer channels than what comes before it."""
+        outputs = [width * (BOTTLENECK_EXPANSION if self.block == "bottleneck" else 1) for width in self.widths]
+        return any(after < before for before, after in pairwise([self.stem_width or self.widths[0], *outputs]))
 
     def _check_skip(self) -> None:
         """The SkipBlock network has its own order and sizes; what it does not know must be left as it is."""

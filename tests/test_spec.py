@@ -177,10 +177,14 @@ def test_spec_survives_json() -> None:
         (lambda: reslab.spec("resnet18", init="fixup"), "init fixup is for norm none"),
         (lambda: reslab.spec("resnet18", norm="none", init="fixup", order="preact"), "fixup is defined for order original; received preact"),
         (lambda: reslab.spec("preact20", antialias=True), "antialias is defined for order original"),
-        (lambda: reslab.spec("resnet18", stem="raw7-pool"), "leaves its activation to pre-activation blocks"),
+        (lambda: reslab.spec("resnet18", stem="raw7-pool"), "leaves its norm and ReLU to blocks of order preact"),
+        (lambda: reslab.spec("preact20", order="relu-preact", stem="raw7-pool"), "leaves its norm and ReLU to blocks of order preact"),
+        (lambda: reslab.spec("resnet110_relu_before_add", zero_init=True), "a branch that begins at zero behind a ReLU never gets a gradient"),
+        (lambda: reslab.spec("resnet20", stem_width=32), "shortcut A adds channels of zeros and takes none away; received stem_width 32"),
+        (lambda: reslab.spec("resnet18", shortcut="D", stride="last"), "take shortcut B"),
         (lambda: reslab.spec("resnet18", stem="conv5"), "unknown stem 'conv5': did you mean 'conv"),
         (lambda: reslab.spec("resnet18", drop_path=1.0), "drop_path must be at least 0 and below 1"),
-        (lambda: reslab.spec("resnet18", squeeze=-1), "must be whole numbers from 0"),
+        (lambda: reslab.spec("resnet18", squeeze=-1), "must be whole numbers from 0 to 65536; received 0, -1, 0"),
         (lambda: reslab.spec("skipblock8", squeeze=16), "skip blocks have no squeeze; received 16"),
         (lambda: reslab.spec("skipblock8", shortcut="A"), "shortcut of skip blocks must be B or none; received A"),
         (lambda: reslab.spec("skipblock8", widths=(64, 96, 128)), "as many channels as the one before, or twice"),
@@ -192,6 +196,12 @@ def test_spec_survives_json() -> None:
 def test_wrong_specs_name_the_rule(call: object, message: str) -> None:
     with pytest.raises(ValueError, match=message.replace("(", r"\(")):
         call()  # type: ignore[operator]
+
+
+def test_bottlenecks_of_2016_halve_in_their_first_convolution() -> None:
+    """KaimingHe/resnet-1k-layers, resnet-pre-act.lua; no count of parameters shows it."""
+    assert [reslab.spec(name).cost().macs for name in ("preact164", "preact1001")] == [244_500_992, 1_487_849_984]
+    assert FAMILY["resnet164"].spec.stride == "v1"
 
 
 def test_replace_makes_a_variant() -> None:

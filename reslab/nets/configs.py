@@ -5,8 +5,7 @@ from typing import Any, NamedTuple
 
 from reslab.errors import CallError, shown
 from reslab.family import FAMILY, Row
-from reslab.layout import BOTTLENECK_EXPANSION
-from reslab.spec import STEMS, Spec
+from reslab.spec import BOTTLENECK_EXPANSION, STEMS, Spec
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -25,6 +24,7 @@ TIMM = {  # our row: timm's architecture, where the names differ
         )
     },
 }
+ABSENT = {"hidden_act": "relu", "downsample_in_first_stage": False, "downsample_in_bottleneck": False}  # what transformers takes a missing key for
 SILENT = ("stride", "order", "antialias", "eps", "stem")  # fields that neither names nor shapes always tell
 
 
@@ -95,8 +95,9 @@ def contradiction(config: dict[str, Any], spec: Spec) -> str:
         ours = huggingface_config(spec, Inputs())
         keys = ["hidden_act", "downsample_in_first_stage"] + ["downsample_in_bottleneck"] * (spec.block == "bottleneck")
         for key in keys:
-            if config.get(key, ours[key]) != ours[key]:
-                return f"{key} is {shown(str(config[key]))[:40]}, and in this net it is {ours[key]}: choose the net it was made with"
+            held = config.get(key, ABSENT[key])
+            if held != ours[key]:
+                return f"{key} is {shown(str(held))[:40]}, and in this net it is {ours[key]}: choose the net it was made with"
         plain = FAMILY["resnet50"].spec
         for field in SILENT:
             if field != "stride" and getattr(spec, field) != getattr(plain, field):
@@ -105,7 +106,7 @@ def contradiction(config: dict[str, Any], spec: Spec) -> str:
         architecture = config["architecture"]
         row = next((name for name, theirs in TIMM.items() if theirs == architecture), None)
         if row is None:
-            return f"architecture is timm's {shown(architecture)[:60]}, which the family has not"
+            return f"architecture is timm's {shown(architecture)[:60]}, which no row of the family is known to be"
         if any(getattr(FAMILY[row].spec, field) != getattr(spec, field) for field in SILENT):
             return f"architecture is timm's {architecture}, which is {row} here: choose that net"
     return ""

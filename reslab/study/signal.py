@@ -69,7 +69,9 @@ def cells(setting: Setting, data: Data, pace: Pace) -> list[Cell]:
 
 def single_stage(net: Spec) -> Spec:
     """The deep pre-activation net of equal blocks, without any halving, that the theory is about."""
-    return replace(net, order="preact", stem="conv3", depths=(DEEP * sum(net.depths),), widths=(min(WIDTH, net.widths[-1]),), shortcut="A", carry="identity")
+    depths, widths = (DEEP * sum(net.depths),), (min(WIDTH, net.widths[-1]),)
+    net = replace(net, antialias=False, init="he", zero_init=False, stem_width=0)
+    return replace(net, order="preact", stem="conv3", depths=depths, widths=widths, shortcut="A", stride="none", carry="identity")
 
 
 def _trained(setting: Setting, data: Data, pace: Pace) -> list[Cell]:

@@ -55,7 +55,7 @@ def fit_temperature(out: Outputs) -> float:
 
 
 def sure_above(out: Outputs, temperature: float) -> float:
-    """The lowest calibrated probability from which on 95 % of the answers are right (Geifman & El-Yaniv 2017, 1705.08500).
+    """The lowest calibrated probability from which on 95 % of these answers, val's, are right; of others rather fewer, as it is the best of many.
 
     At least one half, whatever the accuracy: below it an answer is likelier wrong than right. 1 where there is none.
     """

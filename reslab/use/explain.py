@@ -28,6 +28,8 @@ from torch import Tensor, nn
 from reslab.data.decode import Pixels
 from reslab.data.preprocess import Preprocess
 from reslab.errors import CallError, shown, unknown
+from reslab.layout import start_scales
+from reslab.nets.parts import Scale
 from reslab.nets.torch import ResNet, build
 from reslab.use.classifier import BATCH, Classifier
 
@@ -180,12 +182,14 @@ def on_canvas(classifier: Classifier, maps: Tensor) -> Floats:
 def reinitialised(net: ResNet, seed: int = 0) -> ResNet:
     """The same network with fresh random weights, for the control; the global random state is left as it was.
 
-    Its batch norms are set to the statistics of noise: with those of a fresh net, activations double from block to block.
+    Its batch norms are set to the statistics of noise: with those of a fresh net, activations double from block to block. What
+    starts at zero (Fixup, SkipInit, ReZero) is random too, for a branch that yields nothing compares nothing.
     """
     with torch.random.fork_rng(devices=[]), torch.device("cpu"):
         torch.default_generator.manual_seed(seed)
         fresh = build(replace(net.spec, zero_init=False)).eval()
-        side = max(32, 4 * net.spec.reduction)
+        _fill(fresh)
+        side = net.spec.flatten or max(32, 4 * net.spec.reduction)
         noise = torch.randn(8, net.spec.in_channels, side, side)
     norms = [module for module in fresh.modules() if isinstance(module, nn.BatchNorm2d)]
     for norm in norms:
@@ -197,17 +201,39 @@ def reinitialised(net: ResNet, seed: int = 0) -> ResNet:
     return fresh.to(next(net.parameters()).device, memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]
 
 
-def rank_correlation(maps: Tensor, others: Tensor) -> list[float]:
+@torch.no_grad()
+def _fill(fresh: ResNet) -> None:
+    """Gives what starts at zero random values, so small that a deep net without norms stays finite."""
+    share = sum(fresh.spec.depths) ** -0.5
+    for name, scale in start_scales(fresh.spec).items():
+        if scale == 0:
+            module = fresh.get_submodule(name)
+            assert isinstance(module, nn.Conv2d | nn.Linear)
+            module.reset_parameters()
+            module.weight.mul_(share)
+    for module in fresh.modules():
+        if isinstance(module, Scale):
+            module.weight.fill_(share)
+
+
+def rank_correlation(maps: Tensor, others: Tensor, magnitude: bool = False) -> list[float | None]:
     """Spearman's correlation of each map (N, h, w) with its other, of the positive part, which is what gets drawn.
 
-    1 is the same map, 0 an unrelated one; also 0 where one of the two is constant and so ranks nothing.
+    1 is the same map, 0 an unrelated one; None where one of the two is constant and so ranks nothing. With `magnitude`, that
+    of the maps without their signs where it is larger: at random weights signs change, and what is left is the image
+    (Adebayo et al. 2018, 1810.03292, who report both).
     """
     found = []
-    for one, other in zip(maps.relu().flatten(1).numpy(), others.relu().flatten(1).numpy(), strict=True):
-        a, b = (ranks - ranks.mean() for ranks in (rankdata(one), rankdata(other)))
-        spread = float(np.sqrt((a * a).sum() * (b * b).sum()))
-        found.append(float((a * b).sum()) / spread if spread else 0.0)
+    for one, other in zip(maps.numpy(), others.numpy(), strict=True):
+        pairs = [(one.clip(0), other.clip(0)), *([(np.abs(one), np.abs(other))] if magnitude else [])]
+        found.append(max((value for pair in pairs if (value := _spearman(*pair)) is not None), default=None))
     return found
+
+
+def _spearman(one: NDArray[np.float32], other: NDArray[np.float32]) -> float | None:
+    a, b = (ranks - ranks.mean() for ranks in (rankdata(one), rankdata(other)))
+    spread = float(np.sqrt((a * a).sum() * (b * b).sum()))
+    return float((a * b).sum()) / spread if spread else None
 
 
 @contextmanager

@@ -40,7 +40,7 @@ class Explained:
     prediction: Prediction
     label: str
     file: str
-    rank_correlation: float
+    rank_correlation: float | None  # None where one of the two maps is the same everywhere
     pictures: dict[str, str]
     features: Tensor
     neighbours: list[dict[str, Any]] = field(default_factory=list)
@@ -63,14 +63,20 @@ class Explanations:
     failed: dict[Path, str]
 
     @property
-    def rank_correlation(self) -> float:
-        """The control over all images: 0 for maps unrelated to those of random weights, 1 for the same."""
-        return sum(one.rank_correlation for one in self.explained) / max(1, len(self.explained))
+    def compared(self) -> int:
+        """How many images have a control to compare with."""
+        return sum(one.rank_correlation is not None for one in self.explained)
 
     @property
-    def depends_on_weights(self) -> bool:
-        """Whether the maps say something about this net, rather than about the images alone."""
-        return self.rank_correlation <= DEPENDS
+    def rank_correlation(self) -> float | None:
+        """The control over all images: 0 for maps unrelated to those of random weights, 1 for the same, None where none could be compared."""
+        known = [one.rank_correlation for one in self.explained if one.rank_correlation is not None]
+        return sum(known) / len(known) if known else None
+
+    @property
+    def depends_on_weights(self) -> bool | None:
+        """Whether the maps say something about this net, rather than about the images alone; None where nothing could be compared."""
+        return None if self.rank_correlation is None else self.rank_correlation <= DEPENDS
 
     def facts(self) -> dict[str, Any]:
         """What `--json` prints."""
@@ -130,7 +136,8 @@ def _explain(classifier: Classifier, control: ResNet, path: Path, found: Explana
     file = _file_name(path, taken)
     write_whole(found.out / file, png(overlay(image, heat, classifier.preprocess)))
     uris = {key: data_uri(picture) for key, picture in pictures.items()}
-    return Explained(path, prediction, name, file, rank_correlation(maps, others)[0], uris, features(classifier, batch)[0])
+    (correlation,) = rank_correlation(maps, others, magnitude=found.method not in PLACED)
+    return Explained(path, prediction, name, file, correlation, uris, features(classifier, batch)[0])
 
 
 def add_neighbours(classifier: Classifier, explained: list[Explained], images: Images, n: int, reading: Progress = silent) -> None:

@@ -17,6 +17,12 @@ from reslab.use.overlay import scale
 if TYPE_CHECKING:
     from reslab.use.explained import Explanations
 
+VERDICTS = {
+    True: "the maps depend on the net",
+    False: "the maps hardly depend on the net: read nothing about it from them",
+    None: "of each pair one map is the same everywhere: choose an earlier stage with --at",
+}
+
 
 def write_sheet(found: "Explanations", run: str, sure: float) -> Path:
     """Writes sheet.html beside the overlays and returns its path. `sure` is the confidence below which the net is not.
@@ -24,11 +30,16 @@ def write_sheet(found: "Explanations", run: str, sure: float) -> Path:
     Names and labels come from outside and are escaped.
     """
     environment = Environment(loader=PackageLoader("reslab", "use"), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters |= {"shown": shown, "correlation": lambda value: f"{value:z.2f}", "percent": percent}
+    environment.filters |= {"shown": shown, "correlation": correlation, "percent": percent}
     page = environment.get_template("sheet.html.j2").render(found=found, run=run, sure=sure, scale=scale(), at_place=found.method in PLACED)
     target = found.out / "sheet.html"
     write_whole(target, page.encode("utf-8", "backslashreplace"))
     return target
+
+
+def correlation(value: float | None) -> str:
+    """As it is shown; a dash where there is none."""
+    return "–" if value is None else f"{value:z.2f}"
 
 
 def print_table(found: "Explanations", console: Console) -> None:
@@ -38,7 +49,7 @@ def print_table(found: "Explanations", console: Console) -> None:
         column.overflow = "fold"
     for one in found.explained:
         names = (Text(shown(text)) for text in (one.path, one.prediction.label))
-        table.add_row(*names, percent(one.prediction.probability, space=""), Text(shown(one.label)), f"{one.rank_correlation:z.2f}", one.file)
+        table.add_row(*names, percent(one.prediction.probability, space=""), Text(shown(one.label)), correlation(one.rank_correlation), one.file)
     for path, reason in found.failed.items():
         table.add_row(Text(shown(path)), Text(reason, style="red"))
     console.print(table)
@@ -47,6 +58,5 @@ def print_table(found: "Explanations", console: Console) -> None:
             near = ", ".join(f"{shown(row['name'])} ({shown(row['label'])}, {row['similarity']:.3f})" for row in one.neighbours)
             print(f"nearest to {shown(one.path)}: {near}")
     if found.explained:
-        verdict = "the maps depend on the net" if found.depends_on_weights else "the maps hardly depend on the net: read nothing about it from them"
-        print(f"sanity: rank correlation {found.rank_correlation:z.2f} with the maps of random weights; {verdict}")
+        print(f"sanity: rank correlation {correlation(found.rank_correlation)} with the maps of random weights; {VERDICTS[found.depends_on_weights]}")
         print(f"sheet: {shown(found.out / 'sheet.html')}")

@@ -5,9 +5,10 @@ import math
 import pytest
 import torch
 
+import reslab
 from reslab.report.studies.signal import figures
 from reslab.study.kinds import Given, Ready, Setting
-from reslab.study.signal import answer, at_additions, cells, claims, growth, last_share, measure, responding, share_slope
+from reslab.study.signal import answer, at_additions, cells, claims, growth, last_share, measure, responding, share_slope, single_stage
 from reslab.study.stats import estimate, factor
 from tests.study.probing import digits, made, same, state, tiny
 
@@ -89,6 +90,12 @@ def test_responses_that_hardly_differ_or_are_of_nets_that_hardly_trained_decide_
     ]
     (claim,) = [claim for claim in claims(rows) if "plain ones" in claim.paper]
     assert claim.verdict == "not decided at this budget"
+
+
+@pytest.mark.parametrize("name", ["resnet18_blur", "resnet110_fixup", "resnet8", "resnet50", "wrn16-8"])
+def test_the_single_stage_of_any_net_keeps_its_size(name: str) -> None:
+    net = single_stage(reslab.spec(name))
+    assert (net.reduction, len(net.depths), net.order) == (1, 1, "preact")
 
 
 def test_missing_cells_decide_nothing() -> None:

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from reslab.data.preprocess import Preprocess
 from reslab.errors import CallError
+from reslab.family import FAMILY
 from reslab.nets.torch import ResNet, build
 from reslab.spec import Spec
 from reslab.use.artefact import TorchModel
@@ -214,7 +215,33 @@ def test_rank_correlation_is_scipys() -> None:
 
     a, b = torch.rand(2, 5, 5), torch.randn(2, 5, 5)
     assert rank_correlation(a, b) == pytest.approx([spearmanr(p.flatten(), q.relu().flatten()).statistic for p, q in zip(a, b, strict=True)])
-    assert rank_correlation(a, torch.zeros(2, 5, 5)) == [0, 0]
+    assert rank_correlation(a, torch.zeros(2, 5, 5)) == [None, None], "what ranks nothing is no evidence"
+    assert rank_correlation(torch.ones(2, 1, 1), torch.rand(2, 1, 1)) == [None, None]
+
+
+def test_a_map_of_the_image_alone_with_signs_at_random_is_noticed() -> None:
+    image = torch.rand(4, 20, 20)
+    one, other = (image * torch.randn(4, 20, 20, generator=torch.Generator().manual_seed(seed)).sign() for seed in (0, 1))
+    assert max(value for value in rank_correlation(one, other) if value is not None) < 0.5
+    assert rank_correlation(one, other, magnitude=True) == pytest.approx([1] * 4)
+
+
+@pytest.mark.parametrize("name", ["resnet110_fixup", "resnet110_skipinit", "resnet110_rezero"])
+def test_the_control_of_a_net_that_starts_at_zero_is_random_all_through(name: str) -> None:
+    net = build(name, num_classes=4)
+    control = reinitialised(net)
+    assert all(tensor.any() for key, tensor in control.named_parameters() if key.endswith("weight"))
+    x, labels = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0)), torch.arange(2)
+    others = evidence(control, x, labels)
+    assert others.isfinite().all()
+    assert others.any()
+
+
+@pytest.mark.parametrize("size", [28, 32, 64])
+def test_a_net_that_flattens_its_map_has_a_control_at_its_own_size(size: int) -> None:
+    net = build(FAMILY["skipblock8"].spec.fit(size, 3, 5))
+    x, labels = torch.randn(1, 3, size, size), torch.zeros(1, dtype=torch.int64)
+    assert evidence(reinitialised(net), x, labels).isfinite().all()
 
 
 @pytest.mark.parametrize(

@@ -22,6 +22,7 @@ from reslab.run import Run
 from reslab.spec import Spec
 from reslab.use.artefact import TorchModel, save
 from reslab.use.classifier import Classifier
+from reslab.use.explained import explain_files
 from reslab.use.overlay import overlay, seen_box
 from tests.conftest import COLOURS, draw, scramble
 from tests.report.test_page import Tags
@@ -84,7 +85,16 @@ def test_overlays_have_their_images_resolution_and_own_names_and_a_bad_file_stop
     with Image.open(out / "Same.png") as one, Image.open(out / "same-2.png") as two:
         assert (one.size, two.size) == ((90, 60), (1000, 1500))
     assert -1 <= facts["rank_correlation"] <= 1
-    assert facts["rank_correlation"] == pytest.approx(np.mean([row["rank_correlation"] for row in rows.values() if "overlay" in row]))
+    known = [row["rank_correlation"] for row in rows.values() if row.get("rank_correlation") is not None]
+    assert facts["rank_correlation"] == pytest.approx(np.mean(known))
+
+
+def test_maps_of_which_one_is_the_same_everywhere_are_no_evidence(run: Run, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("reslab.use.explained.rank_correlation", lambda maps, others, magnitude: [None])
+    found = explain_files(run.path, [photos / "red" / "1.png"], out=tmp_path / "out")
+    assert (found.rank_correlation, found.depends_on_weights) == (None, None)
+    assert json.loads(json.dumps(found.facts()))["depends_on_weights"] is None
+    assert "Nothing to compare." in (tmp_path / "out" / "sheet.html").read_text("utf-8")
 
 
 def test_nothing_is_overwritten(run: Run, photos: Path, here: Callable, tmp_path: Path) -> None:
