@@ -238,7 +238,7 @@ def export(
     max_drop: Annotated[float, Parameter(help="points of val top-1 that --int8 or --bf16 may cost")] = 0.5,
     push: Annotated[str | None, Parameter(help="with --to card: publish it as owner/name on the Hugging Face Hub (extra `hub`)")] = None,
 ) -> int:
-    """Write a run as a file for other programs, checked against the net on the run's val images."""
+    """Write a run as a file for other programs, checked against the net on the run's val images, or random ones where these are gone."""
     if int8 and bf16:
         raise CallError("--int8 and --bf16 exclude each other; received both: choose one")
     if push is not None and to != "card":
@@ -278,7 +278,9 @@ def study(
     name: Annotated[str | None, Parameter(help="a question that `reslab study` lists, or all")] = None,
     /,
     *runs: Annotated[Path, Parameter(help="trained runs to look at, for studies of trained nets; twins are compared")],
-    data: Annotated[str | None, Parameter(help="as for train; by default digits for short budgets and cifar10 from 5m")] = None,
+    data: Annotated[
+        str | None, Parameter(help="as for train; by default digits, and from 5m cifar10 where it is at hand, or nets that come with reslab")
+    ] = None,
     net: Annotated[str | None, Parameter(help="a name that `reslab models` lists, to vary; by default resnet20, above 64 px resnet18")] = None,
     budget: Annotated[str, Parameter(help="time such as 2m or 10m, or `paper` for the published protocol")] = "10m",
     image_size: Annotated[int | None, Parameter(help="pixels a side; by default the images' own, fewer for budgets below an hour")] = None,

@@ -72,14 +72,14 @@ class Recipe:
     balance: Annotated[Balance, Help("rare classes weighted in the loss, or sampled more often")] = "none"
     patience: Annotated[int, Help("stop after so many epochs without a better val top-1; 0 is off", 0, 10**6)] = 0
     keep: Annotated[Keep, Help("the weights of the best epoch on val, or of the last")] = "best"
-    weights: Annotated[str, Help("a file to start from")] = ""
+    weights: Annotated[str, Help("a file, folder, https address or hf:owner/name to start from")] = ""
     freeze: Annotated[Freeze, Help("train the head only")] = "none"
     trunk_lr: Annotated[float, Help("learning rate of all but the head, as a share of lr", 0, 1e3)] = 1.0
     zero_init: Annotated[bool | None, Help("each residual branch starts at zero; by default as the net says")] = None
     whiten: Annotated[bool, Help("the first convolution gives the principal components of the images' patches; it and its norm stay so")] = False
     dirac: Annotated[bool, Help("3x3 convolutions in blocks that lose no channels begin as the identity")] = False
     image_size: Annotated[int | None, Help("pixels a side; by default what the images have, at most 224", 1, 4096)] = None
-    low_resolution: Annotated[float | None, Help("share of the epochs, the first, with smaller images; by default half from 32 px up", 0, 1)] = None
+    low_resolution: Annotated[float | None, Help("share of the steps, the first, with smaller images; by default half from 32 px up", 0, 1)] = None
     low_size: Annotated[float, Help("size of these, as a share of the image size", 0.05, 1)] = 0.75
     crop: Annotated[Crop | None, Help("pad and shift / random resized / He's scale jitter / none; by default by image size")] = None
     pad: Annotated[int | None, Help("pixels of shift of the crop `pad`; by default an eighth of the image", 0, 4096)] = None
