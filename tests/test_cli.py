@@ -245,7 +245,8 @@ def test_a_stream_that_lacks_a_letter_shows_it_escaped(cli: Cli, tmp_path: Path)
 def test_signals_put_away_what_is_half_written(number: signal.Signals, status: int, told: str, tmp_path: Path) -> None:
     code = """
 import os, signal, sys
-signal.signal(signal.SIGHUP, signal.SIG_DFL)  # what starts the tests may ignore either
+signal.signal(signal.SIGTERM, signal.SIG_DFL)  # what starts the tests may ignore each of them
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 signal.signal(signal.SIGINT, signal.default_int_handler)
 from pathlib import Path
 from reslab import cli

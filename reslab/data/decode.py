@@ -208,7 +208,8 @@ def _block(image: Image.Image) -> int:
 
 def _transparent(image: Image.Image) -> Any:
     """The transparent value of a PNG as its pixels will have it; Pillow leaves it at the depth of the file."""
-    value, depth = image.info["transparency"], image.tile[0][3]  # type: ignore[attr-defined]
+    tile = image.tile  # type: ignore[attr-defined]
+    value, depth = image.info["transparency"], tile[0][3] if tile else ""  # a damaged one has no pixels
     if depth in ("L;2", "L;4"):
         return (value & 3) * 85 if depth == "L;2" else (value & 15) * 17
     return tuple(part >> 8 for part in value) if depth == "RGB;16B" else value

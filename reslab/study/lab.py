@@ -95,6 +95,7 @@ def processes(jobs: int, begin: Callable[[], None]) -> Iterator[Executor]:
 def _in_process(begin: Callable[[], None]) -> None:
     """Ctrl-C reaches the whole process group; only the parent answers it, and ends its processes."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # by which the parent ends it, also where the parent's own caller ignores it
     threading.Thread(target=_end_with_parent, daemon=True).start()
     begin()
 

@@ -105,13 +105,6 @@ class Recipe:
             value = getattr(self, name)
             if value is not None and help_.high > help_.low and not help_.low <= value <= help_.high:
                 raise CallError(f"{name} must be from {help_.low:g} to {help_.high:g}; received {value}")
-        if not all(0 < share < 1 for share in self.milestones):
-            raise CallError(f"milestones must be shares of the training, between 0 and 1; received {', '.join(f'{m:g}' for m in self.milestones)}")
-        if self.schedule == "plateau" and 0 < self.patience <= PLATEAU:
-            raise CallError(
-                f"the plateau schedule lowers the rate after {PLATEAU} epochs without a better val top-1; received --patience {self.patience}, which stops "
-                "before that is of use: give more, or leave it out"
-            )
 
     @property
     def as_call(self) -> str:
@@ -217,7 +210,20 @@ def find_recipe(recipe: str | Recipe, **changes: Any) -> Recipe:
     _check_length(given)
     if "steps" in given:
         given["epochs"] = None  # else the recipe's own epochs would count
-    return from_dict({**{name: getattr(recipe, name) for name in known}, **given})
+    made = from_dict({**{name: getattr(recipe, name) for name in known}, **given})
+    _check_schedule(made)
+    return made
+
+
+def _check_schedule(recipe: Recipe) -> None:
+    """Refuses what would do nothing; a recorded recipe, which may be older than the rule, is read without."""
+    if not all(0 < share < 1 for share in recipe.milestones):
+        raise CallError(f"milestones must be shares of the training, between 0 and 1; received {', '.join(f'{m:g}' for m in recipe.milestones)}")
+    if recipe.schedule == "plateau" and 0 < recipe.patience <= PLATEAU:
+        raise CallError(
+            f"the plateau schedule lowers the rate after {PLATEAU} epochs without a better val top-1; received --patience {recipe.patience}, which stops "
+            "before that is of use: give more, or leave it out"
+        )
 
 
 def from_dict(values: dict[str, Any]) -> Recipe:

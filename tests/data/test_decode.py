@@ -96,6 +96,16 @@ def test_the_transparent_value_of_a_png_is_white_at_every_depth(bits: int, colou
     assert decode_whole(data).tolist() == [[[255] * 3, [other] * 3]]
 
 
+@pytest.mark.parametrize("colour", [0, 2, 3])
+def test_a_png_with_a_transparent_value_and_no_pixels_is_unreadable(colour: int) -> None:
+    whole = png((2, 1, 8, colour, 0, 0, 0), b"\0" + bytes(6), transparent=bytes(6))
+    without = whole[: whole.index(b"IDAT") - 4] + whole[whole.index(b"IEND") - 4 :]
+    read_header(without)
+    for read in (decode_whole, lambda data: decode(data, 32, 3)):
+        with pytest.raises(Unreadable):
+            read(without)
+
+
 def test_the_transparent_colour_of_a_tga_is_white() -> None:
     head = struct.pack("<BBBHHBHHHHBB", 0, 1, 1, 0, 2, 32, 0, 0, 2, 1, 8, 0)
     data = head + bytes([0, 0, 255, 0]) + bytes([0, 255, 0, 255]) + bytes([0, 1])

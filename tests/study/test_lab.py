@@ -332,6 +332,7 @@ def work(folder):
     time.sleep(600)
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # what starts the tests may ignore it
     end_on_signals()
     with processes(2, int) as pool:
         for _ in range(2):
