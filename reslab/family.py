@@ -199,9 +199,11 @@ FAMILY: dict[str, Row] = {
 def spec(net: str | Spec, **changes: Any) -> Spec:
     """The Spec of a network in `FAMILY`, or the given Spec, with `changes` to its fields applied.
 
-    Raises CallError (a ValueError) with the nearest name for an unknown net or field.
+    Raises CallError (a ValueError) with the nearest name for an unknown net or field, and for fields that do not go together.
     """
     if not isinstance(net, Spec) and (not isinstance(net, str) or net not in FAMILY):
         raise unknown("net", net, FAMILY, "; `reslab models` lists them")
     chosen = net if isinstance(net, Spec) else FAMILY[net].spec
-    return Spec.from_dict({**{f.name: getattr(chosen, f.name) for f in dataclasses.fields(chosen)}, **changes})
+    made = Spec.from_dict({**{f.name: getattr(chosen, f.name) for f in dataclasses.fields(chosen)}, **changes})
+    made.check_new()
+    return made

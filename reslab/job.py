@@ -135,7 +135,7 @@ def _start(
         recipe = replace(recipe, low_resolution=0.0)
     recipe = resolve(recipe, len(images.split["train"]), size, images.upright, here.world)
     if recipe.zero_init is not None:
-        spec = replace(spec, zero_init=recipe.zero_init)
+        spec = find_spec(spec, zero_init=recipe.zero_init)
     job = _prepare(images, spec, recipe, here, show)
     torch.manual_seed(recipe.seed)
     built = here.place(ResNet(spec))

@@ -182,14 +182,20 @@ class Spec:
             raise CallError(f"init {self.init} is for norm none, without zero_init; received norm {self.norm}, zero_init {self.zero_init}")
         if self.init == "fixup" and self.order != "original":
             raise CallError(f"init fixup is defined for order original; received {self.order}")
+        if self.antialias and (self.order != "original" or self.stride == "pool"):
+            raise CallError(f"antialias is defined for order original, without stride pool; received {self.order}, stride {self.stride}")
+
+    def check_new(self) -> None:
+        """Raises CallError for fields that together mean another net than they say.
+
+        For a net that is chosen now. A recorded one may be older than the rule, and is read as it was.
+        """
         if self.zero_init and self.order == "relu-before-add":
             raise CallError("zero_init and order relu-before-add do not go together: a branch that begins at zero behind a ReLU never gets a gradient")
         if self.shortcut == "D" and self.stride == "last":
             raise CallError("shortcut D pools before its projection; stride last subsamples the input itself: take shortcut B")
         if self.shortcut == "A" and self._narrows():
             raise CallError(f"shortcut A adds channels of zeros and takes none away; received stem_width {self.stem_width}, widths {self.widths}")
-        if self.antialias and (self.order != "original" or self.stride == "pool"):
-            raise CallError(f"antialias is defined for order original, without stride pool; received {self.order}, stride {self.stride}")
         if not STEMS[self.stem].activated and self.order != "preact":
             raise CallError(f"stem {self.stem} leaves its norm and ReLU to blocks of order preact; received order {self.order}")
 

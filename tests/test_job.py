@@ -35,6 +35,7 @@ CPU = torch.device("cpu")
         ({"budget": "1h", "epochs": 3}, r"received --budget 1h and --epochs 3: leave one out"),
         ({"budget": 60, "steps": 30}, r"received --budget 60 and --steps 30: leave one out"),
         ({"memory": "4G", "compile": "always"}, r"received --memory and --compile always: leave one out"),
+        ({"net": "resnet110_relu_before_add", "zero_init": True}, "a branch that begins at zero behind a ReLU never gets a gradient"),
     ],
 )
 def test_options_of_which_one_would_be_ignored_are_refused(given: dict[str, Any], message: str, tmp_path: Path) -> None:

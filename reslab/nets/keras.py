@@ -52,9 +52,12 @@ def build(net: str | Spec, image_size: Size | None = None, **changes: Any) -> An
     Random numbers come from Keras's seed (`keras.utils.set_random_seed`). Raises CallError (a ValueError) for an unknown name
     or field, a size that is too small, and a Keras that is set to channels first.
     """
+    return _model(find_spec(net, **changes), image_size, net if isinstance(net, str) else "resnet")
+
+
+def _model(spec: Spec, image_size: Size | None, name: str) -> Any:
     if keras.config.image_data_format() != "channels_last":
         raise CallError("images must have their channels last; Keras is set to channels_first: keras.config.set_image_data_format('channels_last')")
-    spec = find_spec(net, **changes)
     size = image_size or spec.flatten or None
     height, width = size if isinstance(size, tuple) else (size, size)
     if size is not None:
@@ -66,12 +69,12 @@ def build(net: str | Spec, image_size: Size | None = None, **changes: Any) -> An
         made[layer.name] = KINDS[layer.kind](at, *(made[name] for name in layer.inputs))
         kinds[layer.name] = layer.kind
     with _deep():
-        return keras.Model(made["input"], made["fc"], name=net if isinstance(net, str) else "resnet")
+        return keras.Model(made["input"], made["fc"], name=name)
 
 
 def from_torch(net: "ResNet", image_size: Size | None = None) -> Any:
     """The `keras.Model` of a torch net's spec with its weights."""
-    model = build(net.spec, image_size)
+    model = _model(net.spec, image_size, "resnet")
     to_keras(net, model)
     return model
 

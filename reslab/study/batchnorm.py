@@ -35,7 +35,7 @@ from reslab.run import Record
 from reslab.seeds import seed_of
 from reslab.spec import Spec
 from reslab.study.data import Data
-from reslab.study.kinds import Cell, Claim, Pace, Ready, Schedule, Setting, Study, Subject, Verdict
+from reslab.study.kinds import UNDECIDED, Cell, Claim, Pace, Ready, Schedule, Setting, Study, Subject, Verdict
 from reslab.study.line import along_gradient
 from reslab.study.noise import noisy
 from reslab.study.stats import Estimate, paired
@@ -187,7 +187,7 @@ def _as_fast(slower: Estimate, gap: Estimate) -> Verdict:
     """That no difference was found is no agreement: the noise must cost at most a third of what leaving batch norm out costs."""
     if slower.is_below_zero or (gap.is_above_zero and slower.mean <= A_THIRD * gap.mean and slower.high < gap.low):
         return "agrees"
-    return "disagrees" if slower.is_above_zero and slower.low > A_THIRD * gap.high else "not decided at this budget"
+    return "disagrees" if slower.is_above_zero and slower.low > A_THIRD * gap.high else UNDECIDED
 
 
 def answer(records: list[Record]) -> str:

@@ -20,7 +20,7 @@ from collections.abc import Iterator
 from reslab.interval import wilson
 from reslab.run import Record
 from reslab.study.data import Data
-from reslab.study.kinds import Cell, Claim, Pace, Ready, Setting, Study, Subject, Verdict
+from reslab.study.kinds import UNDECIDED, Cell, Claim, Pace, Ready, Setting, Study, Subject, Verdict
 from reslab.study.stats import Estimate, estimate, paired, points
 from reslab.study.training import outcome
 from reslab.study.twins import deeper, layers, plain, schedule
@@ -127,7 +127,7 @@ def _of_one_seed(results: list[Record], shallow: int, deep: int) -> list[Claim]:
     is_worst, is_not = worst > max(high for *_, high in others), best < max(low for _, low, _ in others)
     n = min(int(r["test_n"]) for r in results)
     fall = _newcombe(found["residual", shallow], found["residual", deep], n)
-    verdict: Verdict = "disagrees" if is_not or fall.is_below_zero else "agrees" if is_worst and fall.is_above_zero else "not decided at this budget"
+    verdict: Verdict = "disagrees" if is_not or fall.is_below_zero else "agrees" if is_worst and fall.is_above_zero else UNDECIDED
     said = "The deeper plain net ends with the highest test error, the deeper residual net with a lower one than the shallower"
     return [Claim(said, f"of one seed, with 95 % intervals over {n:,} test images: {told}; residual {shallow} beyond {deep}: {points(fall)}", verdict, n)]
 

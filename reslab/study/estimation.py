@@ -31,7 +31,7 @@ from torch import Tensor
 from reslab.nets.torch import ResNet
 from reslab.run import Record
 from reslab.study.data import Data, spread
-from reslab.study.kinds import Cell, Claim, Pace, Ready, Setting, Study, Subject, Verdict
+from reslab.study.kinds import ROOM, UNDECIDED, Cell, Claim, Pace, Ready, Setting, Study, Subject, Verdict
 from reslab.study.probe import settle
 from reslab.study.refinement import Distance, block_outputs, ridge, stage_ends, stage_of, steps_of
 from reslab.study.stats import Estimate, estimate, points, rank_correlation
@@ -46,8 +46,6 @@ LEAST, FITTED = 100, 4  # test images; training images that a read-out is fitted
 MOST = 2000  # test images
 SETTLING = 128  # training images for the statistics of batch norm, in the net that was never trained
 NOTHING = 0.25  # standard deviations
-ROOM = 0.3  # below chance: a net that errs more is hardly trained
-UNDECIDED: Verdict = "not decided at this budget"
 
 
 def cells(setting: Setting, data: Data, pace: Pace) -> list[Cell]:

@@ -39,7 +39,7 @@ from reslab.seeds import seeded
 from reslab.spec import Spec
 from reslab.study.data import Data
 from reslab.study.dense import gradient_norms
-from reslab.study.kinds import Cell, Claim, Pace, Ready, Schedule, Setting, Study, Subject, Verdict
+from reslab.study.kinds import UNDECIDED, Cell, Claim, Pace, Ready, Schedule, Setting, Study, Subject, Verdict
 from reslab.study.probe import flowing
 from reslab.study.stats import Estimate, estimate, factor, paired, within
 from reslab.study.training import outcome, train
@@ -196,7 +196,7 @@ def claims(records: list[Record]) -> list[Claim]:
         Claim(
             "Without norm, weights too small by sqrt(2) make gradients vanish, by 0.71 a layer beyond what He's weights do (by arithmetic: such a net scales)",
             f"growth a layer with weak weights {factor(weak)}; as a part of that with He's weights {factor(ratio)}",
-            vanish if weak.is_below_zero or vanish != "agrees" else "not decided at this budget",
+            vanish if weak.is_below_zero or vanish != "agrees" else UNDECIDED,
             ratio.n,
         ),
     ]
@@ -248,11 +248,11 @@ def _logs(records: list[Record], **facts: Any) -> Estimate:
 
 
 def _above(e: Estimate, bound: float) -> Verdict:
-    return "agrees" if e.low > math.log(bound) else "disagrees" if e.high < math.log(bound) else "not decided at this budget"
+    return "agrees" if e.low > math.log(bound) else "disagrees" if e.high < math.log(bound) else UNDECIDED
 
 
 def _below(e: Estimate, bound: float) -> Verdict:
-    return "agrees" if e.high < math.log(bound) else "disagrees" if e.low > math.log(bound) else "not decided at this budget"
+    return "agrees" if e.high < math.log(bound) else "disagrees" if e.low > math.log(bound) else UNDECIDED
 
 
 def _times(e: Estimate) -> str:

@@ -16,7 +16,7 @@ from reslab.errors import CallError
 from reslab.run import Record
 from reslab.spec import Spec
 from reslab.study.data import Data
-from reslab.study.kinds import Cell, Claim, Pace, Ready, Schedule, Setting, Subject
+from reslab.study.kinds import UNDECIDED, Cell, Claim, Pace, Ready, Schedule, Setting, Subject
 from reslab.study.stats import Estimate, estimate, points
 from reslab.study.training import outcome
 from reslab.study.twins import batch_size, deeper, layers, schedule
@@ -146,7 +146,7 @@ def claim(
     verdict = gap.verdict()
     as_said = [*map(has_trained, alive)], [not has_trained(row) for row in dead]
     if (verdict == "agrees" and not all(map(_mostly, as_said))) or not _mostly([*map(has_trained, asked)]):
-        verdict = "not decided at this budget"
+        verdict = UNDECIDED
     return Claim(paper, f"{what}: {points(gap)}{more}", verdict, gap.n)
 
 

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from reslab.study.data import Data
 
 Verdict = Literal["agrees", "disagrees", "not decided at this budget"]
+UNDECIDED: Verdict = "not decided at this budget"
+ROOM = 0.3  # of error, below chance: a net that errs more is hardly trained, and decides nothing
 PACKAGE = Path(reslab.__file__).parent
 TRAINING = ("nets/torch.py", "study/training.py")
 

@@ -35,7 +35,7 @@ from reslab.seeds import seeded
 from reslab.spec import Spec
 from reslab.study.data import Data
 from reslab.study.hessian import hessian_product, lanczos
-from reslab.study.kinds import Cell, Claim, Pace, Ready, Setting, Study, Verdict
+from reslab.study.kinds import UNDECIDED, Cell, Claim, Pace, Ready, Setting, Study, Verdict
 from reslab.study.stats import Estimate, estimate, paired, points
 from reslab.study.surface import Batches, along, direction, filters, for_surface, lengths, mean_loss
 from reslab.study.training import SCORED, errors
@@ -172,7 +172,6 @@ def claims(records: list[Record]) -> list[Claim]:
     skips, none = twins(records)
     deep = max((r["layers"] for r in records if r["net"] == skips), default=0) > SHALLOW
     where = "" if deep or not skips else f"; the paper says it of nets deeper than {SHALLOW} layers"
-    undecided: Verdict = "not decided at this budget"
     further = paired(of_lines(records, skips, reach), of_lines(records, none, reach))
     sharper = paired(_log_sharpness(records, none), _log_sharpness(records, skips))
     pair = f"{skips} beyond {none}" if skips else "no nets of one depth with and without skips"
@@ -180,13 +179,13 @@ def claims(records: list[Record]) -> list[Claim]:
         Claim(
             "In deep nets skips promote flat minimisers: with them the weights can be moved further",
             f"distance, in lengths of the filters, until the loss has risen by that of guessing, {pair}: {_interval(further)}{where}",
-            further.verdict() if deep else undecided,
+            further.verdict() if deep else UNDECIDED,
             further.n,
         ),
         Claim(
             "In deep nets skips promote flat minimisers: without them the Hessian's largest eigenvalue is larger (this project's reading)",
             f"by steps in lengths of the filters, {f'{none} over {skips}' if skips else pair}: {_factor(sharper)}{where}",
-            sharper.verdict() if deep else undecided,
+            sharper.verdict() if deep else UNDECIDED,
             sharper.n,
         ),
         _benign(records) if _depth(records) <= SHALLOW else _chaos(records),
@@ -197,7 +196,7 @@ def _benign(records: list[Record]) -> Claim:
     found = {net: _falling(records, net) for net in names(records)}
     measured = "; ".join(f"{net} {100 * e.mean:.1f} % (95 % interval {100 * e.low:.1f} to {100 * e.high:.1f})" for net, e in found.items() if e.has_interval)
     n = min((e.n for e in found.values()), default=0)
-    verdict: Verdict = "not decided at this budget"
+    verdict: Verdict = UNDECIDED
     if n > 1 and any(e.low > BENIGN for e in found.values()):
         verdict = "disagrees"
     elif n > 1 and all(e.high < BENIGN for e in found.values()):

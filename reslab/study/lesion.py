@@ -31,7 +31,7 @@ from reslab.nets.torch import ResNet
 from reslab.run import Record
 from reslab.seeds import seeded
 from reslab.study.data import Data, spread
-from reslab.study.kinds import Cell, Claim, Pace, Ready, Setting, Study, Verdict
+from reslab.study.kinds import UNDECIDED, Cell, Claim, Pace, Ready, Setting, Study, Verdict
 from reslab.study.paths import along_paths, carrying, fall, paths_of, random_paths, shares
 from reslab.study.stats import Estimate, estimate, points, rank_correlation
 from reslab.study.surgery import Lesion, batches, interchangeable, keeps_shape, mistakes, units
@@ -47,7 +47,6 @@ LITTLE, RUINOUS = 0.02, 0.30  # rise of the error by one block: of a residual ne
 DEEP = 20  # blocks: the fewer there are, the more each does; the paper's nets have 54 and more
 SUDDEN = 0.5  # of the whole rise: what the largest step must stay below for the rise to be smooth
 STRAIGHT = 0.9  # R2 of a straight line through the logarithms
-UNDECIDED: Verdict = "not decided at this budget"
 REMOVED, PERMUTED, PATHS, RESAMPLED = 1, 2, 3, 4  # streams of random numbers
 
 

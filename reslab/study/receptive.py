@@ -36,7 +36,7 @@ from reslab.run import Record
 from reslab.seeds import seeded
 from reslab.spec import Spec
 from reslab.study.data import Data
-from reslab.study.kinds import Cell, Claim, Pace, Ready, Setting, Study, Subject, Verdict
+from reslab.study.kinds import UNDECIDED, Cell, Claim, Pace, Ready, Setting, Study, Subject, Verdict
 from reslab.study.probe import settle
 from reslab.study.stats import Estimate, estimate, factor, paired, with_interval, within
 from reslab.study.twins import layers, numbered, plain, schedule
@@ -187,7 +187,7 @@ def claims(records: list[Record]) -> list[Claim]:
         Claim(
             "Training enlarges the effective field of a residual net",
             f"size after over before training: {factor(trained['residual'])}; of the plain net: {factor(trained['plain'])}.{cramped}",
-            "not decided at this budget" if cramped else trained["residual"].verdict(),
+            UNDECIDED if cramped else trained["residual"].verdict(),
             trained["residual"].n,
         ),
         Claim(
@@ -250,12 +250,12 @@ def _ratio(records: list[Record], one: tuple[str, bool], other: tuple[str, bool]
 
 
 def _smaller(e: Estimate) -> Verdict:
-    return "agrees" if e.is_below_zero else "disagrees" if e.is_above_zero else "not decided at this budget"
+    return "agrees" if e.is_below_zero else "disagrees" if e.is_above_zero else UNDECIDED
 
 
 def _both(estimates: list[Estimate]) -> Verdict:
     verdicts = {_smaller(e) for e in estimates}
-    return "disagrees" if "disagrees" in verdicts else "agrees" if verdicts == {"agrees"} else "not decided at this budget"
+    return "disagrees" if "disagrees" in verdicts else "agrees" if verdicts == {"agrees"} else UNDECIDED
 
 
 STUDY = Study(

@@ -30,7 +30,7 @@ from reslab.seeds import seeded
 from reslab.study.autocorrelation import autocorrelation, brown_noise, white_noise
 from reslab.study.data import Data
 from reslab.study.dense import Dense, input_gradient
-from reslab.study.kinds import Cell, Claim, Pace, Ready, Setting, Study, Subject, Verdict
+from reslab.study.kinds import UNDECIDED, Cell, Claim, Pace, Ready, Setting, Study, Subject, Verdict
 from reslab.study.probe import settle
 from reslab.study.stats import Estimate, estimate, paired, with_interval
 from reslab.study.twins import batch_size, deeper, layers, plain
@@ -193,12 +193,12 @@ def _difference(records: list[Record], one: tuple[str, int], other: tuple[str, i
 
 def _above(e: Estimate, bound: float, below: bool = False) -> Verdict:
     if e.low <= bound <= e.high:
-        return "not decided at this budget"
+        return UNDECIDED
     return "agrees" if (e.low > bound) != below else "disagrees"
 
 
 def _all(verdicts: list[Verdict]) -> Verdict:
-    return "disagrees" if "disagrees" in verdicts else "agrees" if set(verdicts) == {"agrees"} else "not decided at this budget"
+    return "disagrees" if "disagrees" in verdicts else "agrees" if set(verdicts) == {"agrees"} else UNDECIDED
 
 
 def _share(e: Estimate) -> str:

@@ -35,7 +35,7 @@ from reslab.run import Record
 from reslab.seeds import seed_of
 from reslab.spec import Spec
 from reslab.study.data import Data
-from reslab.study.kinds import Cell, Claim, Pace, Ready, Setting, Study, Subject, Verdict
+from reslab.study.kinds import ROOM, UNDECIDED, Cell, Claim, Pace, Ready, Setting, Study, Subject, Verdict
 from reslab.study.probe import additions, outputs, responses, settle
 from reslab.study.stats import Estimate, estimate, factor, paired, with_interval, within
 from reslab.study.twins import deeper, layers, numbered, plain, schedule
@@ -49,8 +49,6 @@ SLOPE, TOLERANCE = -0.5, 0.15  # of the branch's share against depth, both logar
 FIRST = 2  # block from which the share is fitted
 DRAW = 41  # stream of random numbers: dropped paths at the start
 APART = 0.05  # of a response is what two must differ by
-ROOM = 0.3  # below chance: a net that errs more is hardly trained
-UNDECIDED: Verdict = "not decided at this budget"
 
 
 def cells(setting: Setting, data: Data, pace: Pace) -> list[Cell]:

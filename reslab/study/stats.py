@@ -9,7 +9,7 @@ from scipy.stats import spearmanr
 from scipy.stats import t as student
 
 from reslab.interval import Z
-from reslab.study.kinds import Verdict
+from reslab.study.kinds import UNDECIDED, Verdict
 
 
 class Estimate(NamedTuple):
@@ -34,7 +34,7 @@ class Estimate(NamedTuple):
 
     def verdict(self) -> Verdict:
         """On the claim that the difference is positive."""
-        return "agrees" if self.is_above_zero else "disagrees" if self.is_below_zero else "not decided at this budget"
+        return "agrees" if self.is_above_zero else "disagrees" if self.is_below_zero else UNDECIDED
 
 
 def estimate(values: Sequence[float]) -> Estimate:
@@ -87,7 +87,7 @@ def within(e: Estimate, low: float, high: float) -> Verdict:
     """On the claim that the value lies between two published bounds: the whole interval must, or must not."""
     if low <= e.low and e.high <= high:
         return "agrees"
-    return "disagrees" if e.low > high or e.high < low else "not decided at this budget"
+    return "disagrees" if e.low > high or e.high < low else UNDECIDED
 
 
 def factor(e: Estimate) -> str:

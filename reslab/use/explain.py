@@ -30,7 +30,7 @@ from reslab.data.preprocess import Preprocess
 from reslab.errors import CallError, shown, unknown
 from reslab.layout import start_scales
 from reslab.nets.parts import Scale
-from reslab.nets.torch import ResNet, build
+from reslab.nets.torch import ResNet
 from reslab.use.classifier import BATCH, Classifier
 
 METHODS = ("grad-cam", "grad-cam++", "integrated-gradients", "occlusion")
@@ -187,7 +187,7 @@ def reinitialised(net: ResNet, seed: int = 0) -> ResNet:
     """
     with torch.random.fork_rng(devices=[]), torch.device("cpu"):
         torch.default_generator.manual_seed(seed)
-        fresh = build(replace(net.spec, zero_init=False)).eval()
+        fresh = ResNet(replace(net.spec, zero_init=False)).eval()
         _fill(fresh)
         side = net.spec.flatten or max(32, 4 * net.spec.reduction)
         noise = torch.randn(8, net.spec.in_channels, side, side)

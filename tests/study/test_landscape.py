@@ -245,6 +245,7 @@ def test_killed_half_way_the_surface_is_the_same_bit_for_bit_and_nothing_is_done
     monkeypatch.setattr(lab, "ProcessPoolExecutor", Here)
     monkeypatch.setattr(landscape, "PLANS", (Plan(5, 40),))
     monkeypatch.setattr(landscape, "trained", lambda twins, *rest: {name: Subject(spec, 3) for name, spec in twins.items()})
+    setting = SETTING._replace(seconds=3600)  # the plan is the same, and a busy machine cuts nothing off
     measured: list[str] = []
     measure = landscape.measure
 
@@ -253,17 +254,17 @@ def test_killed_half_way_the_surface_is_the_same_bit_for_bit_and_nothing_is_done
         yield from measure(cell, ready, data)
 
     monkeypatch.setattr(lab, "find", lambda name: replace(landscape.STUDY, measure=counted))
-    whole = lab.run("landscape", place._replace(out=tmp_path / "whole"), SETTING, lambda text: None)
+    whole = lab.run("landscape", place._replace(out=tmp_path / "whole"), setting, lambda text: None)
     planned, killed = len(measured), place._replace(out=tmp_path / "killed")
     assert whole.done == whole.planned == planned
 
     measured.clear()
     monkeypatch.setattr(Here, "left", planned // 2)
     with pytest.raises(KeyboardInterrupt):
-        lab.run("landscape", killed, SETTING, lambda text: None)
+        lab.run("landscape", killed, setting, lambda text: None)
     monkeypatch.setattr(Here, "left", 10**6)
     drawn: list[Outcome] = []
-    again = lab.run("landscape", killed, SETTING, lambda text: None, lambda outcome, running: drawn.append(outcome))
+    again = lab.run("landscape", killed, setting, lambda text: None, lambda outcome, running: drawn.append(outcome))
     assert len(measured) == len(set(measured)) == planned, "every cell once"
     assert again == whole
     files = [sorted((tmp_path / name / "cells").iterdir()) for name in ("whole", "killed")]

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 import reslab
+from reslab.spec import Spec
 from reslab.tensors import read_tensors, write_tensors
 from reslab.use import artefact
 from tests.use.conftest import TINY, classifier_of
@@ -47,6 +48,24 @@ def test_damaged_weights_give_no_answer(name: str, damage: Callable[[Tensor], Te
     write_tensors(model / "weights.safetensors", {**weights, name: damage(weights[name])})
     with pytest.raises(reslab.WorkError, match=f"the weights in .* are damaged: .*{message}"):
         reslab.load(model)
+
+
+RECORDED = {
+    "zero behind a ReLU": replace(TINY, order="relu-before-add", zero_init=True),
+    "cropped shortcut": replace(TINY, shortcut="A", stem_width=32),
+    "pooled and subsampled": replace(TINY, shortcut="D", stride="last"),
+    "stem without its ReLU": replace(TINY, stem="raw7-pool"),
+}
+
+
+@pytest.mark.parametrize("spec", RECORDED.values(), ids=list(RECORDED))
+def test_a_model_may_be_older_than_a_rule_for_new_nets(spec: Spec, tmp_path: Path) -> None:
+    stored = classifier_of(spec)
+    artefact.save(stored, tmp_path / "model")
+    weights = reslab.load(tmp_path / "model").net.state_dict()
+    assert all(torch.equal(weights[name], value) for name, value in stored.net.state_dict().items())
+    with pytest.raises(reslab.CallError):
+        reslab.build(spec)
 
 
 @pytest.mark.parametrize("claim", [{"widths": (1 << 20, 1 << 20)}, {"depths": (1, 2)}, {"norm": "none"}], ids=str)
