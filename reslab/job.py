@@ -83,7 +83,7 @@ def train(
     many blocks as that takes are computed twice, which changes no result. Any Recipe field can be given by name. `resume`
     continues the run in that folder; `tensorboard` also writes the curves to RUN/tensorboard. Processes that torchrun
     starts again after one was lost continue their run from its last state.
-    Raises CallError for a wrong call, WorkError when the work fails, Interrupted after Ctrl-C or SIGTERM.
+    Raises CallError for a wrong call, WorkError when the work fails, Interrupted after Ctrl-C, SIGTERM or SIGHUP.
     """
     show = show or Silent()
     if tensorboard:

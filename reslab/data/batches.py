@@ -201,9 +201,9 @@ def _end_all() -> None:
 
 
 def _quiet_worker(_: int) -> None:
-    """Ctrl-C and SIGTERM reach the whole process group; only the main process answers them, and ends its workers."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    """Signals reach the whole process group; only the main process answers them, and ends its workers."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
     torch.set_num_threads(1)
 
 

@@ -47,7 +47,7 @@ PAGING = 0.02  # of the time that is left, at most, for huge pages: a step gains
 
 
 class Interrupted(Exception):
-    """Ctrl-C or SIGTERM: the step was finished and the state saved. `signal` is its number."""
+    """Ctrl-C, SIGTERM or SIGHUP: the step was finished and the state saved. `signal` is its number."""
 
     def __init__(self, signum: int) -> None:
         super().__init__(f"stopped by {signal.Signals(signum).name}; the state is saved")
@@ -360,14 +360,15 @@ class Training:
 
 @contextmanager
 def interrupts() -> Iterator[list[int]]:
-    """Collects SIGINT and SIGTERM instead of dying of them; the list holds the numbers that came."""
+    """Collects SIGINT, SIGTERM and SIGHUP (not below nohup) instead of dying of them; the list holds the numbers that came."""
     caught: list[int] = []
 
     def note(signum: int, frame: FrameType | None) -> None:
         caught.append(signum)
 
     try:
-        before = {s: signal.signal(s, note) for s in (signal.SIGINT, signal.SIGTERM)}
+        hangup = [signal.SIGHUP] if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN else []
+        before = {s: signal.signal(s, note) for s in (signal.SIGINT, signal.SIGTERM, *hangup)}
     except ValueError:  # not the main thread: whoever started us there handles signals
         yield caught
         return

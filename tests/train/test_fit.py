@@ -11,6 +11,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -39,7 +40,7 @@ SHORT = ("--epochs", "3", "--batch-size", "32", "--seed", "7")
 def start(*arguments: str | Path, **environment: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
         [sys.executable, "-m", "reslab", "train", *map(str, arguments)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        env={**os.environ, **environment},
+        env={**os.environ, **environment}, preexec_fn=partial(signal.signal, signal.SIGHUP, signal.SIG_DFL),  # what starts the tests may ignore it
     )  # fmt: skip
 
 
@@ -89,7 +90,7 @@ def test_killed_and_resumed_equals_uninterrupted_bit_for_bit(uninterrupted: Path
     assert not list(out.rglob(f"{UNFINISHED}*"))
 
 
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
 def test_signals_finish_the_step_save_and_exit(number: int, status: int, tmp_path: Path) -> None:
     out = tmp_path / "run"
     process = start("digits", "--out", out, "--epochs", "400", "--batch-size", "32", "--save-every", "0")
