@@ -196,6 +196,11 @@ FAMILY: dict[str, Row] = {
 }  # fmt: skip
 
 
+def name_of(net: str | Spec) -> str:
+    """The name of a network in `FAMILY`; "custom" for a Spec that is none of them."""
+    return net if isinstance(net, str) else next((name for name, row in FAMILY.items() if row.spec == net), "custom")
+
+
 def spec(net: str | Spec, **changes: Any) -> Spec:
     """The Spec of a network in `FAMILY`, or the given Spec, with `changes` to its fields applied.
 

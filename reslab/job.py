@@ -1,11 +1,13 @@
 """The main job, end to end: data, check, split, plan, training, artefact, test, report."""
 
+import hashlib
 import json
 import math
+import platform
 import re
-import shutil
 import time
 from collections.abc import Callable
+from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -16,18 +18,20 @@ import torch
 from reslab.data.augment import require_kornia
 from reslab.data.batches import Batches, choose_storage, drawn, mean_and_std, mean_image, sample
 from reslab.data.check import cheap_check
-from reslab.data.images import Images, read_batches
+from reslab.data.images import SPLITS, Images, read_batches
 from reslab.data.preprocess import VIEWS, Preprocess
 from reslab.data.source import open_images
 from reslab.data.split import split, split_record
 from reslab.describe import Job, run_config, sentence
 from reslab.errors import CallError, WorkError, shown
+from reslab.family import name_of
 from reslab.family import spec as find_spec
 from reslab.limits import Limits, bytes_of, seconds
 from reslab.nets.initialise import begin_as_identity, whiten
 from reslab.nets.torch import ResNet
 from reslab.nets.weights import load_weights, stem_of
 from reslab.report.page import write_report
+from reslab.resume import check_same, check_unfinished, left_behind, sign
 from reslab.run import Run, write_whole
 from reslab.spec import STEMS, Spec
 from reslab.train.board import Board, require_tensorboard
@@ -49,7 +53,6 @@ REPORT_SECONDS = 10.0  # kept back from a budget for the report and what surroun
 PATCHED = 500  # images whose patches are whitened
 SMALL = 64  # pixels a side up to which a CIFAR net is the default
 KERNELS = {(3,): "conv3", (7,): "conv7-pool", (3, 3, 3): "deep-pool"}  # of a stem in a weights file: its row in STEMS
-NOT_BEGUN = {"run.toml", "split.json", "log.jsonl", "state"}  # all that a run folder holds before its first step
 EVAL_MARGIN = 256 / 224  # photos are tested on the middle 224 of 256 pixels
 
 
@@ -89,20 +92,23 @@ def train(
     if tensorboard:
         require_tensorboard()
     started = time.monotonic()
-    with machine() as here:
+    with machine() as here, ExitStack() as held:
         if not here.is_writer:
             show = Silent()
         limits = Limits(seconds(budget), bytes_of(memory))
         for name in ("epochs", "steps"):
             if limits.seconds and fields.get(name) is not None:
                 raise CallError(f"a budget decides how long a training is; received --budget {shown(str(budget))} and --{name} {fields[name]}: leave one out")
-        run = Run.open(resume) if resume else _left_behind(out, here) if here.restarts else None
+        run = Run.open(resume) if resume else left_behind(out, data or "digits", net, here) if here.restarts else None
         if resume and run:
-            _check_same(run, data, net, out, recipe, fields)
-        if run is None:
-            training, job = _start(data or "digits", net or made_for(recipe), out, find_recipe(recipe, **fields), limits, here, show, started)
-        else:
+            check_same(run, data, net, out, recipe, fields)
+        if run:
+            check_unfinished(run)
+            held.enter_context(run.alone() if here.is_writer else nullcontext())
             training, job = _resume(run, limits, here, show, started)
+        else:
+            training, job = _start(data or "digits", net or made_for(recipe), out, find_recipe(recipe, **fields), limits, here, show, started)
+            held.enter_context(training.run.alone() if here.is_writer else nullcontext())
         if tensorboard and here.is_writer:
             training.board = Board(training.run.path / "tensorboard")
         return _finish(job, training, show)
@@ -122,6 +128,7 @@ def _start(
     if recipe.balance == "sampling" and "://" in images.source:
         raise CallError("shards from elsewhere are read in their order; received --balance sampling, which draws images anywhere: use --balance weights")
     images = split(images, recipe.seed, recipe.val)
+    _check_alike(images, here)
     net = net or ("resnet20" if (recipe.image_size or images.image_size) <= SMALL else "resnet18")
     if recipe.weights:
         spec, size = _spec_of_weights(net, recipe, images)
@@ -153,16 +160,27 @@ def _start(
     run = Run(out or _claimed(data, here), started)
     if here.is_writer:
         run.create()
-        name = net if isinstance(net, str) else "custom"
-        run.config = run_config(job, name, str(data), plan, limits)
+        sign(run)
+        run.config = run_config(job, name_of(net), str(data), plan, limits)
         write_whole(run.path / "split.json", _json(split_record(images, recipe.seed)))
         run.record("plan", **asdict(plan), budget=limits.seconds)
         for line in finding:
             run.record("warning", text=line)
-    show.say(sentence(job, net if isinstance(net, str) else "a custom net", plan))
+    show.say(sentence(job, name_of(net), plan))
     here.agree(0)  # nobody trains before the folder exists
     training = Training(built, job.parts["train"], job.parts["val"], job.preprocess, recipe, plan, run, here, show, deadline)
     return training, job
+
+
+def _check_alike(images: Images, here: Machine) -> None:
+    """Raises WorkError where this process has other images than the writer, or in another order: each takes its share by position."""
+    if here.world > 1:
+        order = hashlib.sha256("".join(images.digests[i] for part in SPLITS for i in images.split[part]).encode())
+        mine = (images.fingerprint(), images.classes, order.hexdigest())
+        if here.agree(mine) != mine:
+            raise WorkError(
+                f"all processes must see the same images; {shown(images.source)} on {platform.node()} has others than the first one's: copy it again"
+            )
 
 
 def _check_options(recipe: Recipe, limits: Limits, here: Machine) -> None:
@@ -185,8 +203,6 @@ def _check_options(recipe: Recipe, limits: Limits, here: Machine) -> None:
 
 def _resume(run: Run, limits: Limits, here: Machine, show: JobShow, started: float) -> tuple[Training, Job]:
     config = run.config
-    if (run.path / "model" / "spec.json").is_file():
-        raise CallError(f"a finished run cannot be resumed; {shown(run.path)} has its model: train into a new --out")
     try:
         spec, held = Spec.from_dict(config["spec"]), config["data"].get("storage", "auto")  # as then, for it decides what is left out and when
         kept = recipe_from_dict({**config["recipe"], "storage": held.partition(":")[0]})
@@ -223,7 +239,7 @@ def _prepare(images: Images, spec: Spec, recipe: Recipe, here: Machine, show: Jo
     assert size is not None
     canvas = size if recipe.crop in ("pad", "none") else round(size * EVAL_MARGIN)
     train_canvas = round(size * 480 / 224) if recipe.crop == "scale" else canvas
-    storage, why = choose_storage(images, train_canvas, here.sharers)
+    storage, why = here.agree(choose_storage(images, train_canvas, here.sharers))  # an unreadable image counts where all are decoded before
     storage = storage if recipe.storage == "auto" else recipe.storage
     parts = {name: Batches(images, images.split[name], train_canvas if name == "train" else canvas, storage, here.decoders) for name in images.split}
     for name in ("train", "val"):
@@ -348,39 +364,6 @@ def _weighed(model: TorchModel, job: Job, show: JobShow) -> TorchModel:
     if in_what := told(model.inference):
         show.say(in_what)
     return model
-
-
-def _check_same(run: Run, data: Any, net: Any, out: Any, recipe: str | Recipe, fields: dict[str, Any]) -> None:
-    """A resumed run keeps its data, net and recipe; saying otherwise is a mistake worth a word."""
-    config = run.config
-    source = config.get("data", {}).get("source")
-    given = str(Path(data).expanduser().resolve()) if data is not None and Path(data).expanduser().exists() else data
-    if data is not None and source not in (str(data), str(given)):
-        raise CallError(f"a resumed run keeps its data {shown(str(source))}; received {shown(str(data))}: leave it out, or train into a new --out")
-    if net is not None and net != config.get("net"):
-        raise CallError(f"a resumed run keeps its net {config.get('net')}; received {net}: leave --net out, or train into a new --out")
-    if out is not None and Path(out).resolve() != run.path.resolve():
-        raise CallError(f"a resumed run keeps its folder {shown(run.path)}; received {shown(out)}: leave --out out")
-    if recipe != "quick":
-        raise CallError("a resumed run keeps its recipe: leave --recipe out, or train into a new --out")
-    for name, value in find_recipe("quick", **fields).__dict__.items():
-        if fields.get(name) is not None and config.get("recipe", {}).get(name) not in (
-            value,
-            list(value) if isinstance(value, tuple) else value,
-        ):
-            raise CallError(f"a resumed run keeps its recipe; received {name} {value}: leave it out, or train into a new --out")
-
-
-def _left_behind(out: str | Path | None, here: Machine) -> Run | None:
-    """The run that these processes were at when torchrun started them again; None when they had not begun its first step."""
-    if out is None:
-        raise CallError("processes that are started again find their run by its folder; received no --out: give one, or --resume the run")
-    run = Run(out)
-    begun = here.agree((run.path / "state" / "last.safetensors").is_file())
-    if not begun and here.is_writer and run.path.is_dir() and {entry.name for entry in run.path.iterdir()} <= NOT_BEGUN:
-        shutil.rmtree(run.path)
-    here.agree(0)
-    return run if begun else None
 
 
 def _free_folder(data: str | Path) -> Path:

@@ -1,6 +1,7 @@
 """A Run: one folder that holds all that a training produced and needs to be repeated or resumed."""
 
 import contextlib
+import fcntl
 import json
 import os
 import shutil
@@ -93,19 +94,35 @@ class Run:
             with (self.path / "log.jsonl").open("a", encoding="utf-8") as log:
                 log.write(line + "\n")
         except OSError as error:
-            raise WorkError(f"{shown(self.path / 'log.jsonl')} cannot be written: {error.strerror}; free some space and --resume") from error
+            raise WorkError(f"{shown(self.path / 'log.jsonl')} cannot be written: {error.strerror}; what is in it is kept") from error
+
+    @contextlib.contextmanager
+    def alone(self) -> Iterator[None]:
+        """While this lasts, no other process can say the same of this folder. Raises CallError where one does.
+
+        The lock goes with its process, however that ends, and is not handed on to processes that it starts.
+        """
+        with (self.path / "state" / "lock").open("w") as file:
+            try:
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except (BlockingIOError, PermissionError) as error:
+                raise CallError(f"one process trains a run at a time; {shown(self.path)} is being trained now: wait for it, or end it first") from error
+            except OSError:  # a disk without locks
+                pass
+            yield
 
     def mend(self) -> None:
-        """After a crash: ends a line that it cut short, so that the next record does not run into it, and drops half-written states."""
+        """After a crash: ends a line that it cut short, so that the next record does not run into it, and drops what is half written."""
         log = self.path / "log.jsonl"
         if log.exists() and not log.read_bytes().endswith(b"\n"):
             with log.open("ab") as out:
                 out.write(b"\n")
-        for left in (self.path / "state").glob(f"{UNFINISHED}*"):
-            shutil.rmtree(left, ignore_errors=True)
+        for folder in (self.path, self.path / "state", self.model):
+            for left in folder.glob(f"{UNFINISHED}*"):
+                shutil.rmtree(left, ignore_errors=True)
 
     def records(self, *kinds: str) -> Iterator[Record]:
-        """The records of the given kinds, or all, in order. A line that a crash cut short is passed over."""
+        """The records of the given kinds, or all, in order. A line that is none, as one that a crash cut short, is passed over."""
         try:
             lines = (self.path / "log.jsonl").read_text("utf-8").splitlines()
         except FileNotFoundError:
@@ -115,7 +132,7 @@ class Run:
                 record = json.loads(line)
             except ValueError:
                 continue
-            if not kinds or record.get("kind") in kinds:
+            if isinstance(record, dict) and (not kinds or record.get("kind") in kinds):
                 yield record
 
     def last(self, kind: str) -> Record | None:

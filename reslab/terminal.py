@@ -120,6 +120,8 @@ def print_scores(scores: dict[str, Any]) -> None:
         print(f"{left_out:,} of the images cannot be read and were left out, first {scores['first_left_out']}")
     if learned := scores.get("learned"):
         print(f"{learned:,} of these images are those it was trained on or chosen by: this says little about others")
+    if why := scores.get("not_recorded"):
+        print(f"not recorded: {why}")
 
 
 def print_checkup(name: str, n: int, found: "Checkup") -> None:

@@ -204,6 +204,7 @@ def test_help_and_models_work(cli: Cli) -> None:
     assert "layer4.2.bn3" in layers.stdout
     assert "25,557,032 parameters, 4,089,184,256 multiply-adds" in layers.stdout
     assert cli("show", "resnet51").returncode == 2
+    assert "resnet20-cifar10 at 32 px" in cli("show", "resnet20-cifar10").stdout, "a net that comes with reslab"
 
 
 def test_models_and_show_print_tables_json_and_a_drawing(cli: Cli, tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from reslab.cli import _explain
 from reslab.data.batches import Batch, Batches
 from reslab.data.images import Images
 from reslab.data.source import open_images
+from reslab.data.split import split
 from reslab.errors import CallError
 from reslab.job import Silent
 from reslab.nets.torch import ResNet
@@ -42,6 +43,18 @@ def test_options_of_which_one_would_be_ignored_are_refused(given: dict[str, Any]
     with pytest.raises(CallError, match=message):
         reslab.train("digits", out=tmp_path / "run", **given)
     assert not (tmp_path / "run").exists()
+
+
+def test_processes_that_see_other_images_do_not_train(folder: Path) -> None:
+    told: list[Any] = []
+    writer = SimpleNamespace(world=2, agree=lambda value: told.append(value) or value)
+    other = SimpleNamespace(world=2, agree=lambda value: told[0])
+    job._check_alike(split(open_images(folder), 0), writer)  # type: ignore[arg-type]
+    job._check_alike(split(open_images(folder), 0), other)  # type: ignore[arg-type]
+    first = min(folder.rglob("*.png"))
+    first.rename(first.with_name("zzz.png"))
+    with pytest.raises(reslab.WorkError, match=r"all processes must see the same images; .* has others than the first one's"):
+        job._check_alike(split(open_images(folder), 0), other)  # type: ignore[arg-type]
 
 
 def test_images_are_not_drawn_anywhere_from_shards_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

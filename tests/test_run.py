@@ -71,5 +71,7 @@ def test_a_line_that_a_crash_cut_short_costs_no_other_line(tmp_path: Path) -> No
     assert whole.count(b"\n") == 1
     (tmp_path / "log.jsonl").write_bytes(whole + b'{"kind": "epo')
     run.mend()
+    with (tmp_path / "log.jsonl").open("a") as log:
+        log.write("5\n")
     run.record("epoch", epoch=2)
     assert [record["epoch"] for record in run.records("epoch")] == [1, 2]

@@ -60,7 +60,8 @@ def _trained(folder: Path) -> Subject:
             raise ValueError(f"image_size {size!r}")
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise WorkError(f"the model in {shown(model)} is damaged: {shown(str(error))[:200]}") from error
-    return Subject(shown(model.resolve().parent.name), spec, size, "trained here")
+    whole = model.resolve()
+    return Subject(shown(whole.parent.name if whole.name == "model" else whole.name), spec, size, "trained here")
 
 
 def sheet(subject: Subject, batch: int, whole: bool, width: int | None) -> list[str]:

@@ -6,6 +6,7 @@ large JPEGs half, a quarter or an eighth of the resolution is decoded, where tha
 """
 
 import io
+import math
 import struct
 import warnings
 from contextlib import suppress
@@ -15,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import simplejpeg
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
+from PIL import Image
 from PIL.Image import Transpose as Turn
 
 MAX_PIXELS = 89_478_485  # Pillow's own limit: a quarter of a GiB as RGB
@@ -67,9 +68,12 @@ def read_header(data: bytes) -> Header:
 
 
 def dimensions(data: bytes) -> tuple[int, int]:
-    """Width and height as the head of the file has them; nothing is decoded. Raises Unreadable."""
+    """Width and height that decoding makes room for, as the head of the file has them; nothing is decoded. Raises Unreadable.
+
+    They are the image's, or of a TIFF those of a tile that is larger.
+    """
     with _open(data) as image:
-        return image.size
+        return max(image.size, _block(image), key=math.prod) if image.format == "TIFF" else image.size
 
 
 def decode(data: bytes, size: int, channels: int) -> Pixels:
@@ -108,10 +112,11 @@ def decode_whole(data: bytes) -> Pixels:
 
 def resize(pixels: Pixels, size: int) -> Pixels:
     """uint8 (H, W, C) -> (size, size, C), as `decode` does."""
-    if pixels.shape[:2] == (size, size):
+    pixels = middle_square(pixels)
+    if pixels.shape[0] == size:
         return pixels
     image = Image.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels)
-    image = ImageOps.fit(image, (size, size), Image.Resampling.BILINEAR)  # Pillow's filters are antialiased
+    image = image.resize((size, size), Image.Resampling.BILINEAR)  # Pillow's filters are antialiased
     return np.asarray(image).reshape(size, size, pixels.shape[2])
 
 
@@ -192,18 +197,18 @@ def _open(data: bytes) -> Image.Image:
         raise Unreadable(f"{width} x {height} px: the limit is {MAX_PIXELS / 1e6:.0f} megapixels")
     if (image.format in ("JPEG", "MPO") or image.info.get("compression") == "jpeg") and data.count(SCAN) > SCANS:
         raise Unreadable(f"a JPEG of more than {SCANS} scans")
-    if image.format == "TIFF" and _block(image) > MAX_PIXELS:
+    if image.format == "TIFF" and math.prod(_block(image)) > MAX_PIXELS:
         raise Unreadable(f"a TIFF with a tile of more than {MAX_PIXELS / 1e6:.0f} megapixels")
     if image.format == "PNG" and "transparency" in image.info:
         image.info["transparency"] = _transparent(image)
     return image
 
 
-def _block(image: Image.Image) -> int:
-    """Pixels of a TIFF's tile or strip, which libtiff makes room for, however small the image is. Strips beyond all bounds mean the whole image."""
+def _block(image: Image.Image) -> tuple[int, int]:
+    """Width and height of a TIFF's tile or strip, which libtiff makes room for, however small the image is. Strips beyond all bounds mean the whole image."""
     tags = image.tag_v2  # type: ignore[attr-defined]
     width, length, rows = (value if isinstance(value := tags.get(tag), int) else 0 for tag in (TILE_WIDTH, TILE_LENGTH, ROWS_PER_STRIP))
-    return max(width * length, image.width * rows * (rows < 1 << 31))
+    return max((width, length), (image.width, rows if rows < 1 << 31 else 0), key=math.prod)
 
 
 def _transparent(image: Image.Image) -> Any:

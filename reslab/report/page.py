@@ -37,7 +37,7 @@ def _facts(run: Run, test: Record) -> dict[str, Any]:
     """All that the page shows."""
     config = run.config
     classes = config["data"]["classes"]
-    epochs, val, steps = list(run.records("epoch")), list(run.records("val")), list(run.records("step"))
+    epochs, val, steps = _once(run, "epoch", "epoch"), _once(run, "val", "epoch"), _once(run, "step", "step")
     tested = _since_last(list(run.records()), "calibration")
     mistakes = [r for r in tested if r["kind"] == "mistake"]
     suspects = [r for r in tested if r["kind"] == "suspect"]
@@ -62,6 +62,11 @@ def _facts(run: Run, test: Record) -> dict[str, Any]:
         "images_a_second": _speed(epochs, config),
         "weakest": min((row for row in test["classes"] if row["n"]), key=lambda row: row["f1"], default=None),
     }
+
+
+def _once(run: Run, kind: str, number: str) -> list[Record]:
+    """The records of a kind; of those with the same number, which a crash before the state was saved leaves twice, the last."""
+    return list({record[number]: record for record in run.records(kind)}.values())
 
 
 def _since_last(records: list[Record], kind: str) -> list[Record]:

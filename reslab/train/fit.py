@@ -183,8 +183,11 @@ class Training:
             p, low = self.progress, self.recipe.low_resolution or 0.0
             use_huge_pages(PAGING * self.plan.seconds(p.steps, low, p.step))
 
-    def _gradients(self, share: Batch) -> Tensor:
-        """Leaves the mean gradient of the whole batch in the parameters. Sums over this share, float64 (3): loss, right answers, images."""
+    def _gradients(self, share: Batch, measures: bool = True) -> Tensor:
+        """Leaves the mean gradient of the whole batch in the parameters, and its statistics in the norms where it `measures` them.
+
+        Sums over this share, float64 (3): loss, right answers, images.
+        """
         told = torch.zeros(3, dtype=torch.float64, device=self.machine.device)
         parts = list(pieces(share, self.share // self.micro_batch))
         first = self.machine.rank * (self.share // self.micro_batch)
@@ -203,7 +206,7 @@ class Training:
             told += torch.stack([loss.double() * n, right.double(), torch.full_like(loss, n, dtype=torch.float64)])
             if not alone:
                 after += self.statistics.read()
-        if not alone:
+        if measures and not alone:
             self.statistics.write_mean(after, len(parts), self.machine)
         return told
 
@@ -212,7 +215,7 @@ class Training:
         before = self.statistics.read()
         with uphill(self.net, self.recipe.sam):
             self.optimizer.zero_grad(set_to_none=False)
-            self._gradients(batch)
+            self._gradients(batch, measures=False)
         self.statistics.rewind(before)
 
     def _diverged(self, what: str, lr: float) -> WorkError:

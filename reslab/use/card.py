@@ -13,6 +13,7 @@ from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit, urlunsplit
 
 from jinja2 import Environment, PackageLoader, StrictUndefined, UndefinedError
 
@@ -171,9 +172,20 @@ def _index(facts: dict[str, Any]) -> list[dict[str, Any]]:
 def _without_paths(command: str) -> str:
     """A command line whose paths are cut to their last name: where things lie on this machine is nobody's business."""
     try:
-        return shlex.join(word if "/" not in word else Path(word).name or "/" for word in shlex.split(command))
+        return shlex.join(map(_public, shlex.split(command)))
     except ValueError:
         return "reslab train"
+
+
+def _public(word: str) -> str:
+    """A word of a command line; an address keeps no name, password or signature."""
+    option, equals, value = word.partition("=") if word.startswith("--") else ("", "", word)
+    if value.startswith(("https://", "http://")):
+        address = urlsplit(value)
+        value = urlunsplit((address.scheme, address.netloc.rpartition("@")[2], address.path, "", ""))
+    elif "/" in value and not value.startswith("hf:"):
+        value = Path(value).name or "/"
+    return option + equals + value
 
 
 def markdown(text: object) -> str:

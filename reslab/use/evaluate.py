@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy.optimize import minimize_scalar
-from sklearn.metrics import confusion_matrix, precision_recall_fscore_support, top_k_accuracy_score
+from sklearn.metrics import precision_recall_fscore_support, top_k_accuracy_score
 
 from reslab.errors import WorkError
 from reslab.interval import share, wilson
@@ -79,16 +79,17 @@ def score(out: Outputs, classes: tuple[str, ...], temperature: float, seed: int 
         top5 = top_k_accuracy_score(out.labels, out.logits, k=5, normalize=False, labels=np.arange(len(classes)))
         facts |= share("top5", int(top5), n)
     rng = np.random.default_rng(seed)
-    resamples = rng.integers(0, n, (RESAMPLES, n))
-    facts |= _bootstrap("loss", resamples, lambda rows: float(losses[rows].mean()))
-    for name, probabilities in (("ece_before", raw), ("ece", calibrated)):
-        confidence = probabilities.max(1)
-        facts |= _bootstrap(name, resamples, lambda rows, c=confidence: ece(c[rows], right[rows]))  # type: ignore[misc]
-    confidence = calibrated.max(1)
+    before, confidence = raw.max(1), calibrated.max(1)
+    figures: dict[str, Callable[[Ints], float]] = {
+        "loss": lambda rows: float(losses[rows].mean()),
+        "ece_before": lambda rows: ece(before[rows], right[rows]),
+        "ece": lambda rows: ece(confidence[rows], right[rows]),
+    }
+    facts |= _bootstrap(figures, n, rng)
     facts |= {
         "ece_by_chance": float(np.mean([ece(confidence, rng.random(n) < confidence) for _ in range(DRAWS)])),
         "temperature": temperature,
-        "reliability": {"before": reliability(raw.max(1), right), "after": reliability(calibrated.max(1), right)},
+        "reliability": {"before": reliability(before, right), "after": reliability(confidence, right)},
         "classes": _per_class(out.labels, predicted, classes),
         "confusion": _confusion(out.labels, predicted, len(classes)),
     }
@@ -119,14 +120,18 @@ def ece(confidence: Floats, right: NDArray[np.bool_]) -> float:
     return float(np.abs(gaps).sum() / len(right))
 
 
-def _bootstrap(name: str, resamples: Ints, figure: Callable[[Ints], float]) -> dict[str, float]:
-    """A figure that cannot be negative, with the interval of its resamples about it.
+def _bootstrap(figures: dict[str, Callable[[Ints], float]], n: int, rng: np.random.Generator) -> dict[str, float]:
+    """Figures that cannot be negative, each with the interval of its resamples about it.
 
     They are moved to have it as their mean: a calibration error adds up what is noise in its bins, of which a resample has more.
     """
-    found, values = figure(np.arange(resamples.shape[1])), np.array([figure(rows) for rows in resamples])
-    low, high = np.maximum(0, np.percentile(values, [2.5, 97.5]) - values.mean() + found)
-    return {name: found, f"{name}_low": float(low), f"{name}_high": float(high)}
+    resampled = np.array([[figure(rows) for figure in figures.values()] for rows in (rng.integers(0, n, n) for _ in range(RESAMPLES))])
+    facts: dict[str, float] = {}
+    for (name, figure), values in zip(figures.items(), resampled.T, strict=True):
+        found = figure(np.arange(n))
+        low, high = np.maximum(0, np.percentile(values, [2.5, 97.5]) - values.mean() + found)
+        facts |= {name: found, f"{name}_low": float(low), f"{name}_high": float(high)}
+    return facts
 
 
 def _per_class(labels: Ints, predicted: Ints, classes: tuple[str, ...]) -> list[dict[str, Any]]:
@@ -162,5 +167,5 @@ def _f1_interval(right: int, either: int) -> tuple[float, float]:
 
 def _confusion(labels: Ints, predicted: Ints, classes: int) -> list[tuple[int, int, int]]:
     """(label, predicted, count) of every pair that occurs: a full matrix would be large for many classes."""
-    matrix = confusion_matrix(labels, predicted, labels=np.arange(classes))
-    return [(int(i), int(j), int(matrix[i, j])) for i, j in zip(*np.nonzero(matrix), strict=True)]
+    pairs, counts = np.unique(labels * classes + predicted, return_counts=True)
+    return [(*divmod(int(pair), classes), int(count)) for pair, count in zip(pairs, counts, strict=True)]

@@ -20,6 +20,7 @@ def evaluate(path: str | Path, data: str | Path | None = None, reading: Progress
     """Scores a finished run on its test part again, or a run or a .onnx file on all images of `data`. A run records it.
 
     "left_out" counts the images that could not be read; "first_left_out" names one of them, with the reason.
+    "not_recorded" says why the run has no record of them, where it could not be written.
     "learned" says how many of the images it was trained on or chosen by, byte for byte: of these the figures say nothing.
     Raises CallError when `data` has a class that the classifier does not know, WorkError when the run's own data has changed.
     """
@@ -44,7 +45,10 @@ def evaluate(path: str | Path, data: str | Path | None = None, reading: Progress
         learned = _learned(run)
         scores["learned"] = sum(digest in learned for digest in images.digests)
     if run is not None and not run.is_shipped:
-        run.record("evaluation", data=shown(images.source), **scores)
+        try:
+            run.record("evaluation", data=shown(images.source), **scores)
+        except WorkError as error:  # of another user, or on a full disk: the scores are what was asked for
+            scores["not_recorded"] = str(error)
     return scores
 
 

@@ -61,6 +61,8 @@ def test_a_run_is_told_as_the_net_it_trained(tmp_path: Path) -> None:
     (model / "preprocess.json").write_text('{"image_size": 28}')
     for folder in (model.parent, model):
         assert find(str(folder)) == ("photos", spec, 28, "trained here")
+    card = model.rename(tmp_path / "card")
+    assert find(str(card)).name == "card"
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"image_size": "big"}', '{"image_size": true}', "[" * 100_000, "\xff"])

@@ -22,6 +22,14 @@ def gradient(mode: str = "RGB") -> Image.Image:
     return Image.fromarray(np.stack([ramp, ramp.T, 255 - ramp], axis=2)).convert(mode)
 
 
+@pytest.mark.parametrize("size", [(41, 32), (32, 41), (45, 32)], ids=str)
+def test_what_needs_no_resampling_gets_none(size: tuple[int, int]) -> None:
+    """The middle between two pixels would be the mean of both, at every pixel."""
+    pixels = np.random.default_rng(0).integers(0, 256, (*size, 3), dtype=np.uint8)
+    top, left = ((side - 32) // 2 for side in size)
+    assert np.array_equal(decode(encoded(Image.fromarray(pixels), "PNG"), 32, 3), pixels[top : top + 32, left : left + 32])
+
+
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "BMP", "GIF", "TIFF", "WEBP"])
 def test_every_common_format_decodes_to_nearly_the_same(kind: str) -> None:
     got = decode(encoded(gradient(), kind), 40, 3)
@@ -191,6 +199,12 @@ def tiff(order: str, pixels: bytes, *tags: tuple[int, int, int]) -> bytes:
     head = {"<": b"II*\0", ">": b"MM\0*"}[order] + struct.pack(f"{order}I", 8 + len(pixels)) + pixels
     fields = b"".join(struct.pack(f"{order}HHI{'Hxx' if kind == 3 else 'I'}", tag, kind, 1, value) for tag, kind, value in tags)
     return head + struct.pack(f"{order}H", len(tags)) + fields + struct.pack(f"{order}I", 0)
+
+
+def test_a_tiff_is_as_large_as_its_tile() -> None:
+    tags = [(256, 4, 16), (257, 4, 16), (258, 3, 8), (259, 3, 8), (262, 3, 1), (277, 3, 1), (322, 4, 6000), (323, 4, 5000), (324, 4, 8), (325, 4, 64)]
+    assert dimensions(tiff("<", bytes(64), *tags)) == (6000, 5000)
+    assert dimensions(encoded(gradient(), "TIFF")) == (40, 40)
 
 
 @pytest.mark.parametrize(

@@ -129,7 +129,23 @@ def test_a_class_without_a_test_image_is_not_the_hardest(run: Run, tmp_path: Pat
     assert "the hardest class is third, with an F1 of 25.0 %" in text
     assert re.search(r"F1 third.* plain0––– Can its", text), "last of the table, without a figure"
     assert "A dash: no test image" in text
-    assert "A dash: no test image" not in parsed(run).text
+    write_report(whole := with_test(run, tmp_path / "whole", classes=[{**row, "precision_low": 0.1} for row in rows]))
+    assert "A dash: no test image" not in parsed(whole).text
+    assert "Hardest first. Precision" in parsed(whole).text
+
+
+def test_of_very_many_classes_the_page_says_how_many_it_lists(run: Run, tmp_path: Path) -> None:
+    rows = (run.last("test") or {})["classes"]
+    write_report(other := with_test(run, tmp_path / "run", classes=[*rows, *({**rows[0], "class": f"{i}"} for i in range(998))]))
+    assert "Hardest first: 200 of 1,001 classes. Precision" in parsed(other).text
+
+
+def test_an_epoch_that_a_crash_repeated_counts_once(run: Run, tmp_path: Path) -> None:
+    other = Run(shutil.copytree(run.path, tmp_path / "run"))
+    lines = (other.path / "log.jsonl").read_text().splitlines(keepends=True)
+    (other.path / "log.jsonl").write_text("".join(line * (1 + ('"kind": "epoch"' in line or '"kind": "val"' in line)) for line in lines))
+    write_report(other)
+    assert re.search(r"of epoch \d of 3,", parsed(other).text)
 
 
 def test_counts_can_be_read_on_every_shade_of_the_confusion_matrix(run: Run, tmp_path: Path) -> None:

@@ -145,6 +145,9 @@ def test_names_are_text_and_never_markup(trained: Run, tmp_path: Path) -> None:
 
 def test_commands_lose_their_paths() -> None:
     assert _without_paths("reslab train '/home/me/my photos' --net resnet18 --weights ../w/a.pth") == "reslab train 'my photos' --net resnet18 --weights a.pth"
+    address = "https://me:secret@example.org/nets/a.pth?signature=secret"
+    assert _without_paths(f"reslab train digits --weights={address} --out=/home/me/x") == "reslab train digits --weights=https://example.org/nets/a.pth --out=x"
+    assert _without_paths("reslab train digits --weights hf:timm/resnet18.a1_in1k") == "reslab train digits --weights hf:timm/resnet18.a1_in1k"
     assert _without_paths("reslab train 'unclosed") == "reslab train"
 
 

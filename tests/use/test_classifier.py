@@ -99,6 +99,13 @@ def test_evaluate_repeats_the_test_and_scores_other_data(run: Run, photos: Path,
     split = json.loads((run.path / "split.json").read_text())
     assert f"{len(split['train']) + len(split['val'])} of these images are those it was trained on or chosen by" in own.stdout
     (tmp_path / "other" / "red").rename(tmp_path / "other" / "bleu")
+    log = run.path / "log.jsonl"
+    log.rename(run.path / "log.away")
+    log.mkdir()  # where nothing can be written
+    kept = cli("evaluate", run.path, photos)
+    log.rmdir()
+    (run.path / "log.away").rename(log)
+    assert (kept.returncode, "top-1" in kept.stdout, "not recorded: " in kept.stdout) == (0, True, True)
     wrong = cli("evaluate", run.path, tmp_path / "other")
     assert (wrong.returncode, "unknown class 'bleu': did you mean 'blue'" in wrong.stderr) == (2, True)
 
