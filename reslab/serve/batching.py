@@ -39,7 +39,7 @@ class Batcher(Generic[Item, Answer]):
 
     def __init__(
         self, work: Callable[[list[Item]], Sequence[Answer]], *, largest: int, places: int, patience: float = math.inf, lanes: int = 1,
-        watch: Callable[[int, float], None] = lambda size, seconds: None,
+        watch: Callable[[Sequence[Answer], float], None] = lambda answers, seconds: None,
     ) -> None:  # fmt: skip
         self._work, self._watch = work, watch
         self._largest, self._places, self._patience, self._lanes = largest, places, patience, lanes
@@ -110,7 +110,7 @@ class Batcher(Generic[Item, Answer]):
         if not error:
             each = seconds / len(batch)
             self._seconds_an_item += (each - self._seconds_an_item) * (SMOOTHING if self._seconds_an_item else 1.0)
-            self._watch(len(batch), seconds)
+            self._watch(found, seconds)
         self._start()
         if not self._running:
             self._idle.set()

@@ -1,7 +1,9 @@
-"""What surrounds every request: who may ask, the headers of every answer, and the count of answers."""
+"""What surrounds every request: who may ask, the headers of every answer, that it reaches its client, and the count of answers."""
 
+import asyncio
 import base64
 import binascii
+import contextlib
 import hmac
 import ipaddress
 import time
@@ -12,8 +14,11 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from reslab.errors import shown
 from reslab.serve.metrics import Metrics
-from reslab.serve.problems import BODY_ENDED, Problem
+from reslab.serve.problems import Problem
 
+BODY_ENDED = "reslab.body_ended"  # in an ASGI scope: whether all of the request's body was received
+LINGER_BYTES = 256 << 20
+LINGER_SECONDS = 5.0
 UNGUARDED = ("/health", "/ready")  # what a load balancer asks
 ALWAYS = [
     (b"x-content-type-options", b"nosniff"),
@@ -40,6 +45,7 @@ class Guard:
             await self.app(scope, receive, send)
             return
         start, started = time.perf_counter(), False
+        scope[BODY_ENDED] = not any(name in (b"content-length", b"transfer-encoding") for name, _ in scope["headers"])
 
         async def answer(message: Message) -> None:
             nonlocal started
@@ -51,6 +57,10 @@ class Guard:
                 self.metrics.answered(message["status"])
                 if scope["path"] == "/predict":
                     self.metrics.observe("request_seconds", time.perf_counter() - start)
+            elif not message.get("more_body", False) and not scope[BODY_ENDED]:
+                await send({**message, "more_body": True})
+                await _drop_body(scope, take)
+                message = {"type": "http.response.body", "body": b"", "more_body": False}
             await send(message)
 
         async def take() -> Message:
@@ -68,6 +78,9 @@ class Guard:
 
     def _refusal(self, scope: Scope) -> Problem | None:
         headers = Headers(scope=scope)
+        hosts = len(headers.getlist("host"))
+        if hosts > 1 or (not hosts and scope["http_version"] != "1.0"):  # RFC 9112, section 3.2
+            return Problem(400, f"a request must have one Host header; received {hosts}")
         if self.local_only and not is_loopback(name := _host(headers.get("host", "localhost"))):
             return Problem(421, f"this server answers to localhost only; received {shown(name)[:80]}: start it with --token, or --open")
         if self.token and scope["path"] not in UNGUARDED and not self._knows(headers.get("authorization", "")):
@@ -87,6 +100,18 @@ class Guard:
         elif scheme.lower() != "bearer":
             return False
         return hmac.compare_digest(given.strip().encode("latin-1", "replace"), self.token)
+
+
+async def _drop_body(scope: Scope, receive: Receive) -> None:
+    """Between an answer and its end: the rest of a body that nobody read, for the client to have time to see the answer.
+
+    Closed at once with bytes unread, the system would reset the connection, and the client would lose the answer.
+    """
+    dropped = 0
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(LINGER_SECONDS):
+            while not scope[BODY_ENDED] and dropped < LINGER_BYTES:
+                dropped += len((await receive()).get("body", b""))
 
 
 def is_loopback(host: str) -> bool:

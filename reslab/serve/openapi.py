@@ -12,7 +12,7 @@ PROBLEMS = {
     413: "The body is too large.",
     415: "The body is of another type than an image.",
     421: "The server answers to localhost only.",
-    422: "There are too many images or none, or one is not readable; `images` says which and why.",
+    422: "There are too many images or parts, or none, or one is not readable; `images` says which and why.",
     503: "The server has as much to do as it takes on, or is stopping.",
     504: "There was no answer within the time limit.",
 }
@@ -110,7 +110,7 @@ def _json(schema: dict[str, Any]) -> dict[str, Any]:
 
 
 def _get(summary: str, content: dict[str, Any], *refused: int) -> dict[str, Any]:
-    return {"summary": summary, "responses": {"200": {"description": "As said.", "content": content}, **_refused(401, 421, *refused)}}
+    return {"summary": summary, "responses": {"200": {"description": "As said.", "content": content}, **_refused(400, 401, 421, *refused)}}
 
 
 def _refused(*statuses: int) -> dict[str, Any]:

@@ -9,6 +9,7 @@ import asyncio
 import contextlib
 import errno
 import gc
+import math
 import os
 import signal
 import socket
@@ -32,16 +33,16 @@ try:
 except ModuleNotFoundError as error:
     raise needs_extra(error.name or "uvicorn", "serve") from error
 
-from reslab.serve.guard import is_loopback
+from reslab.serve.guard import LINGER_SECONDS, is_loopback
 from reslab.serve.metrics import Metrics, shared_rows
 from reslab.serve.parser import parser
 from reslab.serve.service import Limits, Published, Service
+from reslab.serve.uploads import BODY_SECONDS
 from reslab.serve.workers import supervise
 
 TOKEN_LENGTH = 16
 STALE_SECONDS = 20.0  # a connection that has been without a whole request so long is closed
 DRAIN_SECONDS = 2.0  # for clients with open connections to send what they were about to
-STOP_SECONDS = 30  # for answers under way
 # A forward pass takes Python's interpreter lock a hundred times, and by default may wait 5 ms for it each time while the
 # event loop is busy. A shorter interval raised the throughput and lowered p99 at half load (docs/log.md).
 SWITCH_SECONDS = 5e-4
@@ -162,13 +163,18 @@ def _serve(
         sys.modules["torch"].set_num_threads(threads // lanes)
     local_only = settings.token is None and not settings.public
     service = Service(classifier, _published(settings.model), settings.limits, metrics, settings.token, local_only, lanes)
-    config = uvicorn.Config(
+    service.warm_up()
+    _Server(_config(service), service, ready, parent).run([listener])
+
+
+def _config(service: Service) -> uvicorn.Config:
+    """At a stop, what was accepted has the time that it has otherwise: to arrive, to be answered, and for the answer to be seen."""
+    stop_seconds = math.ceil(BODY_SECONDS + service.limits.seconds + LINGER_SECONDS)
+    return uvicorn.Config(
         service.app, log_level="error", access_log=False, server_header=False, proxy_headers=False, ws="none", lifespan="on",
         http=parser(), loop="auto",
-        timeout_keep_alive=int(STALE_SECONDS), timeout_graceful_shutdown=STOP_SECONDS,
+        timeout_keep_alive=int(STALE_SECONDS), timeout_graceful_shutdown=stop_seconds,
     )  # fmt: skip
-    service.warm_up()
-    _Server(config, service, ready, parent).run([listener])
 
 
 class _Server(uvicorn.Server):
@@ -219,7 +225,14 @@ class _Server(uvicorn.Server):
         until = time.monotonic() + DRAIN_SECONDS
         while self.server_state.connections and time.monotonic() < until and not self.force_exit:
             await asyncio.sleep(0.02)
+        dropping = asyncio.create_task(self._go_on_dropping())  # or who reads nothing would hold up the stop for as long as an answer may take
         await super().shutdown(sockets)
+        dropping.cancel()
+
+    async def _go_on_dropping(self) -> None:
+        while True:
+            self._drop_stale(time.monotonic())
+            await asyncio.sleep(1)
 
 
 def _serve_several(settings: Settings, port: int, listener: socket.socket, rows: Any, ready: Callable[[], None]) -> None:

@@ -237,9 +237,10 @@ class Service:
         for n in (1, self.limits.batch):
             self.classifier.predict_pixels([blank] * n)
 
-    def _watch(self, size: int, seconds: float) -> None:
-        self.metrics.add("images_total", size)
-        self.metrics.observe("batch_images", size)
+    def _watch(self, found: Sequence[tuple[Prediction, Pixels] | Unreadable], seconds: float) -> None:
+        if size := sum(not isinstance(f, Unreadable) for f in found):
+            self.metrics.add("images_total", size)
+            self.metrics.observe("batch_images", size)
         self.metrics.observe("batch_seconds", seconds)
 
 

@@ -16,6 +16,7 @@ MULTIPART = "multipart/form-data"
 ACCEPTS = f"image/*, application/octet-stream, {MULTIPART}"
 BODY_SECONDS = 30.0  # for a body to arrive
 HEAD = 8192  # bytes of a part's head
+PARTS = 256  # of a body, fields without a file included
 BOUNDARY = re.compile(r'\bboundary=(?:"([^"]{1,70})"|([^\s;"]{1,70}))', re.IGNORECASE)
 FILENAME = re.compile(rb'\r\ncontent-disposition:[^\r\n]*?\bfilename=(?:"([^"\r\n]*)"|([^\s;"]*))', re.IGNORECASE)
 IMAGE_PART = re.compile(rb"\r\ncontent-type: *image/", re.IGNORECASE)
@@ -108,11 +109,13 @@ def _files(body: bytes, kind: str, most: int) -> list[Upload]:
     if not boundary:
         raise Problem(400, f"{MULTIPART} needs a boundary of 1 to 70 characters in its Content-Type; received none")
     delimiter = b"\r\n--" + (boundary[1] or boundary[2]).encode("latin-1")
-    _, *pieces = (b"\r\n" + body).split(delimiter)  # one pass in C, whatever an attacker puts there
+    _, *pieces = (b"\r\n" + body).split(delimiter, PARTS + 1)  # one pass in C, whatever an attacker puts there
     uploads: list[Upload] = []
-    for piece in pieces:
+    for i, piece in enumerate(pieces):
         if piece.startswith(b"--"):
             return uploads
+        if i == PARTS:
+            raise Problem(422, f"a request must have at most {PARTS} parts; received more")
         head, blank, content = piece.lstrip(b" \t").partition(b"\r\n\r\n")
         if not blank or not head.startswith(b"\r\n") or len(head) > HEAD:
             raise Problem(400, f"each part must have a head of at most {HEAD} bytes and a blank line; one has not")

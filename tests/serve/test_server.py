@@ -1,5 +1,6 @@
 """`reslab serve` as processes: what a person types wrong, what clients do wrong, and how it ends."""
 
+import asyncio
 import contextlib
 import http.client
 import os
@@ -19,12 +20,16 @@ import pytest
 import uvicorn
 
 import reslab
+from reslab.serve import server as server_module
 from reslab.serve import workers as workers_module
 from reslab.serve.parser import HEAD_BYTES
-from reslab.serve.server import Settings, _bind, _claim, _Server, serve
+from reslab.serve.server import Settings, _bind, _claim, _config, _Server, serve
 from reslab.serve.service import Limits
+from reslab.serve.uploads import BODY_SECONDS
 from tests.serve.serving import Server, as_json, image, make_run, serving
 from tests.test_cli import one_line
+
+LARGE = bytes(16 << 20)  # more than the buffers between two processes hold
 
 
 @pytest.fixture(scope="module")
@@ -90,6 +95,7 @@ def test_a_token_may_come_from_the_environment_and_guards_any_address(run: Path)
     token = "0123456789abcdef"
     with serving(run, "--host", "127.0.0.1", RESLAB_TOKEN=token) as server:
         assert server.ask("GET", "/model")[0] == 401
+        assert server.ask("POST", "/predict", LARGE, Connection="close")[0] == 401, "also to who reads nothing before all is sent"
         assert server.ask("GET", "/model", Authorization=f"Bearer {token}", Host="elsewhere.example")[0] == 200
         command = Path(f"/proc/{server.process.pid}/cmdline").read_bytes()
         assert token.encode() not in command
@@ -120,6 +126,40 @@ def test_a_body_beyond_the_limit_is_answered_before_it_was_read(server: Server) 
     assert server.resident() - before < 40, "of 300 MiB nothing is kept"
 
 
+@pytest.mark.parametrize("version", [10, 11])
+@pytest.mark.parametrize(
+    ("path", "headers", "status"),
+    [
+        ("/predict", {"Content_Type": "text/html"}, 415),
+        ("/predict?heat_map=maybe", {}, 400),
+        ("/nowhere", {}, 404),
+        ("/model", {}, 405),
+        ("/predict", {"Host": "elsewhere.example"}, 421),
+    ],
+)
+def test_a_refusal_is_seen_by_who_sends_a_whole_body_first(
+    server: Server, monkeypatch: pytest.MonkeyPatch, version: int, path: str, headers: dict[str, str], status: int
+) -> None:
+    """The connection ends with the answer: closed before the body was taken, it would be reset."""
+    monkeypatch.setattr(http.client.HTTPConnection, "_http_vsn", version)
+    monkeypatch.setattr(http.client.HTTPConnection, "_http_vsn_str", f"HTTP/{version / 10}")
+    answer = server.ask("POST", path, LARGE, Connection="close", **headers)
+    assert (answer[0], as_json(answer[2])["status"]) == (status, status)
+
+
+def test_a_request_has_one_host(server: Server) -> None:
+    for lines, status in (
+        (b"HTTP/1.1\r\n", b"400"),
+        (b"HTTP/1.1\r\nHost: localhost\r\nHost: elsewhere.example\r\n", b"400"),
+        (b"HTTP/1.0\r\nHost: localhost\r\nHost: localhost\r\n", b"400"),
+        (b"HTTP/1.1\r\nHost: localhost\r\n", b"200"),
+        (b"HTTP/1.0\r\n", b"200"),
+    ):
+        with socket.create_connection(("127.0.0.1", server.port), timeout=10) as connection:
+            connection.sendall(b"GET /model " + lines + b"\r\n")
+            assert connection.recv(4096)[9:12] == status, lines
+
+
 def test_broken_http_is_refused_and_the_log_stays_empty(run: Path) -> None:
     with serving(run) as server:
         for request in (b"\x16\x03\x01\x02\x00\x01\x00", b"GET\r\n\r\n", b"GET / HTTP/9.9\r\n\r\n", b"POST /predict HTTP/1.1\r\nContent-Length: -5\r\n\r\n"):
@@ -145,13 +185,14 @@ def test_an_endless_head_is_cut_off(server: Server) -> None:
     assert server.predict(large)[0] == 200, "a body may be longer"
 
 
+class Own(SimpleNamespace):
+    """Equal to nothing but itself, as connections and requests are."""
+
+    __hash__, __eq__ = object.__hash__, object.__eq__
+
+
 def test_connections_that_only_hold_a_place_are_dropped_and_others_are_not() -> None:
     """As the clock goes on; a slow body has a limit of its own."""
-
-    class Own(SimpleNamespace):
-        """Equal to nothing but itself, as connections and requests are."""
-
-        __hash__, __eq__ = object.__hash__, object.__eq__
 
     def connection(cycle: Any) -> Any:
         dropped: list[bool] = []
@@ -170,6 +211,25 @@ def test_connections_that_only_hold_a_place_are_dropped_and_others_are_not() -> 
         active.cycle = done()  # it asks again each second
         slow.transport.unsent -= 1
     assert [bool(each.dropped) for each in (silent, idle, working, active, slow, deaf)] == [True, True, False, False, False, True]
+
+
+def test_a_stop_waits_as_long_as_a_request_may_take_but_not_for_who_reads_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    service: Any = SimpleNamespace(app="none", limits=Limits(seconds=3000.5))
+    assert (_config(service).timeout_graceful_shutdown or 0) > BODY_SECONDS + 3000.5
+    monkeypatch.setattr(server_module, "STALE_SECONDS", -1.0)
+    monkeypatch.setattr(server_module, "DRAIN_SECONDS", 0.0)
+
+    async def main() -> None:
+        dropped = asyncio.Event()
+        server = _Server(uvicorn.Config(app="none"), service, lambda: None)
+        server.servers = []
+        deaf = Own(cycle=None, transport=SimpleNamespace(abort=dropped.set, get_write_buffer_size=lambda: 1))
+        with monkeypatch.context() as patched:
+            patched.setattr(server.server_state, "connections", [deaf])
+            patched.setattr(uvicorn.Server, "shutdown", lambda self, sockets: dropped.wait())
+            await asyncio.wait_for(server.shutdown(), 10)
+
+    asyncio.run(main())
 
 
 class Client(threading.Thread):

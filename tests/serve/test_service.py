@@ -118,6 +118,7 @@ def test_what_cannot_explain_itself_has_no_heat_map(run: Path) -> None:
 
 
 FORM = {"content-type": "multipart/form-data; boundary=xyz"}
+FIELD = b'--xyz\r\nContent-Disposition: form-data; name="a"\r\n\r\ntext\r\n'
 
 
 @pytest.mark.parametrize(
@@ -138,10 +139,15 @@ FORM = {"content-type": "multipart/form-data; boundary=xyz"}
         (b"--xyz--\r\n", FORM, 422, "received none"),
         (b'--xyz\r\nContent-Disposition: form-data; name="a"\r\n\r\ntext\r\n--xyz--\r\n', FORM, 422, "received none"),
         (multipart(*[("a.png", b"x")] * 33)[0], FORM, 422, "at most 32 images"),
+        (FIELD * 257 + b"--xyz--\r\n", FORM, 422, "at most 256 parts"),
     ],
 )
 def test_what_is_no_image_is_refused_with_the_reason(client: TestClient, body: bytes, headers: dict[str, str], status: int, part: str) -> None:
     refused(client.post("/predict", content=body, headers=headers), status, part)
+
+
+def test_an_image_may_come_with_fields(client: TestClient) -> None:
+    assert client.post("/predict", content=FIELD * 255 + multipart(("a.png", image()))[0], headers=FORM).status_code == 200
 
 
 def test_one_bad_image_of_several_is_named(client: TestClient) -> None:
@@ -359,7 +365,8 @@ def test_metrics_count_what_happened(run: Path) -> None:
     lines = [line for line in text.splitlines() if not line.startswith("#")]
     assert all(re.fullmatch(r'reslab_\w+(\{\w+="[^"]+"\})? [0-9.]+', line) for line in lines)
     values = dict(line.rsplit(" ", 1) for line in lines)
-    assert values["reslab_images_total"] == "9", "3 good ones, a bad one, and 5 elsewhere"
+    assert values["reslab_images_total"] == "8", "3 good ones, and 5 elsewhere; a bad one is not classified"
+    assert float(values["reslab_batch_images_sum"]) == 3
     assert values["reslab_heat_maps_total"] == "1"
     assert values["reslab_body_bytes"] == "0"
     assert values['reslab_batch_images_bucket{le="+Inf"}'] == values["reslab_batch_images_count"]

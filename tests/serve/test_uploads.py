@@ -2,12 +2,14 @@
 
 import asyncio
 import json
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from reslab.serve import uploads
+from reslab.serve.problems import Problem
 from tests.serve.serving import make_run
 from tests.serve.test_service import make
 
@@ -40,3 +42,14 @@ def test_a_body_that_stops_coming_is_answered_ends_its_connection_and_is_held_no
     assert dict(start["headers"])[b"connection"] == b"close"
     assert "received 300 bytes by then" in json.loads(b"".join(part["body"] for part in bodies))["detail"]
     assert held == [0, 300, 0], "while the answer waits to be seen, nothing is held any more"
+
+
+def test_a_body_of_many_tiny_parts_is_refused_before_it_is_taken_apart() -> None:
+    body = b"--xyz\r\n\r\n" * (1 << 18) + b"--xyz--"
+    tracemalloc.start()
+    with pytest.raises(Problem) as problem:
+        uploads._files(body, "multipart/form-data; boundary=xyz", 32)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert problem.value.status == 400
+    assert peak < 3 * len(body), "all the parts would take seven times as much"
