@@ -286,7 +286,7 @@ def study(
     image_size: Annotated[int | None, Parameter(help="pixels a side; by default the images' own, fewer for budgets below an hour")] = None,
     out: Annotated[Path | None, Parameter(help="the study's folder; by default below studies/. An interrupted study goes on there")] = None,
     seeds: Annotated[int, Parameter(help="trainings of each net")] = 3,
-    jobs: Annotated[int | None, Parameter(help="processes; by default one a core")] = None,
+    jobs: Annotated[int | None, Parameter(help="processes; by default, and without --cluster at most, one a core")] = None,
     cluster: Annotated[str | None, Parameter(help=CLUSTER)] = None,
 ) -> int:
     """Answer a question about residual networks by measuring. Without a name: the list of questions."""

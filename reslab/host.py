@@ -5,12 +5,13 @@ environment memory is left as it is, but for what `release_freed_memory` gives b
 """
 
 import ctypes
+import math
 import os
 import platform
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from mmap import PAGESIZE as PAGE
 from pathlib import Path
@@ -24,8 +25,14 @@ FEW, MANY = 8, 64  # huge pages that are not worth another call, and as many as 
 
 
 def cores() -> int:
-    """How many of them this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """How many of them this process may use: the machine's, or as many as the time that its control group (a container) is allowed amounts to."""
+    least = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    for folder, old in _groups("cpu"):
+        with suppress(OSError, ValueError, ZeroDivisionError):  # "max" is no limit, -1 an old one's
+            names = ("cpu.cfs_quota_us", "cpu.cfs_period_us") if old else ("cpu.max",)
+            quota, period = map(int, " ".join((folder / name).read_text("ascii") for name in names).split())
+            least = min(least, math.ceil(quota / period)) if quota > 0 else least
+    return least
 
 
 def cpu_name() -> str:
@@ -42,17 +49,21 @@ def cpu_name() -> str:
 def memory() -> int:
     """Bytes that this process may use: the machine's, or less where its control group (a container, a batch job) or one above is allowed less."""
     least = PAGE * os.sysconf("SC_PHYS_PAGES")
+    for folder, old in _groups("memory"):
+        with suppress(OSError, ValueError):  # "max" is no limit
+            least = min(least, int((folder / ("memory.limit_in_bytes" if old else "memory.max")).read_text("ascii")))
+    return least
+
+
+def _groups(controller: str) -> Iterator[tuple[Path, bool]]:
+    """The folders of this process's control group and those above, and whether they are of Linux's first kind, a tree for each controller."""
     with suppress(OSError):
         for line in Path("/proc/self/cgroup").read_text("utf-8", "replace").splitlines():
             _, controllers, name = line.split(":", 2)
-            if controllers and "memory" not in controllers.split(","):
-                continue
-            root, limit = (CGROUPS / "memory", "memory.limit_in_bytes") if controllers else (CGROUPS, "memory.max")
-            group = root / name.lstrip("/")
-            for folder in (group, *group.parents):  # in a container the group may be named as it is outside: then the limit is that of the root
-                with suppress(OSError, ValueError):  # "max" is no limit
-                    least = min(least, int((folder / limit).read_text("ascii")))
-    return least
+            if not controllers or controller in controllers.split(","):
+                group = (CGROUPS / controller if controllers else CGROUPS) / name.lstrip("/")
+                # In a container the group may be named as it is outside: then the limit is that of the root
+                yield from ((folder, bool(controllers)) for folder in (group, *group.parents))
 
 
 def expanded(path: str) -> Path | None:

@@ -64,7 +64,8 @@ class Call:
     cluster: str | None = None
 
     def __post_init__(self) -> None:
-        if not 1 <= self.seeds <= MOST_SEEDS or not 1 <= (self.jobs or 1) <= 1024 or not 4 <= (self.image_size or 32) <= 1024:
+        jobs, size = 1 if self.jobs is None else self.jobs, 32 if self.image_size is None else self.image_size
+        if not 1 <= self.seeds <= MOST_SEEDS or not 1 <= jobs <= 1024 or not 4 <= size <= 1024:
             raise CallError(
                 f"--seeds must be 1 to {MOST_SEEDS}, --jobs 1 to 1024, --image-size 4 to 1024; received {self.seeds}, {self.jobs}, {self.image_size}"
             )
@@ -117,16 +118,20 @@ def study_all(call: Call, show: Show) -> list[tuple[str, Path, list[Claim]]]:
 
 
 def _folder(name: str, call: Call) -> Path:
-    """Where a study goes, once it is known what it looks at."""
-    subject = "-".join(path.name for path in call.runs) if call.runs else Path(str(call.data)).stem
-    return call.out or STUDIES_FOLDER / f"{name}-{subject}-{call.budget}"
+    """Where a study goes, once it is known what it looks at: another place for another net or size, or for other images of the same name."""
+    paths = [path.resolve() if path.exists() else path for path in call.runs or (Path(str(call.data)),)]
+    subject = "-".join(path.name if call.runs else path.stem for path in paths)
+    is_ours = not any(path.exists() for path in paths)  # a named data set, a net that comes with reslab
+    mark = None if is_ours else hashlib.sha256("\n".join(map(str, paths)).encode("utf-8", "surrogateescape")).hexdigest()[:6]
+    size = f"{call.image_size}px" if call.image_size else None
+    return call.out or STUDIES_FOLDER / "-".join(part for part in (name, subject, mark, call.net, size, call.budget) if part)
 
 
 @contextmanager
 def _workers(call: Call) -> Iterator[tuple[Call, Workers]]:
     """Who works off the cells, processes of this machine or the cores of a cluster, and the call with how many they are."""
     if call.cluster is None:
-        yield replace(call, jobs=call.jobs or cores()), processes
+        yield replace(call, jobs=min(call.jobs or cores(), cores())), processes  # more of them would only compete
         return
     address = call.cluster
     with Pool(address) as held:  # one connection, which those below use
@@ -160,10 +165,12 @@ def _answered(name: str, found: Study, call: Call, place: Place, show: Show, wor
     nets = tuple(Given(_named(path, call.runs), c.spec, keep(c.net, place.store)) for path, c in given)
     setting = Setting(call.seconds, call.jobs, call.seeds, find_spec(base, **shape), nets)
     page, began = _page(name, found, call, data.facts, setting), time.monotonic()
+    lost = data.facts.left_out
+    left_out = f" {lost:,} image{'s' * (lost > 1)} that cannot be read {'are' if lost > 1 else 'is'} left out." if lost else ""
 
     def draw(outcome: Outcome, running: bool) -> tuple[Path, list[Claim]]:
         claims = found.claims(outcome.records)
-        protocol = _protocol(setting, outcome, images.image_size, size, running)
+        protocol = _protocol(setting, outcome, images.image_size, size, running) + left_out
         measured = {"answer": found.answer(outcome.records), "claims": claims, "protocol": protocol}
         now = {"seconds": round(time.monotonic() - began), "cells": outcome.done, "running": running}
         return write_study(place.out / "study.html", page | measured | now, outcome.records), claims
@@ -189,7 +196,7 @@ def _page(name: str, found: Study, call: Call, facts: Facts, setting: Setting) -
 def _named(path: Path, among: tuple[Path, ...]) -> str:
     """A run's name: its folder's, unless another run's folder is called the same."""
     names = [other.resolve().name for other in among]
-    return path.resolve().name if names.count(path.resolve().name) == 1 else str(path)
+    return shown(path.resolve().name if names.count(path.resolve().name) == 1 else path)
 
 
 def _of_runs(paths: tuple[Path, ...], classifiers: list[Classifier], show: Show) -> tuple[Images, int, Preprocess]:

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from reslab.data.check import Checkup
     from reslab.run import Run
 
+LISTED = 100  # classes of a checkup
+
 
 def width() -> int | None:
     """Columns of the terminal; None where there is none, and nothing is cut."""
@@ -131,10 +133,13 @@ def print_checkup(name: str, n: int, found: "Checkup") -> None:
 
     out = console()
     parts = sorted({part for row in found.counts.values() for part in row})
-    table = Table("class", *parts, title=f"{name}: {n:,} images, {len(found.counts)} classes")
-    for label, row in list(found.counts.items())[:100]:
+    out.print(Text(f"{name}: {n:,} images, {len(found.counts)} classes"))
+    table = Table("class", *parts)
+    for label, row in list(found.counts.items())[:LISTED]:
         table.add_row(Text(shown(label)), *(str(row[part]) for part in parts))
     out.print(table)
+    if len(found.counts) > LISTED:
+        out.print(f"and {len(found.counts) - LISTED:,} classes more: --json lists all")
     out.print("  ".join(f"{axis} {low} / {mid} / {high} px" for axis, (low, mid, high) in found.sizes.items()) + " (smallest / median / largest)")
     for finding in found.findings:
         out.print(Text("problem  " if finding.is_problem else "note     ", style="red" if finding.is_problem else "yellow") + Text(finding.text))

@@ -12,17 +12,16 @@ from reslab import host
 from reslab.data.named import roots
 from reslab.download import cache
 from reslab.errors import WorkError
-from reslab.host import cpu_name, memory, use_huge_pages
+from reslab.host import cores, cpu_name, memory, use_huge_pages
 from reslab.nets.compiler import _openmp
-
-CORES = f"{len(os.sched_getaffinity(0))} cores"
 
 
 @pytest.mark.parametrize(("flags", "name"), [("fpu amx_tile amx_bf16", "A Processor with AMX"), ("fpu avx512_bf16", "A Processor")])
 def test_a_processors_name_tells_those_with_amx_from_those_without(flags: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     told = f"processor\t: 0\nmodel name\t: A Processor\nflags\t\t: {flags}\n\nprocessor\t: 1\nmodel name\t: A Processor\nflags\t\t: {flags}\n"
     monkeypatch.setattr(Path, "read_text", lambda *_: told)
-    assert cpu_name() == f"{name}, {CORES}"
+    monkeypatch.setattr(host, "cores", lambda: 2)
+    assert cpu_name() == f"{name}, 2 cores"
 
 
 def test_without_cpuinfo_there_is_a_name_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -90,6 +89,15 @@ def test_a_mapped_file_may_have_a_name_that_is_no_text(tmp_path: Path, monkeypat
             assert _openmp().count("libgomp") == 1
 
 
+def control_groups(line: str, limits: dict[str, str], folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, limit in limits.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(limit)
+    monkeypatch.setattr(host, "CGROUPS", folder)
+    read = Path.read_text
+    monkeypatch.setattr(Path, "read_text", lambda self, *words: line if str(self) == "/proc/self/cgroup" else read(self, *words))
+
+
 @pytest.mark.parametrize(
     ("line", "limits", "least"),
     [
@@ -101,13 +109,24 @@ def test_a_mapped_file_may_have_a_name_that_is_no_text(tmp_path: Path, monkeypat
     ids=["of a group above", "of a container", "version 1", "none"],
 )
 def test_memory_is_what_the_control_group_allows(line: str, limits: dict[str, str], least: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, limit in limits.items():
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).write_text(limit)
-    monkeypatch.setattr(host, "CGROUPS", tmp_path)
-    read = Path.read_text
-    monkeypatch.setattr(Path, "read_text", lambda self, *words: line if str(self) == "/proc/self/cgroup" else read(self, *words))
+    control_groups(line, limits, tmp_path, monkeypatch)
     assert memory() == least
+
+
+@pytest.mark.parametrize(
+    ("line", "limits", "least"),
+    [
+        ("0::/job", {"job/cpu.max": "max 100000\n", "cpu.max": "150000 100000\n"}, 2),
+        ("0::/job", {"job/cpu.max": "20000 100000\n"}, 1),
+        ("4:cpu,cpuacct:/job", {"cpu/job/cpu.cfs_quota_us": "300000\n", "cpu/job/cpu.cfs_period_us": "100000\n"}, 3),
+        ("4:cpu,cpuacct:/job", {"cpu/job/cpu.cfs_quota_us": "-1\n", "cpu/job/cpu.cfs_period_us": "100000\n"}, 4),
+    ],
+    ids=["of a group above", "less than one", "version 1", "none"],
+)
+def test_cores_are_as_many_as_the_control_group_allows(line: str, limits: dict[str, str], least: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: range(4))
+    control_groups(line, limits, tmp_path, monkeypatch)
+    assert cores() == least
 
 
 def test_a_home_that_nobody_has_is_no_folder(monkeypatch: pytest.MonkeyPatch) -> None:

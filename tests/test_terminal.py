@@ -6,7 +6,8 @@ from contextlib import redirect_stdout
 
 import pytest
 
-from reslab.terminal import watch
+from reslab.data.check import Checkup
+from reslab.terminal import print_checkup, watch
 
 FACTS = {"loss": 0.5, "top1": 0.75, "val_top1": 0.625, "lr": 0.1}
 
@@ -71,3 +72,11 @@ def test_without_a_terminal_there_are_words_alone(capsys: pytest.CaptureFixture[
         show.epoch(1, 4, FACTS)
         show.say("testing [red]")
     assert capsys.readouterr().out == "testing [red]\n"
+
+
+def test_the_table_of_a_checkup_says_what_it_leaves_out_and_takes_a_name_as_it_is(capsys: pytest.CaptureFixture[str]) -> None:
+    sizes = {"width": [8, 8, 8]}
+    print_checkup("x[/y] phot[bold]os", 250, Checkup({f"c{i}": {"train": 1} for i in range(250)}, sizes, []))
+    out = capsys.readouterr().out
+    assert "x[/y] phot[bold]os: 250 images, 250 classes" in out
+    assert "and 150 classes more: --json lists all" in out

@@ -33,12 +33,19 @@ class Drawn(NamedTuple):
         writer = csv.DictWriter(held, list(self.rows[0]) if self.rows else [], lineterminator="\n")
         writer.writeheader()
         writer.writerows(self.rows)
-        return held.getvalue().encode()
+        return held.getvalue().encode("utf-8", "backslashreplace")
 
     @property
     def link(self) -> str:
         """The numbers as a link that a browser saves as a file."""
         return f"data:text/csv;base64,{base64.b64encode(self.csv).decode()}"
+
+
+def caption(text: str, rows: list[Row], most: int) -> str:
+    """A figure's title with how many test images it is of and, where its panels are the first nets of more, of how many."""
+    nets, images = len({r["net"] for r in rows}), sorted({r["images"] for r in rows if "images" in r})
+    text += f"; {' or '.join(f'{n:,}' for n in images)} test images" if images else ""
+    return text + (f"; the first {most} of {nets} nets" if nets > most else "")
 
 
 class Canvas:

@@ -13,7 +13,8 @@ from reslab.study.grid import results
 from reslab.study.table import best
 
 OURS, PUBLISHED = SERIES[0], SERIES[4]
-TOP = 4.0  # of the axis of losses: what is above is drawn at its edge
+TOP = 4.0  # of the axis of losses, at least: what is above is drawn at its edge
+HEADROOM = 1.2  # above the loss that nets of many classes begin with
 
 
 class Line(NamedTuple):
@@ -105,12 +106,13 @@ def _least(nets: list[Record], name: str) -> bool:
 def losses(title: str, records: list[Record], panels: Mapping[str, Sequence[Line]], reference: Line | None = None) -> Drawn:
     """Running training loss by step, a panel each, a line a seed; `reference` is drawn behind every panel, in grey."""
     curves = [r for r in records if r["kind"] == "curve"]
+    top = max(TOP, HEADROOM * min((loss for r in curves for loss in r["loss"][:1] if loss is not None), default=0.0))
     with canvas(len(panels), 2.7) as c:
         for axes, (name, lines) in zip(c.axes, panels.items(), strict=True):
-            axes.set_ylim(0, TOP)
+            axes.set_ylim(0, top)
             for line in [reference] if reference else []:
-                _curves(axes, curves, line, alpha=0.5)
-            ends = [end for line in lines if (end := _curves(axes, curves, line))]
+                _curves(axes, curves, line, top, alpha=0.5)
+            ends = [end for line in lines if (end := _curves(axes, curves, line, top))]
             if ends and len(lines) > 1:
                 at_ends(axes, max(x for x, *_ in ends), [end[1:] for end in ends])
             titled(axes, name, "step")
@@ -122,12 +124,12 @@ def losses(title: str, records: list[Record], panels: Mapping[str, Sequence[Line
         return c.drawn(title, shared)
 
 
-def _curves(axes: Axes, curves: list[Record], line: Line, alpha: float = 0.9) -> tuple[float, float, str, str] | None:
+def _curves(axes: Axes, curves: list[Record], line: Line, top: float, alpha: float = 0.9) -> tuple[float, float, str, str] | None:
     """Draws the losses of the nets of a line, a cross where one was lost; gives back where the last one ends, its name and its colour."""
     end = None
     for row in (r for r in curves if all(r[key] == value for key, value in line.facts.items())):
         kept = list(itertools.takewhile(lambda loss: loss is not None, row["loss"]))
-        points = [(row["every"] * (i + 0.5), min(loss, TOP)) for i, loss in enumerate(kept)]
+        points = [(row["every"] * (i + 0.5), min(loss, top)) for i, loss in enumerate(kept)]
         axes.plot([x for x, _ in points], [y for _, y in points], color=line.colour, linewidth=1, alpha=alpha, clip_on=False)
         if len(kept) < len(row["loss"]) and points:
             axes.plot(*points[-1], color=line.colour, marker="x", clip_on=False)

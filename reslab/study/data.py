@@ -1,7 +1,7 @@
 """What the cells of a study look at: decoded images in plain arrays, which all processes map from one folder."""
 
-import hashlib
 import json
+import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from reslab.data.images import Images, read_many
 from reslab.data.preprocess import Preprocess
 from reslab.errors import WorkError, shown
 from reslab.run import workplace, write_whole
+from reslab.study.kinds import code, content_key
 
 SAMPLED = 5000  # images that the mean colour is taken from, at most
 
@@ -28,6 +29,7 @@ class Facts:
     classes: int
     upright: bool  # a mirror image would be another class
     preprocess: dict[str, Any]
+    left_out: int = 0  # images that cannot be read
 
     @property
     def size(self) -> int:
@@ -74,22 +76,30 @@ def prepare(images: Images, size: int, store: Path, preprocess: Preprocess | Non
     Train is what `reslab train` would train on; val stays unseen, so that a net made here can be calibrated like a run's.
     With `preprocess`, that of a run, its decoding and its mean are kept.
     """
-    fingerprint = hashlib.sha256(json.dumps([images.fingerprint(), size, preprocess and preprocess.to_dict()]).encode()).hexdigest()[:24]
-    folder = store / "data" / fingerprint
+    made_of = [images.fingerprint(), size, preprocess and preprocess.to_dict(), code("data/images.py")]
+    folder = store / "data" / content_key(made_of)
     if (folder / "facts.json").is_file():
         return load(folder), folder
     arrays: dict[str, NDArray[Any]] = {}
+    left_out: list[str] = []
     for name in ("train", "test"):
         items = images.split[name]
         pixels, failed = read_many(images, items, preprocess.canvas if preprocess else size)
         good = np.setdiff1d(np.arange(len(items)), [position for position, _ in failed])
         arrays[name], arrays[f"{name}_labels"] = pixels[good], images.labels[items[good]]
+        left_out += [images.digests[items[position]] for position, _ in failed]
     if not len(arrays["train"]) or not len(arrays["test"]):
         raise WorkError(f"a study needs images that can be read; {shown(images.name)} has none: `reslab check` lists them")
-    facts = Facts(images.name, fingerprint, len(images.classes), images.upright, (preprocess or _preprocess(arrays["train"])).to_dict())
+    if left_out:  # which may be there next time, and then are other data
+        folder = store / "data" / content_key([*made_of, sorted(left_out)])
+    preprocess = preprocess or _preprocess(arrays["train"])
+    facts = Facts(images.name, folder.name, len(images.classes), images.upright, preprocess.to_dict(), len(left_out))
     with workplace(folder / "facts.json") as made:
         for name, array in arrays.items():
-            np.save(made / f"{name}.npy", array, allow_pickle=False)
+            with (made / f"{name}.npy").open("wb") as file:
+                np.save(file, array, allow_pickle=False)
+                file.flush()
+                os.fsync(file.fileno())  # facts.json must not reach the disk before it
             (made / f"{name}.npy").replace(folder / f"{name}.npy")  # never written in place: another study may have mapped an equal one
     write_whole(folder / "facts.json", json.dumps(asdict(facts)).encode())  # last: where it is, all is
     return load(folder), folder
@@ -108,5 +118,5 @@ def load(folder: Path) -> Data:
         facts = Facts(**json.loads((folder / "facts.json").read_text("utf-8")))
         names = ("train", "train_labels", "test", "test_labels")
         return Data(facts, *(np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False) for name in names))
-    except (TypeError, OSError, ValueError) as error:
+    except (TypeError, OSError, ValueError, EOFError) as error:
         raise WorkError(f"the prepared images in {shown(folder)} are damaged: delete that folder") from error

@@ -58,7 +58,7 @@ def cells(setting: Setting, data: Data, pace: Pace) -> list[Cell]:
     share = (MEASURING + (TRAINING if setting.given else 0.0)) / len(jobs)
     made = []
     for kind, name, twin, subject in jobs:
-        images = int(min(MOST, len(data.test), max(LEAST, affordable(COST[kind], subject.spec, setting, data, pace, share))))
+        images = int(min(MOST, len(data.test), max(LEAST, affordable(COST[kind], subject.spec, setting, data, pace, share, len(jobs)))))
         made.append(Cell(f"{name}, {kind}", subject, facts={"net": name, "twin": twin, "what": kind, "images": images}))
     return made
 

@@ -7,6 +7,7 @@ import json
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from functools import cache
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -58,7 +59,7 @@ class Subject:
 
     def key(self, fingerprint: str) -> str:
         """Names the weights by content: by all that decides them."""
-        return self.weights or _hash([asdict(self), fingerprint, _code(*TRAINING)])
+        return self.weights or content_key([asdict(self), fingerprint, code(*TRAINING)])
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,7 @@ class Cell:
 
     def key(self, study: str, fingerprint: str) -> str:
         """Names the cell's records by content: equal only where they would be."""
-        return _hash([study, self.subject.key(fingerprint), asdict(self), fingerprint, _code(f"study/{study}.py")])
+        return content_key([study, self.subject.key(fingerprint), asdict(self), fingerprint, code(f"study/{study}.py")])
 
 
 class Given(NamedTuple):
@@ -144,12 +145,13 @@ class Study:
     live: bool = False
 
 
-def _hash(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:24]
+def content_key(value: Any) -> str:
+    """A name that only equal values have; of the numbers of a study, those of this torch."""
+    return hashlib.sha256(json.dumps([value, version("torch")], sort_keys=True).encode()).hexdigest()[:24]
 
 
 @cache
-def _code(*names: str) -> str:
+def code(*names: str) -> str:
     """A digest of these files and of all in the package that they import, directly or not."""
     found, waiting = set(names), [*names]
     while waiting:

@@ -144,14 +144,14 @@ def _outcome(name: str, place: Place, cells: list[Cell], fingerprint: str) -> Ou
 
 
 def _plan(study: Study, name: str, data: Data, setting: Setting, place: Place) -> list[Cell]:
-    """The cells. Paces differ from run to run, so plan.json keeps those that a call was planned by.
+    """The cells. Paces differ from run to run, so a plan-….json keeps those that a call was planned by.
 
     When it is repeated, or asked for other seeds, the same schedules come out, and what is finished stays.
     """
-    file = place.out / "plan.json"
     asked = {"study": name, "fingerprint": data.facts.fingerprint, **setting._asdict(), "net": asdict(setting.net)}
     seeds = asked.pop("seeds")
     asked = json.loads(json.dumps(asked, default=asdict))
+    file = place.out / f"plan-{hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:12]}.json"
     paces: dict[str, float] = {}
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # there is none
         held = json.loads(file.read_text("utf-8"))
@@ -247,7 +247,7 @@ def _work(name: str, place: Place, cells: list[Cell], fingerprint: str, setting:
                 now = time.monotonic() - started
                 for future in finished:
                     item, began = running.pop(future)
-                    future.result()
+                    _finished(future, item)
                     function = train_one if isinstance(item, list) else work_off
                     longest[function] = max(longest[function], now - began)
                     if isinstance(item, list):
@@ -257,6 +257,18 @@ def _work(name: str, place: Place, cells: list[Cell], fingerprint: str, setting:
                         yield item, now
         except BrokenProcessPool as error:
             raise WorkError("a process of the study was killed, perhaps for want of memory; the finished cells are kept: repeat the command") from error
+
+
+def _finished(future: Future[None], item: Cell | list[Cell]) -> None:
+    """Raises WorkError for what went wrong where it was worked off, or whatever says more."""
+    try:
+        future.result()
+    except (CallError, WorkError, BrokenProcessPool):
+        raise
+    except Exception as error:
+        which = f"the training for {item[0].name}" if isinstance(item, list) else item.name
+        line = shown(str(error).splitlines()[0][:120]) if str(error) else ""
+        raise WorkError(f"{which} failed: {type(error).__name__} {line}; the finished cells are kept: repeat the command") from error
 
 
 def _threads(jobs: int) -> int:

@@ -96,7 +96,7 @@ def _plan(specs: list[Spec], setting: Setting, data: Data, pace: Pace) -> Plan:
     scored, batch = len(data.test) + min(SCORED, len(data.train)), batch_size(data)
     each = FORWARD * sum(pace(spec, batch) for spec in specs) / batch
     share = MEASURING + TRAINING * bool(setting.given)
-    return next((plan for plan in PLANS if each * (plan.looks + scored) <= share * setting.seconds * setting.jobs), PLANS[-1])
+    return next((plan for plan in PLANS if each * (plan.looks + scored) <= share * setting.seconds * min(setting.jobs, len(specs) * plan.side)), PLANS[-1])
 
 
 def measure(cell: Cell, ready: Ready, data: Data) -> Iterator[Record]:

@@ -59,7 +59,7 @@ def cells(setting: Setting, data: Data, pace: Pace) -> list[Cell]:
     made = []
     for kind, name in jobs:
         spec = subjects[name].spec
-        images = _images(kind, affordable(_cost(kind, sum(spec.depths)), spec, setting, data, pace, share * WEIGHTS[kind]), data)
+        images = _images(kind, affordable(_cost(kind, sum(spec.depths)), spec, setting, data, pace, share * WEIGHTS[kind], len(jobs)), data)
         facts = {"net": name, "twin": "residual" if is_residual(spec) else "plain", "lesion": kind, "images": images}
         made.append(Cell(f"{name}, {kind}", subjects[name], facts=facts))
     return made

@@ -223,7 +223,8 @@ def answer(records: list[Record]) -> str:
 
 
 def _start(records: list[Record], norm: bool) -> list[Record]:
-    return [r for r in records if r["kind"] == "addition" and (r["order"], r["norm"]) == ("single stage", norm)]
+    found = (r for r in records if r["kind"] == "addition" and (r["order"], r["norm"]) == ("single stage", norm))
+    return [r for r in found if None not in (*r["branch"], *r["shortcut"])]  # where a variance overflowed
 
 
 def _between(records: list[Record], one: tuple[str, int], other: tuple[str, int]) -> tuple[Estimate, str]:

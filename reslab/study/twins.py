@@ -51,12 +51,13 @@ def batch_size(data: Data) -> int:
 def schedule(specs: list[Spec], setting: Setting, data: Data, pace: Pace, share: float, batch: int = 0, **changes: Any) -> Schedule:
     """The same training for all the specs, each once a seed: as many steps of `batch` images as a share of the budget allows.
 
-    A batch of 0 is that of `batch_size`.
+    A batch of 0 is that of `batch_size`. However many processes there are, one training takes one of them.
     """
     batch = batch or batch_size(data)
     if setting.is_paper:
         return Schedule(PAPER_STEPS, batch, **{"lr": 0.1, "warmup": 0.01, **changes})
-    cost = sum(pace(spec, batch) for spec in specs) * (setting.sharing or setting.seeds) / setting.jobs
+    paces = [pace(spec, batch) for spec in specs]
+    cost = max(max(paces), sum(paces) * (setting.sharing or setting.seeds) / setting.jobs)
     return Schedule(min(PAPER_STEPS, int(share * setting.seconds / cost)), batch, **changes)
 
 
@@ -68,10 +69,13 @@ def trained(twins: dict[str, Spec], setting: Setting, data: Data, pace: Pace, sh
     return {name: Subject(spec, 0, plan) for name, spec in twins.items()}
 
 
-def affordable(steps: float, spec: Spec, setting: Setting, data: Data, pace: Pace, share: float) -> float:
-    """How many images a share of the budget pays for when each costs so many images' training steps; no limit for `paper`."""
+def affordable(steps: float, spec: Spec, setting: Setting, data: Data, pace: Pace, share: float, cells: int) -> float:
+    """How many images a share of the budget pays for when each costs so many images' training steps; no limit for `paper`.
+
+    It is the share of one of so many cells, of which each takes one process.
+    """
     batch = batch_size(data)
-    return share * setting.seconds * setting.jobs / (steps * pace(spec, batch) / batch) if setting.seconds else math.inf
+    return share * setting.seconds * min(setting.jobs, cells) / (steps * pace(spec, batch) / batch) if setting.seconds else math.inf
 
 
 def numbered(given: tuple[Given, ...]) -> list[tuple[str, int, Given]]:

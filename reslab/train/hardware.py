@@ -135,6 +135,8 @@ def machine() -> Iterator[Machine]:
     """The machine this process is to use. Under torchrun it joins the group, and leaves it at the end."""
     keep_freed_memory()
     _keep_compiled()
+    if cores() < torch.get_num_threads():  # torch does not know what a container is allowed
+        torch.set_num_threads(cores())
     names = ("RANK", "LOCAL_RANK", "TORCHELASTIC_RESTART_COUNT")
     rank, local, restarts = (int(os.environ.get(name, "0")) for name in names)
     world = int(os.environ.get("WORLD_SIZE", "1"))

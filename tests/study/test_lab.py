@@ -18,7 +18,7 @@ import torch
 import reslab
 from reslab.nets.torch import ResNet
 from reslab.run import write_whole
-from reslab.study import STUDIES, degradation, kinds, lab, training
+from reslab.study import STUDIES, degradation, estimation, kinds, lab, landscape, lesion, training
 from reslab.study.data import Data, load
 from reslab.study.kinds import Cell, Given, Ready, Schedule, Setting, Subject
 from reslab.study.lab import Place
@@ -144,7 +144,9 @@ def test_more_seeds_keep_the_schedules_that_the_first_were_planned_by(data: Data
     assert len({cell.subject.schedule for cell in more}) == 1
     assert planned(seeds=1) == [cell for cell in first if cell.subject.seed < 1]
     assert planned(seconds=61)[0].subject.schedule != first[0].subject.schedule, "another budget is another plan"
-    (tmp_path / "plan.json").write_text('{"asked": ')
+    assert planned() == first, "and leaves this one as it was"
+    for plan in tmp_path.glob("plan-*.json"):
+        plan.write_text('{"asked": ')
     assert planned()[0].subject.schedule != first[0].subject.schedule, "a damaged plan is made anew"
 
 
@@ -163,7 +165,7 @@ def test_a_cell_is_named_by_everything_that_decides_its_records() -> None:
 def test_records_and_nets_are_named_by_the_code_that_makes_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     package = Path(shutil.copytree(kinds.PACKAGE, tmp_path / "reslab", ignore=lambda _, names: {n for n in names if "." in n and not n.endswith(".py")}))
     monkeypatch.setattr(kinds, "PACKAGE", package)
-    monkeypatch.setattr(kinds, "_code", kinds._code.__wrapped__)
+    monkeypatch.setattr(kinds, "code", kinds.code.__wrapped__)
     given, trained = Subject(TINY, weights="key"), Subject(TINY, 0, Schedule(5))
 
     def keys() -> list[str]:
@@ -243,6 +245,30 @@ def test_twins_have_the_same_parameters_steps_and_seeds(data: Data) -> None:
         assert one.subject.spec.cost(8).params == two.subject.spec.cost(8).params
         assert (one.subject.seed, one.subject.schedule, one.facts["layers"]) == (two.subject.seed, two.subject.schedule, two.facts["layers"])
     assert {cell.facts["layers"] for cell in cells} == {20, 56}
+
+
+def test_a_training_takes_one_process_however_many_there_are(data: Data) -> None:
+    """A hundred times as many processes as trainings are no hundred times the time."""
+    wide = Setting(120, 600, 3, reslab.spec("resnet20", in_channels=1))
+    pace = lambda spec, batch: 0.01 * len(list(spec.layers(8)))  # noqa: E731
+    for study in (degradation, lesion, estimation, landscape):
+        for cell in study.cells(wide, data, pace):
+            assert cell.subject.schedule is None or cell.subject.schedule.steps * pace(cell.subject.spec, 0) <= wide.seconds
+    narrow = lesion.cells(wide._replace(jobs=2), data, pace)
+    assert [c.subject.schedule for c in narrow] == [c.subject.schedule for c in lesion.cells(wide, data, pace)], "it makes two nets"
+
+
+def test_work_that_fails_is_one_line_and_keeps_what_is_finished(small: list[str], place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def out_of_memory(place: Place, subject: Subject) -> None:
+        if subject.seed:
+            raise RuntimeError("can't allocate memory\nat all")
+        train_one(place, subject)
+
+    train_one = lab.train_one
+    monkeypatch.setattr(lab, "train_one", out_of_memory)
+    with pytest.raises(reslab.WorkError, match=r"^the training for plain 1 failed: RuntimeError can't allocate memory; the finished cells are kept"):
+        lab.run("degradation", place._replace(out=tmp_path), SETTING._replace(jobs=1), quiet)
+    assert len(list((tmp_path / "cells").iterdir())) == 2
 
 
 def test_layers_are_counted_as_in_the_papers() -> None:

@@ -44,8 +44,9 @@ def _effects(records: list[Record]) -> Drawn:
                 e = each[name]
                 drawn.append({"effect": name, "layers": depth, "points": 100 * e.mean, "low": 100 * e.low, "high": 100 * e.high, "n": e.n})
                 if e.n:
-                    width = 100 * (e.high - e.mean) if math.isfinite(e.high) else 0
-                    axes.errorbar(x, 100 * e.mean, yerr=width, color=SERIES[2], marker="o", markersize=5, capsize=4)
+                    width = 100 * (e.high - e.mean) if e.has_interval else None
+                    fill = SERIES[2] if e.has_interval else "none"
+                    axes.errorbar(x, 100 * e.mean, yerr=width, color=SERIES[2], markerfacecolor=fill, marker="o", markersize=5, capsize=4)
                     axes.annotate(
                         f"{100 * e.mean:+.0f}", (x, 100 * e.mean), xytext=(7, 0), textcoords="offset points", color=SERIES[2], fontsize=9, va="center"
                     )
@@ -53,7 +54,7 @@ def _effects(records: list[Record]) -> Drawn:
             axes.set_xlim(-0.4, len(found) - 0.3)
             axes.set_ylim(-110, 110)  # intervals of two seeds may leave it: no effect can
             titled(axes, title, "layers", "points of training error" if axes is c.axes[0] else "")
-        return c.drawn("What each part takes off the training error, with 95 % intervals over seeds", drawn)
+        return c.drawn("What each part takes off the training error, with 95 % intervals over seeds (hollow: too few for one)", drawn)
 
 
 def _survival(records: list[Record]) -> Drawn:

@@ -75,7 +75,8 @@ def _probed(probes: list[Record], title: str, unit: str, key: str) -> Drawn:
         for axes, shape in zip(c.axes, shapes, strict=False):
             _name(axes, lines[shape])
         rows = [{"shape": r["shape"], "norm": r["norm"], "seed": r["seed"], "step": r["step"], key: r[key]} for r in probes]
-        return c.drawn(f"{title}: median and range over seeds", rows)
+        lost = sum(r[key] is None for r in probes)
+        return c.drawn(f"{title}: median and range over seeds" + (f"; {lost} infinite values are beyond it" if lost else ""), rows)
 
 
 def _drift(speeds: list[Record]) -> Drawn:

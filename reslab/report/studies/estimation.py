@@ -4,12 +4,12 @@ from collections.abc import Sequence
 
 from matplotlib.axes import Axes
 
-from reslab.report.charts import Canvas, Drawn, Row, canvas, colours, titled
+from reslab.report.charts import Canvas, Drawn, Row, canvas, caption, colours, titled
 from reslab.report.svg import MUTED
 from reslab.run import Record
 
 COLOURS = colours(["residual", "plain", "untrained"])
-MOST_NETS = 4  # panels side by side
+MOST_NETS = 4  # panels side by side: of more nets, the first
 
 
 def figures(records: list[Record]) -> list[Drawn]:
@@ -33,7 +33,7 @@ def _nets(rows: list[Record]) -> list[tuple[str, str]]:
 
 def _steps(found: list[Record]) -> list[Drawn]:
     made = []
-    for key, title, caption in (
+    for key, title, told in (
         (
             "cosine",
             "cosine with the negative gradient",
@@ -49,7 +49,7 @@ def _steps(found: list[Record]) -> list[Drawn]:
                         axes.scatter([r["number"] + 1 for r in some], [r[name] for r in some], s=24, facecolors=fill, edgecolors=colour, zorder=3)
                     axes.axhline(0, color=MUTED, linewidth=1)
                 keys = ("net", "block", "number", "stage", key, f"change_{key}", "n")
-                made.append(c.drawn(caption, _rows(found, keys)))
+                made.append(c.drawn(caption(told, found, MOST_NETS), _rows(found, keys)))
     return made
 
 
@@ -68,7 +68,7 @@ def _read_outs(found: list[Record]) -> list[Drawn]:
         keys = ("net", "block", "number", "stage", "error", "images")
         return [
             c.drawn(
-                "Test error when a block's output is read",
+                caption("Test error when a block's output is read", found, MOST_NETS),
                 [{**row, "head_error": r.get("head_error")} for r, row in zip(found, _rows(found, keys), strict=True)],
             )
         ]
@@ -85,7 +85,7 @@ def _differences(found: list[Record]) -> list[Drawn]:
                 axes.errorbar(x, [r["mean"] for r in stage], [r["spread"] for r in stage], color=colour, marker="o", markersize=3, linewidth=1.2, capsize=0)
             axes.axhline(0, color=MUTED, linewidth=1)
         title = "Output minus that of the stage's last block, in its standard deviations: mean and spread over features (dots), root mean square (dashed)"
-        return [c.drawn(title, _rows(found, ("net", "block", "number", "stage", "mean", "spread", "rms", "images")))]
+        return [c.drawn(caption(title, found, MOST_NETS), _rows(found, ("net", "block", "number", "stage", "mean", "spread", "rms", "images")))]
 
 
 def _by_stage(rows: list[Record]) -> list[list[Record]]:

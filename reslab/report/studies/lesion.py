@@ -4,12 +4,12 @@ from collections.abc import Sequence
 
 from matplotlib.axes import Axes
 
-from reslab.report.charts import Drawn, Row, canvas, colours, titled
+from reslab.report.charts import Drawn, Row, canvas, caption, colours, titled
 from reslab.report.svg import MUTED
 from reslab.run import Record
 
 COLOURS = colours(["residual", "plain"])
-MOST_NETS = 4  # panels side by side
+MOST_NETS = 4  # panels side by side: of more nets, the first
 
 
 def figures(records: list[Record]) -> list[Drawn]:
@@ -46,7 +46,7 @@ def _by_block(records: list[Record]) -> list[Drawn]:
             _line_of_whole(axes, _whole(records, rows[0]))
             titled(axes, f"{net}: error without a block, %", "block (hollow: it changes the shape)")
         keys = ("net", "block", "number", "keeps_shape", "error", "rise", "rise_low", "rise_high", "images")
-        return [c.drawn("Test error when one block is removed; dashed: the whole net", _rows(found, keys))]
+        return [c.drawn(caption("Test error when one block is removed; dashed: the whole net", found, MOST_NETS), _rows(found, keys))]
 
 
 def _by_number(records: list[Record]) -> list[Drawn]:
@@ -64,7 +64,12 @@ def _by_number(records: list[Record]) -> list[Drawn]:
             axes.plot([0, *counts], [whole, *means], color=COLOURS[twin])
             _line_of_whole(axes, whole)
             titled(axes, f"{net}: error, %", "blocks removed")
-        return [c.drawn("Test error by the number of removed blocks, a dot a draw", _rows(found, ("net", "draw", "removed", "error", "images")))]
+        return [
+            c.drawn(
+                caption("Test error by the number of removed blocks, a dot a draw", found, MOST_NETS),
+                _rows(found, ("net", "draw", "removed", "error", "images")),
+            )
+        ]
 
 
 def _by_disorder(records: list[Record]) -> list[Drawn]:
@@ -79,7 +84,12 @@ def _by_disorder(records: list[Record]) -> list[Drawn]:
             _line_of_whole(axes, _whole(records, rows[0]))
             titled(axes, f"{net}: error, %", "Kendall's tau of the order (1: as trained)")
         c.axes[0].invert_xaxis()  # more disorder to the right; the panels share it
-        return [c.drawn("Test error by the disorder of the blocks, a dot a permutation", _rows(found, ("net", "draw", "tau", "error", "images")))]
+        return [
+            c.drawn(
+                caption("Test error by the disorder of the blocks, a dot a permutation", found, MOST_NETS),
+                _rows(found, ("net", "draw", "tau", "error", "images")),
+            )
+        ]
 
 
 def _by_length(records: list[Record]) -> list[Drawn]:
@@ -98,7 +108,7 @@ def _by_length(records: list[Record]) -> list[Drawn]:
             factor = next(r["factor"] for r in records if r["kind"] == "paths" and r["net"] == net)
             titled(axes, f"{net}: gradient norm" + (f", x {factor:.2f} a branch" if factor else ""), "length of the path, in branches")
         rows = [{**row, "draw": draw, "norm": norm} for row in _rows(found, ("net", "length")) for draw, norm in _draws(found, row)]
-        return [c.drawn("Mean gradient norm at the input by path length, a dot a draw", rows)]
+        return [c.drawn(caption("Mean gradient norm at the input by path length, a dot a draw", found, MOST_NETS), rows)]
 
 
 def _shares(records: list[Record]) -> list[Drawn]:
@@ -117,7 +127,12 @@ def _shares(records: list[Record]) -> list[Drawn]:
                 _above(axes, lengths, values, label, colour)
             axes.set_ylim(0, 110 * max(max(r["share"], r["paths"]) for r in found))
             titled(axes, f"{net}: share, %", "length of the path, in branches")
-        return [c.drawn("Where the gradient comes from, and how many paths there are", _rows(found, ("net", "length", "norm", "share", "paths")))]
+        return [
+            c.drawn(
+                caption("Where the gradient comes from, and how many paths there are", found, MOST_NETS),
+                _rows(found, ("net", "length", "norm", "share", "paths")),
+            )
+        ]
 
 
 def _above(axes: Axes, x: Sequence[float], values: Sequence[float], label: str, colour: str) -> None:
