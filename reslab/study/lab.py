@@ -144,7 +144,7 @@ def _outcome(name: str, place: Place, cells: list[Cell], fingerprint: str) -> Ou
 
 
 def _plan(study: Study, name: str, data: Data, setting: Setting, place: Place) -> list[Cell]:
-    """The cells. Paces differ from run to run, so a plan-….json keeps those that a call was planned by.
+    """The cells. Paces differ from run to run, so plan-HASH.json keeps those that a call was planned by.
 
     When it is repeated, or asked for other seeds, the same schedules come out, and what is finished stays.
     """
