@@ -47,7 +47,7 @@ def main() -> None:
         lines = [
             f"{DEEP} in {PRECISION}, --memory {BUDGET}: peak resident {deep.peak_gib:.2f} GiB in a run of {deep.seconds:.0f} s, "
             f"{deep.last('epoch')['step']} steps; {sum(plan['segments'])} of {of} blocks computed twice "
-            f"in {len(plan['segments'])} segments; step {plan['step_seconds']:.1f} s"
+            f"in {len(plan['segments'])} segments; a step took {plan['step_seconds']:.1f} s when it was timed before the training"
         ]
         for blocks, memory in FITTING.items():
             jobs = {

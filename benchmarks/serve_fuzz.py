@@ -211,6 +211,7 @@ def main() -> list[str]:
         time.sleep(1)
         metrics = server.metrics()
         failed = metrics['reslab_answers_total{status="500"}']
+        assert failed == 0
         lines.append(f"afterwards: {failed:.0f} answers of 500, {metrics['reslab_body_bytes']:.0f} bytes of bodies held, memory {server.resident():.0f} MiB")
     return lines
 

@@ -55,7 +55,7 @@ def test_channels_that_do_not_fit_are_an_error_as_in_torch(monkeypatch: pytest.M
     for kind, channels in ((Conv3x3, 64), (Conv3x3, 16), (WinogradConv, 128), (Pointwise, 64)):
         conv = kind(channels, channels, 1 if kind is Pointwise else 3, padding=int(kind is not Pointwise), bias=False).train()
         use_fused(conv, True)
-        with torch.autocast("cpu", torch.bfloat16), pytest.raises(RuntimeError):
+        with torch.autocast("cpu", torch.bfloat16), pytest.raises(RuntimeError, match=f"to have {channels} channels|shapes cannot be multiplied"):
             conv(torch.randn(8, 2 * channels, 4, 4))
 
 

@@ -133,7 +133,7 @@ def test_a_late_answer_is_late_and_what_nobody_waits_for_is_not_computed() -> No
         start = time.perf_counter()
         with pytest.raises(Late):
             await batcher.ask([1, 2], 0.05)
-        assert time.perf_counter() - start < 1
+        assert time.perf_counter() - start < 5
         gone = asyncio.create_task(batcher.ask([3], 10))
         await until(lambda: batcher.waiting == 1)
         gone.cancel()

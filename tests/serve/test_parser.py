@@ -16,15 +16,16 @@ OK = b"HTTP/1.1 200 OK\r\n"
 
 
 class Echo:
-    """An application that answers each request with its path and its body; `/slow` takes a while."""
+    """An application that answers each request with its path and its body; `/slow` takes until all was sent."""
 
     def __init__(self) -> None:
         self.asked: list[tuple[str, bytes]] = []
+        self.sent = asyncio.Event()
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         if scope["path"] == "/slow":
             self.asked.append(("/slow", b""))
-            await asyncio.sleep(0.5)
+            await self.sent.wait()
         else:
             body, more = b"", True
             while more:
@@ -51,6 +52,7 @@ def exchange(protocol: Any, *segments: bytes) -> tuple[list[tuple[str, bytes]], 
                 writer.write(segment)
                 await writer.drain()
                 await asyncio.sleep(0.05)
+            app.sent.set()
             while part := await reader.read(1 << 16):
                 answer += part
         except ConnectionError:

@@ -31,6 +31,27 @@ def test_cutout_takes_the_same_share_of_small_images(folder: Path, crop: Crop) -
     assert small.mean() == pytest.approx(full.mean().item(), abs=0.02)
 
 
+@pytest.mark.parametrize("given", [{"jitter": 0.4}, {"lighting": 0.1}, {"cutout": 8}, {"mixup": 1.0}, {"cutmix": 1.0}, {"randaugment": 2}], ids=str)
+def test_what_a_recipe_asks_for_is_done_to_what_the_net_sees(given: dict[str, float], folder: Path) -> None:
+    if "randaugment" in given:
+        pytest.importorskip("kornia", reason="the extra `augment` is not installed")
+    batches = Batches(open_images(folder), np.arange(72), 32, "memory")
+    preprocess = Preprocess(32, 32, 3, np.full(3, 0.5, np.float32), np.full(3, 0.25, np.float32))
+
+    def shown(step: int, **fields: float) -> tuple[torch.Tensor, torch.Tensor]:
+        recipe = resolve(Recipe(**{"crop": "none", "flip": "none", "cutout": 0, "batch_size": 72, "epochs": 1, **fields}), 72, 32, upright=False)  # type: ignore[arg-type]
+        return Feed(batches, preprocess, recipe, 1, torch.device("cpu")).shown(next(batches.epoch(72)), step, 0, 32)
+
+    plain, (x, targets) = shown(0), shown(0, **given)
+    changed = (x != plain[0]).flatten(1).any(1)
+    assert changed.float().mean() > 0.5, "of a mix, an image may meet itself"
+    assert torch.equal(x, shown(0, **given)[0]), "the same step again"
+    assert not torch.equal(x, shown(1, **given)[0])
+    mixed = (targets.max(1).values < 1).any()
+    assert mixed == bool({"mixup", "cutmix"} & given.keys())
+    assert torch.allclose(targets.sum(1), torch.ones(72))
+
+
 LEFT = np.repeat([1.0, 0.0], 4)  # a row that is white on the left
 
 

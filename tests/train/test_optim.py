@@ -98,6 +98,43 @@ def test_muon_multiplies_in_bf16_where_the_net_does() -> None:
     assert dtypes == [torch.float32, torch.bfloat16]
 
 
+def two_steps(recipe: Recipe) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """A weight before, between and after two steps of rate 0.1, and the gradients of these, in fp64."""
+    net = reslab.build("resnet20")
+    optim, weight = optimizer(net, recipe), net.layer2[0].conv1.weight
+    set_lr(optim, 0.1)
+    weights, gradients = [weight.detach().double()], []
+    for _ in range(2):
+        for p in net.parameters():
+            p.grad = torch.randn_like(p)
+        assert weight.grad is not None
+        gradients.append(weight.grad.double())
+        optim.step()
+        weights.append(weight.detach().double())
+    return weights, gradients
+
+
+@pytest.mark.parametrize("nesterov", [False, True])
+def test_sgd_steps_as_sutskever_et_al_write_it(nesterov: bool) -> None:
+    """In the form of torch, 1308.6000's with the rate outside of the velocity; L2 is part of the gradient."""
+    weights, gradients = two_steps(Recipe(optimizer="sgd", momentum=0.8, nesterov=nesterov, weight_decay=0.3))
+    held = torch.zeros(())
+    for before, after, gradient in zip(weights, weights[1:], gradients, strict=False):
+        gradient = gradient + 0.3 * before
+        held = 0.8 * held + gradient
+        assert distance(after - before, -0.1 * (gradient + 0.8 * held if nesterov else held)) < 1e-5
+
+
+def test_adamw_steps_as_loshchilov_and_hutter_write_it() -> None:
+    """1711.05101, algorithm 2: the decay is beside the gradient."""
+    weights, gradients = two_steps(Recipe(optimizer="adamw", weight_decay=0.3))
+    mean = square = torch.zeros(())
+    for t, (before, after, gradient) in enumerate(zip(weights, weights[1:], gradients, strict=False), start=1):
+        mean, square = 0.9 * mean + 0.1 * gradient, 0.999 * square + 0.001 * gradient**2
+        step = mean / (1 - 0.9**t) / ((square / (1 - 0.999**t)).sqrt() + 1e-8)
+        assert distance(after - before, -0.1 * (step + 0.3 * before)) < 1e-5
+
+
 @pytest.mark.parametrize("name", ["sgd", "adamw", "muon"])
 def test_every_optimiser_lowers_a_loss(name: str) -> None:
     torch.manual_seed(0)

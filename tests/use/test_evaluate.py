@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 from scipy.stats import binomtest
-from sklearn.metrics import accuracy_score, f1_score, log_loss
+from sklearn.metrics import accuracy_score, f1_score, log_loss, precision_score, recall_score
 
 from reslab.interval import wilson
-from reslab.use.evaluate import Outputs, _per_class, ece, fit_temperature, score, softmax, sure_above
+from reslab.use.evaluate import Outputs, _per_class, ece, fit_temperature, reliability, score, softmax, sure_above
 
 CLASSES = tuple("abcdefg")
 
@@ -29,7 +29,12 @@ def test_figures_equal_those_of_scikit_learn(out: Outputs) -> None:
     predicted = out.logits.argmax(1)
     assert facts["top1"] == accuracy_score(out.labels, predicted)
     assert facts["loss"] == pytest.approx(log_loss(out.labels, softmax(out.logits)))
-    assert [row["f1"] for row in facts["classes"]] == pytest.approx(f1_score(out.labels, predicted, average=None))
+    for name, figure in (("precision", precision_score), ("recall", recall_score), ("f1", f1_score)):
+        assert [row[name] for row in facts["classes"]] == pytest.approx(figure(out.labels, predicted, average=None))
+    for c, row in enumerate(facts["classes"]):
+        right = int(((out.labels == c) & (predicted == c)).sum())
+        assert (row["precision_low"], row["precision_high"]) == wilson(right, int((predicted == c).sum()))
+        assert (row["recall_low"], row["recall_high"]) == wilson(right, int((out.labels == c).sum()))
     assert sum(count for _, _, count in facts["confusion"]) == facts["n"] == 400
     top5 = np.mean([label in row for label, row in zip(out.labels, np.argsort(-out.logits, 1)[:, :5], strict=True)])
     assert facts["top5"] == pytest.approx(top5)
@@ -75,6 +80,10 @@ def test_calibration_error_of_known_cases() -> None:
     assert ece(np.full(10, 0.8), right) == pytest.approx(0)
     assert ece(np.full(10, 1.0), right) == pytest.approx(0.2)
     assert ece(np.array([1.0] * 8 + [0.0] * 2), right) == pytest.approx(0)
+    assert reliability(np.array([0.8] * 6 + [0.81] * 2 + [0.99] * 2), right) == [
+        {"bin": 12, "n": 8, "confidence": pytest.approx(0.8025), "top1": 1.0},
+        {"bin": 14, "n": 2, "confidence": pytest.approx(0.99), "top1": 0.0},
+    ]
 
 
 def test_calibration_error_by_chance_is_that_of_a_net_whose_confidence_is_right() -> None:
