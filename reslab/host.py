@@ -5,6 +5,7 @@ environment memory is left as it is, but for what `release_freed_memory` gives b
 """
 
 import ctypes
+import hashlib
 import math
 import os
 import platform
@@ -44,6 +45,16 @@ def cpu_name() -> str:
         return f"{facts['model name']}{amx}, {cores()} cores"
     except (OSError, KeyError):
         return platform.processor() or platform.machine()
+
+
+def cpu_mark() -> str:
+    """A name that only processors of one model with the same abilities have; code that is compiled for one may be wrong on others."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text("utf-8").partition("\n\n")[0].splitlines()
+        told = sorted(line for line in lines if line.partition(":")[0].strip() in ("model name", "flags", "CPU implementer", "CPU part", "Features"))
+    except OSError:
+        told = [platform.processor(), platform.machine()]
+    return hashlib.sha256("\n".join(told).encode()).hexdigest()[:12]
 
 
 def memory() -> int:

@@ -12,7 +12,7 @@ from reslab import host
 from reslab.data.named import roots
 from reslab.download import cache
 from reslab.errors import WorkError
-from reslab.host import cores, cpu_name, memory, use_huge_pages
+from reslab.host import cores, cpu_mark, cpu_name, memory, use_huge_pages
 from reslab.nets.compiler import _openmp
 
 
@@ -22,6 +22,16 @@ def test_a_processors_name_tells_those_with_amx_from_those_without(flags: str, n
     monkeypatch.setattr(Path, "read_text", lambda *_: told)
     monkeypatch.setattr(host, "cores", lambda: 2)
     assert cpu_name() == f"{name}, 2 cores"
+
+
+def test_code_that_one_processor_compiled_is_not_for_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    def mark(flags: str, mhz: str = "2000") -> str:
+        told = f"processor\t: 0\nmodel name\t: A\ncpu MHz\t\t: {mhz}\nflags\t\t: {flags}\n\nprocessor\t: 1\n"
+        monkeypatch.setattr(Path, "read_text", lambda *_: told)
+        return cpu_mark()
+
+    assert mark("fpu avx2") != mark("fpu avx2 avx512f")
+    assert mark("fpu avx2") == mark("fpu avx2", "3000")
 
 
 def test_without_cpuinfo_there_is_a_name_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:

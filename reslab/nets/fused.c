@@ -12,6 +12,7 @@
 #define WIDE 4 /* vectors of channels that go through registers together */
 #define TALL 16 /* rows at a time, which stay in the first cache between two groups of channels */
 #define BLOCK 256 /* rows whose sums are added up in fp32 */
+#define SEEN 16 /* rows by which it is known about what to add up */
 
 static inline Floats relu(Floats x) { return chosen(~(x < 0), x); } /* a NaN stays one */
 
@@ -86,6 +87,22 @@ static double whole(const double *totals, int parts, int64_t C, int64_t channels
     return sum;
 }
 
+/* About what a row is: the mean of a few, far from the corners of images, of what is finite. Sums are taken about it, so
+   that a large mean costs no digits, and one odd pixel few. */
+static void around(const T *x, int64_t rows, int64_t C, float *middle) {
+    memset(middle, 0, C * sizeof *middle);
+    for (int k = 0; k < SEEN; k++)
+        for (int64_t c = 0; c < C; c += LANES) {
+            Floats v = load(x + (2 * k + 1) * rows / (2 * SEEN) * C + c);
+            float row[LANES];
+            memcpy(row, &v, sizeof v);
+            for (int i = 0; i < LANES; i++) {
+                float step = (row[i] - middle[c + i]) / (k + 1);
+                if (isfinite(step)) middle[c + i] += step;
+            }
+        }
+}
+
 /* y = relu(norm(x) + added), `added` may be NULL. Leaves mean and 1 / standard deviation, and moves the running
    statistics. x, added, y: rows x C; everything else: channels = C / fold. Returns 0, or 1 without memory. */
 int norm_forward(const T *x, const T *added, T *y, int64_t rows, int64_t C, int64_t fold, const float *weight, const float *bias, float eps,
@@ -99,11 +116,8 @@ int norm_forward(const T *x, const T *added, T *y, int64_t rows, int64_t C, int6
         free(factors);
         return 1;
     }
-    for (int64_t c = 0; c < C; c += LANES) { /* sums are taken about the first pixel, so that a large mean costs no digits */
-        Floats v = load(x + c);
-        memcpy(middle + c, &v, sizeof v);
-    }
-    for (int64_t c = 0; c < C; c++) middle[c] = isfinite(middle[c % channels]) ? middle[c % channels] : 0;
+    around(x, rows, C, middle);
+    for (int64_t c = 0; c < C; c++) middle[c] = middle[c % channels];
 #pragma omp parallel num_threads(parts)
     {
         int part = omp_get_thread_num(), count = omp_get_num_threads();

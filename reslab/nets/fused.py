@@ -51,12 +51,13 @@ class Norm(nn.BatchNorm2d):
 
     @property
     def quick(self) -> bool:
-        """Whether the kernels are to do it, where they can. They read parameters and statistics as fp32."""
+        """Whether the kernels are to do it, where they can. They read parameters and statistics as fp32, one behind the other."""
         if not (self.fused and self.training and self.affine and self.track_running_stats and self.momentum is not None):
             return False
         own, running = self._parameters, self._buffers  # as attributes of the module they take ten times as long to find
         held = own.get("weight"), own.get("bias"), running.get("running_mean"), running.get("running_var")  # one that is pruned has other names
-        return all(tensor is not None and tensor.dtype == torch.float32 and tensor.is_cpu for tensor in held)
+        dense = (tensor is not None and tensor.dtype == torch.float32 and tensor.is_cpu and tensor.is_contiguous() for tensor in held)
+        return all(dense) and all(tensor.numel() == self.num_features for tensor in held if tensor is not None)
 
     def groups(self, images: int) -> int:
         """How many are normalised one after the other."""

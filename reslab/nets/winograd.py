@@ -199,7 +199,7 @@ def _transformed(x: Tensor, s: _Shape) -> Tensor:
 
     (images, C, height, width) -> (36, tiles, C).
     """
-    padded = F.pad(x.permute(0, 2, 3, 1), (0, 0, 1, 4 * s.across - s.width + 1, 1, 4 * s.down - s.height + 1))
+    padded = F.pad(x.permute(0, 2, 3, 1), (0, 0, 1, 4 * s.across - s.width + 1, 1, 4 * s.down - s.height + 1)).contiguous()
     image, row, pixel, _ = padded.stride()
     tiles = padded.as_strided((6, 6, len(padded), s.down, s.across, s.inputs), (row, pixel, image, 4 * row, 4 * pixel, 1))
     return (_transforms(x.dtype).input @ tiles.reshape(36, -1)).view(36, -1, s.inputs)

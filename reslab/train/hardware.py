@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from reslab.errors import WorkError
-from reslab.host import cores, cpu_name, expanded, keep_freed_memory, memory, release_freed_memory, resident
+from reslab.host import cores, cpu_mark, cpu_name, expanded, keep_freed_memory, memory, release_freed_memory, resident
 
 PIXEL_SHARE = 0.25  # of a GPU's free memory, at most, for pixels
 PATIENCE = timedelta(hours=2)  # of processes while one reads or downloads the data; an end of one of them is noticed at once
@@ -161,7 +161,7 @@ def machine() -> Iterator[Machine]:
 
 def _keep_compiled() -> None:
     """What torch.compile made is kept where only this user writes, as torch runs what it finds there. Where that cannot be, torch's place in /tmp has to do."""
-    folder = expanded("~/.cache/reslab/compiled")
+    folder = expanded(f"~/.cache/reslab/compiled-{cpu_mark()}")  # machines may share a home, and torch does not ask which one compiled
     with suppress(OSError):
         if folder and "TORCHINDUCTOR_CACHE_DIR" not in os.environ:
             folder.mkdir(parents=True, exist_ok=True)

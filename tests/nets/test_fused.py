@@ -137,6 +137,15 @@ def test_a_large_mean_costs_no_digits() -> None:
     assert distance(y.detach(), right.detach()) < 6e-5, "that is how fp32 holds 1000"
 
 
+def test_an_odd_corner_costs_no_digits() -> None:
+    torch.manual_seed(3)
+    x = torch.randn(16, 16, 24, 24)
+    x[:, :, 0, 0] = 100
+    norm = normed(16)
+    right = F.batch_norm(x.double(), None, None, norm.weight.double(), norm.bias.double(), training=True)
+    assert distance(norm(x.requires_grad_()).detach(), right.detach()) < 2e-6
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_what_is_not_finite_is_not_hidden(dtype: torch.dtype) -> None:
     for bad in (float("nan"), float("inf")):
@@ -288,6 +297,10 @@ def test_parameters_and_images_that_the_kernels_would_misread_are_torchs() -> No
     norm = normed(64)
     norm.running_var = norm.running_var.double()  # type: ignore[union-attr]
     assert not fused._suits(norm, x)
+    for strange in (torch.ones(64, 2)[:, 0], torch.ones(1).expand(64), torch.ones(32)):
+        norm = normed(64)
+        norm.weight = nn.Parameter(strange)
+        assert not fused._suits(norm, x), "not one number behind the other, or too few"
     assert not fused._suits(normed(64), x.to("meta")), "addresses on another device mean nothing to them"
 
 

@@ -30,6 +30,12 @@ def test_outputs_and_gradients_are_those_of_the_direct_convolution(shape: tuple[
         torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-11)
 
 
+def test_images_may_lie_in_memory_as_they_like() -> None:
+    torch.manual_seed(1)
+    weight, x = torch.randn(3, 4, 3, 3, dtype=torch.float64), torch.randn(2, 8, 4, 12, dtype=torch.float64).permute(0, 2, 3, 1)
+    torch.testing.assert_close(of(x, weight), conv2d(x, weight, padding=1), rtol=1e-12, atol=1e-11)
+
+
 def test_one_wrong_number_of_a_transform_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     right = winograd._transforms(torch.float64)
     wrong = right.output.clone()

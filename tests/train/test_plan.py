@@ -10,7 +10,7 @@ import torch
 import reslab
 from reslab.errors import WorkError
 from reslab.nets import dots
-from reslab.train import plan
+from reslab.train import hardware, plan
 from reslab.train.hardware import machine
 from reslab.train.plan import Plan
 from reslab.train.recipe import Recipe, resolve
@@ -130,7 +130,8 @@ def test_compiled_files_are_kept_where_only_their_user_writes_or_where_torch_lik
             return os.environ.get("TORCHINDUCTOR_CACHE_DIR")
 
     monkeypatch.setenv("RESLAB_DATA", str(tmp_path / "shared"))
-    own = tmp_path / ".cache" / "reslab" / "compiled"
+    monkeypatch.setattr(hardware, "cpu_mark", lambda: "one")
+    own = tmp_path / ".cache" / "reslab" / "compiled-one"
     assert place(tmp_path) == str(own)
     assert own.stat().st_mode & 0o777 == 0o700
     assert place(Path("/proc")) is None
