@@ -23,3 +23,7 @@ def test_amounts() -> None:
     assert [bytes_of(told) for told in (None, 5, "512M", "4G", "1.5GiB", "2kb")] == [None, 5, 512 << 20, 4 << 30, 3 << 29, 2048]
     with pytest.raises(CallError, match="--memory must be an amount"):
         bytes_of("4 apples")
+
+
+def test_units_are_powers_of_1024() -> None:
+    assert [bytes_of(f"1.5{unit}") for unit in "KMGT"] == [3 * 2**9, 3 * 2**19, 3 * 2**29, 3 * 2**39]

@@ -7,6 +7,7 @@ import pytest
 import reslab
 from reslab.catalogue.sheet import find, sheet, to_dict
 from reslab.family import FAMILY
+from reslab.receptive import receptive_field
 
 
 def told(name: str, whole: bool = False) -> list[str]:
@@ -87,3 +88,8 @@ def test_a_damaged_run_is_an_error_of_one_line(tmp_path: Path, text: str) -> Non
 def test_what_cannot_be_shown_says_why(name: str, size: int | None, message: str) -> None:
     with pytest.raises(reslab.CallError, match=message):
         find(name, size)
+
+
+def test_what_sees_all_of_the_image_has_no_receptive_field() -> None:
+    found = receptive_field(list(reslab.spec("resnet20", squeeze=16).layers(32)))
+    assert not {"avgpool", "fc", "layer1.0.se.pool", "layer1.0.se.fc1"} & found.keys()

@@ -1,3 +1,5 @@
+import numpy as np
+import pytest
 import torch
 from torch import Generator
 
@@ -124,3 +126,25 @@ def test_equal_seeds_give_equal_batches() -> None:
     for make in (lambda g: augment.pad_crop(x, 2, g), lambda g: augment.jitter(x, 0.4, g), lambda g: augment.cutout(x, 4, g)):
         assert torch.equal(make(seeded(5)), make(seeded(5)))
         assert not torch.equal(make(seeded(5)), make(seeded(6)))
+
+
+def test_a_pasted_box_has_the_share_that_was_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(augment, "_beta", lambda alpha, generator: 0.75)
+    x = torch.arange(2.0).view(2, 1, 1, 1).expand(2, 1, 16, 16)
+    pasted = [augment.cutmix(x, torch.eye(2), 1.0, seeded(seed))[0][0] for seed in range(100)]
+    assert max(int((image == 1).sum()) for image in pasted) == 64, "a quarter, where the box lies inside"
+
+
+def test_shares_of_a_mix_are_drawn_from_both_ends_alike() -> None:
+    generator = seeded()
+    shares = np.array([augment._beta(0.2, generator) for _ in range(4000)])
+    assert shares.mean() == pytest.approx(0.5, abs=0.03)
+    assert shares.var() == pytest.approx(1 / (4 * (2 * 0.2 + 1)), rel=0.05)
+
+
+def test_operations_of_randaugment_are_at_a_third_of_their_strength() -> None:
+    policies = pytest.importorskip("kornia.augmentation.auto.rand_augment.rand_augment", reason="the extra `augment` is not installed").default_policy
+    move = augment._operations()[[policy[0][0] for policy in policies].index("translate_x")]
+    x = torch.zeros(8, 3, 60, 60)
+    x[..., 30] = 1
+    assert set((move(x)[:, 0, 30].argmax(1) - 30).abs().tolist()) == {2}, "of a tenth of the width"

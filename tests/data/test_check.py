@@ -1,14 +1,17 @@
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
-from reslab.data.check import Checkup, check, difference_hash, near_pairs
+from reslab.data.check import Checkup, Finding, _cheap, _near, check, difference_hash, near_pairs
+from reslab.data.images import Images
 from reslab.data.source import open_images
 from tests.conftest import COLOURS, draw
+from tests.data.test_split import listed
 
 
 def kinds(found: Checkup) -> dict[str, int]:
@@ -128,3 +131,34 @@ def test_command_prints_a_table_or_json_and_its_status_says_healthy(cli: Callabl
     assert bad.returncode == 1
     held = json.loads(bad.stdout)
     assert (held["healthy"], held["findings"][0]["kind"], held["images"]) == (False, "unreadable", 24)
+
+
+def cheap(images: Images) -> dict[str, Finding]:
+    return {finding.kind: finding for finding in _cheap(images, [])}
+
+
+def test_from_when_on_classes_are_unequal_and_images_long() -> None:
+    names = [str(i) for i in range(100)]
+    for many, found in ((60, False), (61, True)):
+        assert ("imbalance" in cheap(listed([0] * many + [1] * 6, names[: many + 6]))) == found, "ten times as many"
+    for wide, found in ((30, False), (31, True)):
+        images = replace(listed([0] * 6 + [1] * 6, names[:12]), sizes=np.array([(wide, 10)] * 12, np.int32))
+        assert ("aspect" in cheap(images)) == found, "three times as wide as high"
+
+
+def test_contradicting_labels_alone_are_a_problem() -> None:
+    names = [str(i) for i in range(12)]
+    assert cheap(listed([0] * 6 + [1] * 6, [*names[:6], "0", *names[7:]]))["contradiction"].is_problem
+
+
+def test_images_that_are_nearly_alike_are_told_apart_by_label_and_part() -> None:
+    images = replace(listed([0, 0, 1, 1], list("abcd"), ["train", "train", "train", "test"]), sizes=np.full((4, 2), 64, np.int32))
+    one, other = 0x123456789ABCDEF0, 0xEDCBA9876543210F
+
+    def kinds(*hashes: int) -> dict[str, list[str]]:
+        return {finding.kind: finding.names for finding in _near(images, np.array(hashes, np.uint64))}
+
+    assert kinds(one, one ^ 1, other, 0) == {"near": ["0 = 1"]}
+    assert kinds(one, other, one ^ 1, 0) == {"near-contradiction": ["0 = 2"]}
+    assert kinds(one, 0, 0, one ^ 1) == {"near-leakage": ["0 = 3"]}
+    assert kinds(0, 0, 0, 0) == {}, "images of one colour"

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from reslab.data.images import Images
+from reslab.data.images import SPLITS, Images
 from reslab.data.source import open_images
 from reslab.data.split import split, split_record
 from reslab.errors import WorkError
@@ -105,3 +105,21 @@ def test_copies_of_one_image_are_no_class_that_can_be_split() -> None:
 def test_a_class_of_three_is_in_every_part_whatever_its_copies(seed: int) -> None:
     images = split(listed([0] * 6 + [1] * 11, [*map(str, range(6)), "x", "y", *["z"] * 9]), seed)
     assert all(1 in images.labels[images.split[name]] for name in ("train", "val", "test"))
+
+
+def test_a_rare_class_is_in_every_part() -> None:
+    images = split(listed([0] * 200 + [1] * 3, [str(i) for i in range(203)]), 0)
+    assert all(1 in images.labels[images.split[name]] for name in SPLITS)
+
+
+def test_copies_count_as_images_in_the_share_of_a_part() -> None:
+    images = split(listed(np.repeat([0, 1], 200).tolist(), [str(i // 10) for i in range(400)]), 0)
+    assert len(images.split["test"]) == 80
+
+
+def test_copies_that_contradict_each_other_count_in_the_class_of_the_first() -> None:
+    with pytest.raises(WorkError, match="'b' has 2"):
+        split(listed([0] * 6 + [1] * 3, [*map(str, range(6)), "0", "7", "8"]), 0)
+    for seed in range(8):
+        images = split(listed([0] * 3 + [1] * 7, ["x", "p", "q", "x", *map(str, range(6))]), seed)
+        assert all(0 in images.labels[images.split[name]] for name in SPLITS)

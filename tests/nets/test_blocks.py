@@ -205,3 +205,16 @@ def test_strided_projections_of_narrow_nets_survive_several_threads(inputs: int)
     """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(("norm", "kind"), [("batch", nn.BatchNorm2d), ("group", nn.GroupNorm)])
+def test_norms_have_the_eps_of_the_spec(norm: str, kind: type[nn.BatchNorm2d | nn.GroupNorm]) -> None:
+    net = reslab.build("resnet20", norm=norm, eps=1e-3)
+    assert {module.eps for module in net.modules() if isinstance(module, kind)} == {1e-3}
+
+
+def test_a_blur_mirrors_the_edges() -> None:
+    x, kernel = torch.rand(1, 2, 5, 6), torch.tensor([1.0, 2, 1])
+    padded = nn.functional.pad(x, (1, 1, 1, 1), mode="reflect")
+    right = nn.functional.conv2d(padded, (kernel[:, None] * kernel / 16).expand(2, 1, 3, 3), stride=2, groups=2)
+    torch.testing.assert_close(BlurPool(2)(x), right)

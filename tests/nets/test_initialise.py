@@ -129,3 +129,20 @@ def test_filters_that_whitening_has_no_use_for_stay() -> None:
     whiten(conv, torch.randn(8, 1, 12, 12))
     assert torch.equal(conv.weight[18:], before[18:])
     assert not torch.equal(conv.weight[:18], before[:18])
+
+
+def test_small_patches_lie_in_the_middle_and_noise_is_not_blown_up() -> None:
+    conv = nn.Conv2d(3, 24, 7, padding=3, bias=False)
+    images = 0.01 * torch.randn(8, 3, 24, 24, generator=torch.Generator().manual_seed(0))
+    whiten(conv, images)
+    placed = conv.weight.detach().abs().amax((0, 1)) > 0
+    assert placed.nonzero().tolist() == [[2, 2], [2, 3], [3, 2], [3, 3]], "2x2 patches of three channels give 24 filters"
+    assert nn.functional.conv2d(images, conv.weight).std() < 0.6
+
+
+def test_a_convolution_that_narrows_does_not_begin_as_the_identity() -> None:
+    net = reslab.build("resnet20", widths=(16, 8, 8), shortcut="B")
+    weight = net.get_parameter("layer2.0.conv1.weight")
+    before = weight.clone()
+    begin_as_identity(net)
+    assert torch.equal(weight, before)

@@ -391,3 +391,21 @@ def test_a_whitened_stem_is_not_trained_and_mirror_images_are_looked_at_where_tr
         reslab.train("digits", "resnet20", tmp_path / "both", weights=str(run.model / "weights.safetensors"), dirac=True)
     with pytest.raises(CallError, match="received --zero-init or --no-zero-init, and --weights: leave one out"):
         reslab.train("digits", "resnet20", tmp_path / "both", weights=str(run.model / "weights.safetensors"), zero_init=False)
+
+
+def test_top5_of_val_counts_five() -> None:
+    class Fixed(torch.nn.Module):
+        spec = SimpleNamespace(num_classes=7)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.arange(7.0, 0.0, -1.0).expand(len(x), 7)
+
+    batch = SimpleNamespace(pixels=torch.zeros(6, 1), labels=torch.tensor([0, 1, 4, 5, 6, 2]))
+    val = SimpleNamespace(items=np.arange(6), epoch=lambda size, positions, device: [batch])
+    here = SimpleNamespace(rank=0, world=1, device=torch.device("cpu"), autocast=lambda precision: nullcontext(), total=lambda sums: sums)
+    made = SimpleNamespace(
+        average=None, net=Fixed(), val=val, machine=here, micro_batch=8, pixels_on=None, plan=SimpleNamespace(precision="fp32"),
+        preprocess=lambda pixels, device: pixels,
+    )  # fmt: skip
+    facts = Training.evaluate(made)  # type: ignore[arg-type]
+    assert (facts["n"], facts["top1"], facts["top5"]) == (6, pytest.approx(1 / 6), pytest.approx(4 / 6))

@@ -196,3 +196,22 @@ def test_the_rate_falls_to_a_tenth_after_ten_epochs_without_a_better_one(tmp_pat
     made.run_to_end()
     assert fit.PLATEAU == 10
     assert show.rates == pytest.approx([0.1] * 12 + [0.01] * 10 + [0.001] * 11 + [0.0001])
+
+
+def test_the_average_counts_the_steps_of_the_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = training(tmp_path / "run", epochs=3, ema=0.9)
+    assert made.average
+    steps, update = [], made.average.update
+    monkeypatch.setattr(made.average, "update", lambda net, step: steps.append(step) or update(net, step))
+    made.run_to_end()
+    assert steps == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_rate_that_was_lowered_stays_so_when_there_is_time_for_more_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    show = Watched()
+    made = training(tmp_path / "run", show, epochs=10, milestones=(0.5,))
+    made.plan, made.deadline = replace(made.plan, step_seconds=1.0), math.inf
+    monkeypatch.setattr(Plan, "steps_within", lambda self, *rest: 40 if made.progress.step >= 12 else 20)
+    made.run_to_end()
+    assert made.progress.steps > 20
+    assert show.rates == sorted(show.rates, reverse=True)

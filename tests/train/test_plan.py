@@ -3,6 +3,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from itertools import cycle
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from reslab.errors import WorkError
 from reslab.nets import dots
 from reslab.train import hardware, plan
 from reslab.train.hardware import machine
-from reslab.train.plan import Plan
+from reslab.train.plan import Plan, low_size
 from reslab.train.recipe import Recipe, resolve
 
 
@@ -135,3 +136,30 @@ def test_compiled_files_are_kept_where_only_their_user_writes_or_where_torch_lik
     assert place(tmp_path) == str(own)
     assert own.stat().st_mode & 0o777 == 0o700
     assert place(Path("/proc")) is None
+
+
+def test_what_a_plan_counts() -> None:
+    assert Plan(105, 10, "fp32", "").epochs == 11
+    assert Plan(100, 10, "fp32", "", step_seconds=4.0).steps_within(0.0, 0.0, done=50) == 51
+    assert [low_size(size, share) for size, share in ((32, 0.9), (224, 0.57), (8, 0.7))] == [28, 124, 5]
+
+
+def test_a_plan_knows_when_steps_take_twice_as_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = [planned(monkeypatch, lambda made: 1.0, compile="never", sam=sam, sam_from=0.75).twice_from for sam in (0.05, 0.0)]
+    assert made == [0.75, 1.0]
+
+
+def test_steps_at_both_sizes_are_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plan, "_time_step", lambda net, x, *rest: 1.0 if x.shape[2] == 16 else 0.25)
+    recipe = resolve(Recipe(epochs=3, batch_size=8, micro_batch=4, precision="fp32", low_resolution=0.5, compile="never"), 80, 16, upright=False)
+    with machine() as here:
+        made = plan.make_plan(reslab.build("resnet20", num_classes=2), torch.randn(8, 3, 16, 16), recipe, train=80, val=16, macs=0, machine=here)
+    assert (made.step_seconds, made.low_step_seconds) == (2.0, 0.5)
+
+
+@pytest.mark.parametrize(("gain", "chosen"), [(1.2, "fp32"), (1.4, "bf16")])
+def test_bf16_is_chosen_where_it_is_clearly_faster(gain: float, chosen: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    times = iter((gain, 1.0))
+    monkeypatch.setattr(plan, "_time", lambda work, x: next(times))
+    here = SimpleNamespace(has_bf16=lambda: True, device=torch.device("cpu"))
+    assert plan._choose_precision(10**9, here)[0] == chosen  # type: ignore[arg-type]

@@ -15,6 +15,7 @@ from reslab.data.split import split
 from reslab.run import Run
 from tests.conftest import COLOURS, draw
 from tests.data.test_decode import bomb
+from tests.use.conftest import TINY, classifier_of
 
 
 @pytest.fixture(scope="module")
@@ -138,3 +139,12 @@ def test_no_pickle_is_written(run: Run) -> None:
             head = file.read_bytes()[:2]
             assert head != b"PK", f"{file} is a zip, as torch.save writes"
             assert head[:1] != b"\x80", f"{file} is a pickle"
+
+
+def test_probabilities_are_calibrated() -> None:
+    classifier = classifier_of(TINY)
+    frame = classifier.preprocess
+    pixels = np.random.default_rng(0).integers(0, 256, (4, frame.canvas, frame.canvas, frame.channels), dtype=np.uint8)
+    scaled = np.exp(classifier.logits(pixels).astype(float) / 1.3)
+    assert classifier.temperature == 1.3
+    assert [found.probability for found in classifier.predict_pixels(list(pixels))] == pytest.approx((scaled / scaled.sum(1, keepdims=True)).max(1), abs=1e-4)

@@ -121,3 +121,17 @@ def test_a_damaged_range_is_an_error_of_one_line(damaged: object, tmp_path: Path
     pixels = torch.zeros(loaded.preprocess.canvas, loaded.preprocess.canvas, 3, dtype=torch.uint8).numpy()
     with pytest.raises(reslab.WorkError, match=r"no range of conv1\.out"):
         loaded.predict_pixels([pixels])
+
+
+def test_observed_ranges_are_means_over_batches() -> None:
+    net = nn.Sequential(nn.Conv2d(1, 1, 1, bias=False))
+    nn.init.ones_(net.get_parameter("0.weight"))
+    batches = [torch.tensor(values).view(1, 1, 1, 2) for values in ([-1.0, 2.0], [-3.0, 10.0])]
+    assert observe(fx.symbolic_trace(net), nn.Conv2d, batches) == {"0.x": [-2.0, 6.0], "0.out": [-2.0, 6.0]}
+
+
+def test_every_filter_has_a_scale_of_its_own() -> None:
+    conv = nn.Conv2d(4, 3, 3)
+    with torch.no_grad():
+        conv.weight[0] *= 1e-3
+    assert Int8Conv(conv, relu=False).weight.abs().amax((1, 2, 3)).tolist() == [127, 127, 127]
