@@ -366,9 +366,13 @@ def show(
 ) -> int:
     """One network, layer by layer: output, parameters, multiply-adds, receptive field; and the memory it needs."""
     from reslab.catalogue.sheet import find, sheet, to_dict
-    from reslab.run import located, shipped
+    from reslab.family import FAMILY
 
-    subject = find(str(located(name)) if name in shipped() else name, image_size)
+    if name not in FAMILY and not Path(name).exists():
+        from reslab.run import located
+
+        name = str(located(name))  # of a net that comes with reslab
+    subject = find(name, image_size)
     if not 1 <= batch <= 1 << 20:
         raise CallError(f"--batch must be from 1 to {1 << 20}; received {batch}")
     if svg:

@@ -37,7 +37,8 @@ MAY_IMPORT = {
     "study": LEAVES | NETWORK | {"__init__", "nets", "data", "train"},
     "studies": LEAVES | NETWORK | {"__init__", "cluster", "data", "limits", "study", "report", "use"},
     "describe": LEAVES | NETWORK | {"data", "limits", "train"},
-    "job": LEAVES | NETWORK | {"limits", "nets", "data", "train", "use", "report", "describe"},
+    "resume": LEAVES | NETWORK | {"train"},
+    "job": LEAVES | NETWORK | {"limits", "nets", "data", "train", "use", "report", "describe", "resume"},
     "terminal": {"data", "errors", "run"},
     "cli": LEAVES | NETWORK | {"catalogue", "nets", "data", "train", "use", "serve", "report", "job", "study", "studies", "terminal", "__init__"},
 }

@@ -5,6 +5,7 @@ One training path serves a CPU, a GPU and several; all that differs is decided h
 
 import os
 import platform
+import time
 import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
@@ -21,6 +22,7 @@ from reslab.host import cores, cpu_mark, cpu_name, expanded, keep_freed_memory, 
 
 PIXEL_SHARE = 0.25  # of a GPU's free memory, at most, for pixels
 PATIENCE = timedelta(hours=2)  # of processes while one reads or downloads the data; an end of one of them is noticed at once
+LET_GO = 0.1  # seconds for gloo's threads to drop the last tensors, for which they need the interpreter: one that asks for it while it ends aborts the process
 
 T = TypeVar("T")
 N = TypeVar("N", bound=nn.Module)
@@ -157,6 +159,7 @@ def machine() -> Iterator[Machine]:
     finally:
         if world > 1:
             dist.destroy_process_group()
+            time.sleep(LET_GO)
 
 
 def _keep_compiled() -> None:
