@@ -21,7 +21,7 @@ def check_same(run: Run, data: Any, net: Any, out: Any, recipe: str | Recipe, fi
     given = str(Path(data).expanduser().resolve()) if data is not None and Path(data).expanduser().exists() else data
     if data is not None and source not in (str(data), str(given)):
         raise CallError(f"a resumed run keeps its data {shown(str(source))}; received {shown(str(data))}: leave it out, or train into a new --out")
-    if net is not None and name_of(net) != config.get("net"):
+    if net is not None and (name_of(net) != config.get("net") or name_of(net) == "custom"):  # of two of those nothing says that they are one
         raise CallError(f"a resumed run keeps its net {config.get('net')}; received {name_of(net)}: leave --net out, or train into a new --out")
     if out is not None and Path(out).resolve() != run.path.resolve():
         raise CallError(f"a resumed run keeps its folder {shown(run.path)}; received {shown(out)}: leave --out out")
@@ -65,7 +65,8 @@ def left_behind(out: str | Path | None, data: str | Path, net: Any, here: Machin
     here.agree(0)
     if not (is_ours and begun):
         return None
-    check_same(run, data, net, None, "quick", {})  # an id may have been given twice
+    named = None if net is None or name_of(net) == "custom" else net
+    check_same(run, data, named, None, "quick", {})  # an id may have been given twice
     return run
 
 

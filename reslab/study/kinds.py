@@ -146,7 +146,7 @@ class Study:
 
 
 def content_key(value: Any) -> str:
-    """A name that only equal values have; of the numbers of a study, those of this torch."""
+    """A name that only equal values have under this version of torch, which has a part in every number of a study."""
     return hashlib.sha256(json.dumps([value, version("torch")], sort_keys=True).encode()).hexdigest()[:24]
 
 
