@@ -21,7 +21,7 @@ def curves(epochs: list[Record], val: list[Record], steps: list[Record]) -> str:
             axes.set_xlabel("epoch")
             axes.legend(frameon=False, fontsize=9)
         loss.set_ylim(bottom=0, top=1.15 * max((r["loss"] for r in [*epochs, *_without_peaks(val)]), default=1))
-        rate.plot([r["step"] for r in steps], [r["lr"] for r in steps], color=SERIES[0])
+        rate.plot([r["step"] for r in steps], [r["lr"] for r in steps], color=SERIES[0], marker="o" if len(steps) < 3 else None)
         rate.set_title("learning rate", loc="left", fontsize=10)
         rate.set_xlabel("step")
         rate.set_ylim(bottom=0)

@@ -13,7 +13,7 @@ from jinja2 import Environment, PackageLoader
 
 import reslab
 from reslab.report.charts import canvas, titled
-from reslab.report.figures import _short, confusion
+from reslab.report.figures import _short, confusion, curves
 from reslab.report.page import write_report
 from reslab.run import SHIPPED, Run
 from reslab.use.card import write_card
@@ -138,6 +138,11 @@ def test_of_very_many_classes_the_page_says_how_many_it_lists(run: Run, tmp_path
     rows = (run.last("test") or {})["classes"]
     write_report(other := with_test(run, tmp_path / "run", classes=[*rows, *({**rows[0], "class": f"{i}"} for i in range(998))]))
     assert "Hardest first: 200 of 1,001 classes. Precision" in parsed(other).text
+
+
+def test_a_rate_that_was_recorded_once_is_a_dot() -> None:
+    one, many = (curves([], [], [{"step": step, "lr": 0.1} for step in range(count)]).count("<use") for count in (1, 5))
+    assert one > many
 
 
 def test_an_epoch_that_a_crash_repeated_counts_once(run: Run, tmp_path: Path) -> None:
