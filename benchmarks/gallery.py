@@ -20,8 +20,8 @@ HEAD = """# Studies
 `reslab study` asks questions about residual networks and answers them by measuring, on your machine and in about the
 time that you state. Each answer is a page that puts what a paper says beside what was measured, with n, intervals and a verdict:
 agrees, disagrees, or not decided at this budget. Below is what real runs gave; this page was written by
-`python benchmarks/gallery.py` from their records, which lie in [docs/studies](studies). Claims, verdicts and the lines about budgets were since
-worded and decided as the studies do now, from the same records, without measuring or drawing anew; the claim of
+`python benchmarks/gallery.py` from their records, which lie in [docs/studies](studies). Claims, verdicts, figures and the lines about budgets were since
+worded, decided and drawn as the studies do now, from the same records, without measuring anew; the claim of
 `degradation` on cifar10 that one seed can decide was written after those records were.
 """
 WORDS = {"agrees": "✓ agrees", "disagrees": "✗ disagrees", "not decided at this budget": "· not decided"}

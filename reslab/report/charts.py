@@ -49,13 +49,22 @@ def caption(text: str, rows: list[Row], most: int) -> str:
 
 
 class Canvas:
-    """Panels side by side on the same axes; `drawn` ends it."""
+    """Panels side by side on the same axes; `drawn` ends it: it names the lines, as the axes then have their limits."""
 
     def __init__(self, panels: int, height: float, share: bool, **options: Any) -> None:
         self.figure = Figure(figsize=(9.6, height), layout="constrained")
         self.axes: list[Axes] = list(self.figure.subplots(1, panels, squeeze=False, **{"sharex": share, "sharey": share, **options})[0])
+        self.ends: dict[Axes, list[tuple[float, float, str, str]]] = {}
+        self.least = 0.24 / height  # of two names: a line of text, as a part of a panel that leaves room for titles and ticks
+
+    def at_end(self, axes: Axes, x: float, y: float, label: str, colour: str) -> None:
+        """A name right of a line's last point, in the line's colour. None where the line has no end."""
+        if math.isfinite(y):
+            self.ends.setdefault(axes, []).append((x, y, label, colour))
 
     def drawn(self, title: str, rows: list[Row]) -> Drawn:
+        for axes, ends in self.ends.items():
+            at_ends(axes, max(x for x, *_ in ends), [(y, label, colour) for _, y, label, colour in ends], self.least)
         return Drawn(title, as_svg(self.figure, title), rows)
 
 
@@ -80,19 +89,14 @@ def as_typed(name: str) -> str:
     return name.encode(errors="backslashreplace").decode().replace("$", r"\$")
 
 
-def with_seeds(axes: Axes, x: Sequence[float], values: Sequence[Sequence[float]], colour: str, label: str) -> None:
+def with_seeds(c: Canvas, axes: Axes, x: Sequence[float], values: Sequence[Sequence[float]], colour: str, label: str) -> None:
     """A line through the means, every seed a dot, and the name at the line's end. Where no seed was measured the line is broken."""
     for at, seeds in zip(x, values, strict=True):
         axes.scatter([at] * len(seeds), seeds, color=colour, s=14, alpha=0.6, linewidths=0)
     means = [sum(seeds) / len(seeds) if seeds else math.nan for seeds in values]
     axes.plot(x, means, color=colour)
-    at_end(axes, x[-1], means[-1], label, colour)
-
-
-def at_end(axes: Axes, x: float, y: float, label: str, colour: str, shift: float = 0) -> None:
-    """A name right of a line's last point, in the line's colour; shifted upwards by some points where two would overlap. None where the line has no end."""
-    if math.isfinite(y):
-        axes.annotate(label, (x, y), xytext=(6, shift), textcoords="offset points", color=colour, fontsize=9, va="center", annotation_clip=False)
+    for at, mean in [(at, mean) for at, mean in zip(x, means, strict=True) if math.isfinite(mean)][-1:]:
+        c.at_end(axes, at, mean, label, colour)
 
 
 def colours(names: Sequence[str]) -> dict[str, str]:
@@ -100,7 +104,7 @@ def colours(names: Sequence[str]) -> dict[str, str]:
     return dict(zip(names, SERIES, strict=False))
 
 
-def at_ends(axes: Axes, x: float, labels: Sequence[tuple[float, str, str]], least: float = 0.075) -> None:
+def at_ends(axes: Axes, x: float, labels: Sequence[tuple[float, str, str]], least: float) -> None:
     """Names (y, text, colour) right of the last points of lines, moved apart where they would overlap.
 
     Call it when the y axis, linear or logarithmic, has its limits; `least` is the distance of two names as a part of the axis.

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from matplotlib.axes import Axes
 
-from reslab.report.charts import Drawn, at_ends, canvas, titled
+from reslab.report.charts import Drawn, canvas, titled, with_seeds
 from reslab.report.svg import MUTED, SERIES
 from reslab.run import Record
 from reslab.study.grid import results
@@ -42,8 +42,10 @@ def by_depth(title: str, records: list[Record], panels: Sequence[Panel]) -> Draw
             axes.set_xticks(range(len(depths)), [str(depth) for depth in depths])
             axes.set_xlim(-0.2, len(depths) - 0.45)
             axes.set_ylim(0, 100)
-            _guess(axes, nets, first=axes is c.axes[0])
-            at_ends(axes, len(depths) - 1, [end for line in panel.lines if (end := _line(axes, nets, depths, panel.error, line))])
+            _guess(axes, nets, len(depths) - 1, first=axes is c.axes[0])
+            for line in panel.lines:
+                found = [r for r in nets if all(r[key] == value for key, value in line.facts.items())]
+                with_seeds(c, axes, range(len(depths)), [[100 * r[panel.error] for r in found if r["layers"] == d] for d in depths], line.colour, line.label)
             says = axes is c.axes[0] or panel.error != panels[0].error
             titled(axes, panel.title, "layers", f"{'training' if panel.error == 'train_error' else 'test'} error, %" if says else "")
         facts = dict.fromkeys(key for panel in panels for line in panel.lines for key in line.facts)
@@ -55,19 +57,9 @@ def rows(nets: list[Record], *facts: str) -> list[Record]:
     return [{key: r[key] for key in (*facts, "layers", "seed", "train_error", "test_error", "lost", "steps", "parameters")} for r in nets]
 
 
-def _line(axes: Axes, nets: list[Record], depths: list[int], error: str, line: Line) -> tuple[float, str, str] | None:
-    """Draws a line where there are nets; gives back where it ends, its name and its colour."""
-    found = [[100 * r[error] for r in nets if r["layers"] == depth and all(r[key] == value for key, value in line.facts.items())] for depth in depths]
-    there = [(x, values) for x, values in enumerate(found) if values]
-    for x, values in there:
-        axes.scatter([x] * len(values), values, color=line.colour, s=14, alpha=0.6, linewidths=0)
-    axes.plot([x for x, _ in there], [sum(v) / len(v) for _, v in there], color=line.colour)
-    return (sum(there[-1][1]) / len(there[-1][1]), line.label, line.colour) if there else None
-
-
-def _guess(axes: Axes, nets: list[Record], first: bool) -> None:
+def _guess(axes: Axes, nets: list[Record], last: int, first: bool) -> None:
     guess = 100 * max(r["guess_error"] for r in nets)
-    axes.axhline(guess, color=MUTED, linewidth=0.8, linestyle=":")
+    axes.plot((-0.2, last), (guess, guess), color=MUTED, linewidth=0.8, linestyle=":")  # no further: names come there
     if first:
         axes.annotate("guessing", (0, guess), xytext=(-2, 3), textcoords="offset points", color=MUTED, fontsize=8)
 
@@ -112,9 +104,10 @@ def losses(title: str, records: list[Record], panels: Mapping[str, Sequence[Line
             axes.set_ylim(0, top)
             for line in [reference] if reference else []:
                 _curves(axes, curves, line, top, alpha=0.5)
-            ends = [end for line in lines if (end := _curves(axes, curves, line, top))]
-            if ends and len(lines) > 1:
-                at_ends(axes, max(x for x, *_ in ends), [end[1:] for end in ends])
+            for line in lines:
+                end = _curves(axes, curves, line, top)
+                if end and len(lines) > 1:
+                    c.at_end(axes, *end, line.label, line.colour)
             titled(axes, name, "step")
             axes.title.set_fontsize(9)
         keys = dict.fromkeys(key for lines in panels.values() for line in lines for key in line.facts if key != "layers")
@@ -124,8 +117,8 @@ def losses(title: str, records: list[Record], panels: Mapping[str, Sequence[Line
         return c.drawn(title, shared)
 
 
-def _curves(axes: Axes, curves: list[Record], line: Line, top: float, alpha: float = 0.9) -> tuple[float, float, str, str] | None:
-    """Draws the losses of the nets of a line, a cross where one was lost; gives back where the last one ends, its name and its colour."""
+def _curves(axes: Axes, curves: list[Record], line: Line, top: float, alpha: float = 0.9) -> tuple[float, float] | None:
+    """Draws the losses of the nets of a line, a cross where one was lost; gives back where the last one ends."""
     end = None
     for row in (r for r in curves if all(r[key] == value for key, value in line.facts.items())):
         kept = list(itertools.takewhile(lambda loss: loss is not None, row["loss"]))
@@ -133,17 +126,17 @@ def _curves(axes: Axes, curves: list[Record], line: Line, top: float, alpha: flo
         axes.plot([x for x, _ in points], [y for _, y in points], color=line.colour, linewidth=1, alpha=alpha, clip_on=False)
         if len(kept) < len(row["loss"]) and points:
             axes.plot(*points[-1], color=line.colour, marker="x", clip_on=False)
-        end = (*points[-1], line.label, line.colour) if points else end
+        end = points[-1] if points else end
     return end
 
 
-def variants(records: list[Record], first: str, what: str) -> list[Drawn]:
-    """The figures of a study that repeats a table: errors beside the published ones, and losses beside those of its first row."""
-    records = best(records)
+def variants(records: list[Record], table: Sequence[str], what: str) -> list[Drawn]:
+    """The figures of a study that repeats a table, in its order: errors beside the published ones, and losses beside those of its first row."""
+    records = sorted(best(records), key=lambda r: table.index(r["variant"]))
     nets = results(records)
     names, depth = list(dict.fromkeys(r["variant"] for r in nets)), nets[0]["layers"]
     panels = {name.replace(", ", ",\n"): [Line(name, OURS, {"variant": name})] for name in names}
     return [
         by_variant(f"Error by {what} at {depth} layers, a dot a seed, beside the published ones", records),
-        losses(f"Training loss by step, a line a seed; {first} in grey", records, panels, Line(first, MUTED, {"variant": first})),
+        losses(f"Training loss by step, a line a seed; {table[0]} in grey", records, panels, Line(table[0], MUTED, {"variant": table[0]})),
     ]

@@ -2,9 +2,7 @@
 
 from statistics import median
 
-from matplotlib.axes import Axes
-
-from reslab.report.charts import Drawn, at_ends, canvas, colours, logarithmic, titled
+from reslab.report.charts import Drawn, canvas, colours, logarithmic, titled
 from reslab.report.svg import MUTED
 from reslab.run import Record
 
@@ -36,12 +34,12 @@ def _losses(curves: list[Record]) -> Drawn:
     with canvas(max(1, len(shapes)), 3.2) as c:
         for axes, shape in zip(c.axes, shapes, strict=False):
             for norm, colour in COLOURS.items():
-                for r in (r for r in curves if (r["shape"], r["norm"]) == (shape, norm)):
-                    axes.plot(*_points(r), color=colour, linewidth=1, alpha=0.8)
+                lines = [points for r in curves if (r["shape"], r["norm"]) == (shape, norm) and all(points := _points(r))]
+                for points in lines:
+                    axes.plot(*points, color=colour, linewidth=1, alpha=0.8)
+                if lines:
+                    c.at_end(axes, max(x[-1] for x, _ in lines), median(y[-1] for _, y in lines), NORMS[norm], colour)
             titled(axes, shape, "step", "training loss" if shape == shapes[0] else "")
-        for axes, shape in zip(c.axes, shapes, strict=False):
-            ends = {norm: [p for r in curves if (r["shape"], r["norm"]) == (shape, norm) and all(p := _points(r))] for norm in NORMS}
-            _name(axes, {norm: (max(x[-1] for x, _ in lines), median(y[-1] for _, y in lines)) for norm, lines in ends.items() if lines})
         rows = [
             {"shape": r["shape"], "norm": r["norm"], "seed": r["seed"], "step": step, "loss": loss}
             for r in curves
@@ -59,7 +57,6 @@ def _points(curve: Record) -> tuple[list[float], list[float]]:
 def _probed(probes: list[Record], title: str, unit: str, key: str) -> Drawn:
     shapes = _shapes(probes)
     with canvas(max(1, len(shapes)), 3.2) as c:
-        lines: dict[str, dict[str, tuple[float, float]]] = {shape: {} for shape in shapes}
         for axes, shape in zip(c.axes, shapes, strict=False):
             for norm, colour in COLOURS.items():
                 mine = [r for r in probes if (r["shape"], r["norm"]) == (shape, norm)]
@@ -69,11 +66,9 @@ def _probed(probes: list[Record], title: str, unit: str, key: str) -> Drawn:
                 if at:
                     axes.fill_between(steps, [min(v) for v in at], [max(v) for v in at], color=colour, alpha=0.18, linewidth=0)
                     axes.plot(steps, [median(v) for v in at], color=colour, linewidth=1.4)
-                    lines[shape][norm] = steps[-1], median(at[-1])
+                    c.at_end(axes, steps[-1], median(at[-1]), NORMS[norm], colour)
             logarithmic(axes)
             titled(axes, shape, "step", unit if shape == shapes[0] else "")
-        for axes, shape in zip(c.axes, shapes, strict=False):
-            _name(axes, lines[shape])
         rows = [{"shape": r["shape"], "norm": r["norm"], "seed": r["seed"], "step": r["step"], key: r[key]} for r in probes]
         lost = sum(r[key] is None for r in probes)
         return c.drawn(f"{title}: median and range over seeds" + (f"; {lost} infinite values are beyond it" if lost else ""), rows)
@@ -93,9 +88,3 @@ def _drift(speeds: list[Record]) -> Drawn:
             titled(axes, shape, "", "change, in deviations" if shape == shapes[0] else "")
         rows = [{key: r[key] for key in ("shape", "norm", "seed", "drift", "mean_loss")} for r in speeds]
         return c.drawn("How much a layer's inputs move from one step to the next, a dot a seed", rows)
-
-
-def _name(axes: Axes, ends: dict[str, tuple[float, float]]) -> None:
-    """Names at the lines' ends (x, y)."""
-    if ends:
-        at_ends(axes, max(x for x, _ in ends.values()), [(y, NORMS[norm], COLOURS[norm]) for norm, (_, y) in ends.items()])

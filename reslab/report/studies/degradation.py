@@ -1,6 +1,6 @@
 """Error by depth, and the running training loss: He et al. 2015, figure 6."""
 
-from reslab.report.charts import Drawn, at_end, canvas, colours, titled, with_seeds
+from reslab.report.charts import Drawn, canvas, colours, titled, with_seeds
 from reslab.report.svg import MUTED
 from reslab.run import Record
 
@@ -18,7 +18,7 @@ def _by_depth(results: list[Record]) -> Drawn:
         for axes, key in zip(c.axes, ("train_error", "test_error"), strict=True):
             for twin, colour in COLOURS.items():
                 values = [[100 * r[key] for r in results if (r["twin"], r["layers"]) == (twin, depth)] for depth in depths]
-                with_seeds(axes, range(len(depths)), values, colour, twin)
+                with_seeds(c, axes, range(len(depths)), values, colour, twin)
             axes.set_xticks(range(len(depths)), [str(depth) for depth in depths])
             axes.set_xlim(-0.2, len(depths) - 0.6)
             titled(axes, f"{key.split('_')[0]} error, %", "layers")
@@ -36,8 +36,9 @@ def _by_step(curves: list[Record]) -> Drawn:
                 loss = [float("nan") if v is None else v for v in row["loss"]]
                 axes.plot(x, loss, color=COLOURS[row["twin"]], linewidth=1, alpha=0.8)
                 if not row["seed"]:
-                    at_end(axes, x[-1], loss[-1], row["twin"], COLOURS[row["twin"]])
+                    c.at_end(axes, x[-1], loss[-1], row["twin"], COLOURS[row["twin"]])
             axes.axhline(0, color=MUTED, linewidth=0.5)
+            axes.margins(x=0.01)
             titled(axes, f"{depth} layers", "step")
         rows = [
             {"twin": r["twin"], "layers": r["layers"], "seed": r["seed"], "step": r["every"] * i, "loss": loss}

@@ -6,7 +6,7 @@ from typing import Any
 
 from matplotlib.axes import Axes
 
-from reslab.report.charts import Drawn, Row, at_end, canvas, colours, heat, logarithmic, titled
+from reslab.report.charts import Drawn, Row, canvas, colours, heat, logarithmic, titled
 from reslab.report.svg import MUTED
 from reslab.run import Record
 
@@ -74,7 +74,7 @@ def _apart(flows: list[Record]) -> Drawn:
                     axes.plot(range(len(y)), y, color=colour, linestyle=style)
                     rows += [{"norm": norm, "what": what, "path": path, "step": steps[when], "block": i, "value": _round(v)} for i, v in enumerate(y) if i]
                     if when == 0:
-                        at_end(axes, len(y) - 1, y[-1], path, colour, 5 if path == "shortcut" else -5)
+                        c.at_end(axes, len(y) - 1, y[-1], path, colour)
             logarithmic(axes)
             titled(axes, f"{what}, {'norm' if norm else 'no norm'}", "block")
         return c.drawn("Branch and shortcut apart in the residual nets: at the first step (solid) and at the last measured one (dotted)", rows)

@@ -3,7 +3,7 @@
 from statistics import fmean
 from typing import Any
 
-from reslab.report.charts import Drawn, Row, at_end, canvas, colours, heat, titled, with_seeds
+from reslab.report.charts import Drawn, Row, canvas, colours, heat, titled, with_seeds
 from reslab.report.svg import MUTED
 from reslab.run import Record
 
@@ -27,8 +27,8 @@ def _stacks(stacks: list[Record]) -> Drawn:
         axes.set_xscale("log")
         axes.set_yscale("log")
         axes.plot(depths, fields, color=MUTED)
-        at_end(axes, depths[-1], fields[-1], "theoretical", MUTED)
-        with_seeds(axes, depths, values, TWINS["residual"], "effective")
+        c.at_end(axes, depths[-1], fields[-1], "theoretical", MUTED)
+        with_seeds(c, axes, depths, values, TWINS["residual"], "effective")
         middle = fmean(values[0])
         root = [middle * (depth / depths[0]) ** 0.5 for depth in depths]
         beside = max(0, len(depths) - 2)
@@ -45,7 +45,7 @@ def _sizes(twins: list[Record]) -> Drawn:
         for axes, twin in zip(c.axes, TWINS, strict=True):
             found = [[r["size"] for r in twins if (r["twin"], r["trained"]) == (twin, after)] for after in (False, True)]
             if all(found):
-                with_seeds(axes, (0, 1), found, TWINS[twin], twin)
+                with_seeds(c, axes, (0, 1), found, TWINS[twin], twin)
                 field = next(r["theoretical"] for r in twins if r["twin"] == twin)
                 axes.axhline(field, color=MUTED, linestyle=":")
                 axes.annotate(f"theoretical, {field}", (0.5, field), xytext=(0, -12), textcoords="offset points", color=MUTED, fontsize=9, ha="center")

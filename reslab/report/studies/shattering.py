@@ -2,14 +2,13 @@
 
 from statistics import fmean
 
-from reslab.report.charts import Drawn, Row, at_end, canvas, colours, titled
+from reslab.report.charts import Drawn, Row, canvas, colours, titled
 from reslab.report.svg import MUTED
 from reslab.run import Record
 
 SHOWN = (("plain, centred", 2), ("plain, batch norm", 50), ("residual, beta 0.1", 50), ("brown noise", 0), ("white noise", 0))
 NOISES = ("brown noise", "white noise")
 TWINS = colours(["residual", "plain"])
-LABELLED = (8, 4, 12)  # lags at which the curve of each depth has its label
 
 
 def figures(records: list[Record]) -> list[Drawn]:
@@ -38,13 +37,11 @@ def _dense(dense: list[Record]) -> Drawn:
         for axes, net in zip(c.axes, nets, strict=True):
             for noise in NOISES:
                 axes.plot(curves[noise, 0], color=MUTED, linestyle=":", linewidth=1.2)
-                at_end(axes, len(curves[noise, 0]) - 1, curves[noise, 0][-1], noise.split()[0], MUTED)
-            depths = [depth for other, depth in curves if other == net]
-            for depth, colour in colours([str(depth) for depth in depths]).items():
+                c.at_end(axes, len(curves[noise, 0]) - 1, curves[noise, 0][-1], noise.split()[0], MUTED)
+            for depth, colour in colours([str(depth) for other, depth in curves if other == net]).items():
                 curve = curves[net, int(depth)]
                 axes.plot(curve, color=colour)
-                lag = LABELLED[depths.index(int(depth)) % len(LABELLED)]
-                axes.annotate(depth, (lag, curve[lag]), xytext=(2, 4), textcoords="offset points", color=colour, fontsize=9)
+                c.at_end(axes, len(curve) - 1, curve[-1], f"{depth} layers", colour)
             titled(axes, net, "lag", "correlation" if axes is c.axes[0] else "")
 
         rows = [{"net": net, "layers": depth, "lag": lag, "correlation": round(v, 5)} for (net, depth), curve in curves.items() for lag, v in enumerate(curve)]
@@ -62,7 +59,7 @@ def _images(images: list[Record]) -> Drawn:
                     axes.plot(r["values"], color=colour, linewidth=1, alpha=0.8)
                     rows += [{"net": twin, "layers": depth, "seed": r["seed"], "lag": lag, "correlation": round(v, 5)} for lag, v in enumerate(r["values"])]
                 if found:
-                    at_end(axes, len(found[0]["values"]) - 1, fmean(r["values"][-1] for r in found), twin, colour)
+                    c.at_end(axes, len(found[0]["values"]) - 1, fmean(r["values"][-1] for r in found), twin, colour)
             titled(axes, f"{depth} layers", "lag, steps of 1/255 of the way", "correlation" if axes is c.axes[0] else "")
         return c.drawn("Correlation of gradients between two training images, convolutional nets, a line a seed", rows)
 

@@ -3,12 +3,11 @@
 import math
 from statistics import fmean
 
-from reslab.report.charts import Drawn, Row, at_end, canvas, colours, logarithmic, titled
+from reslab.report.charts import Drawn, Row, canvas, colours, logarithmic, titled
 from reslab.run import Record
 
 PATHS = colours(["shortcut", "branch"])
 TWINS = colours(["residual", "plain"])
-SHIFT = {"residual": -5, "plain": 5}  # points, of names that would often overlap
 ORDERS = ("single stage", "the net")
 
 
@@ -28,9 +27,7 @@ def _additions(added: list[Record]) -> Drawn:
                 for r in _of(added, order, norm):
                     axes.plot(range(1, len(r[path]) + 1), r[path], color=colour, linewidth=1, alpha=0.8)
                     rows += [{"net": order, "norm": norm, "seed": r["seed"], "path": path, "block": i, "variance": v} for i, v in enumerate(r[path], 1)]
-                ends = [r[path][-1] for r in _of(added, order, norm)]
-                shift = (5 if path == "shortcut" else -5) if not norm else 0  # without norm the two lie together
-                at_end(axes, len(r[path]), fmean(ends), path, colour, shift)
+                c.at_end(axes, len(r[path]), fmean(r[path][-1] for r in _of(added, order, norm)), path, colour)
             logarithmic(axes)
             titled(axes, f"{order}, {'norm' if norm else 'no norm'}", "block", "variance" if axes is c.axes[0] else "")
         return c.drawn("Variance of branch and shortcut where they are added, at the start, a line a seed", rows)
@@ -47,7 +44,7 @@ def _responses(responses: list[Record]) -> Drawn:
                     axes.plot(range(1, len(r["deviations"]) + 1), r["deviations"], color=colour, linewidth=1, alpha=0.8)
                     rows += [{"twin": twin, "layers": depth, "seed": r["seed"], "layer": i, "deviation": v} for i, v in enumerate(r["deviations"], 1)]
                 if found:
-                    at_end(axes, len(found[0]["deviations"]), fmean(r["deviations"][-1] or math.nan for r in found), twin, colour, SHIFT[twin])
+                    c.at_end(axes, len(found[0]["deviations"]), fmean(r["deviations"][-1] or math.nan for r in found), twin, colour)
             logarithmic(axes)
             titled(axes, f"{depth} layers", "layer", "standard deviation" if axes is c.axes[0] else "")
         return c.drawn("Standard deviation of the layers' responses after training, a line a net", rows)
