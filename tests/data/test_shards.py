@@ -211,7 +211,9 @@ def forge(folder: Path, change: object, resealed: bool) -> None:
     [
         lambda t: t["offsets"].__setitem__(0, -512), lambda t: t["bytes"].__setitem__(0, 1 << 40), lambda t: t["labels"].__setitem__(0, 3),
         lambda t: t["digests"].__setitem__(0, "x"), lambda t: t["names"].pop(), lambda t: t.pop("widths"), lambda t: t["labels"].__setitem__(0, True),
-        lambda t: t["digests"].__setitem__(0, 10**31), lambda t: t["names"].__setitem__(0, "a" * (2 << 20)),
+        lambda t: t["digests"].__setitem__(0, 10**31), lambda t: t["names"].__setitem__(0, "a" * (2 << 20)), lambda t: t["widths"].__setitem__(0, 0),
+        lambda t: t["heights"].__setitem__(0, 1 << 31), lambda t: t["bytes"].__setitem__(0, 0), lambda t: t["offsets"].__setitem__(0, 10**9),
+        lambda t: t["labels"].__setitem__(0, -1), lambda t: t["names"].__setitem__(0, 5),
     ],
 )  # fmt: skip
 def test_a_forged_index_is_refused_in_one_line(change: object, copied: Path) -> None:
@@ -232,7 +234,10 @@ def test_an_index_that_is_not_the_one_named_is_refused(copied: Path) -> None:
     [
         lambda h: h["shards"][0].update(name="../train.tar"), lambda h: h["shards"][0].update(images=0), lambda h: h.update(classes="ab"),
         lambda h: h.update(format="x"), lambda h: h["shards"].clear(), lambda h: h["shards"][0].update(sha256=None), lambda h: h.pop("name"),
-        lambda h: h["shards"][0].update(sha256=10**63),
+        lambda h: h["shards"][0].update(sha256=10**63), lambda h: h["shards"][1].update(name=h["shards"][0]["name"]),
+        lambda h: h["shards"][0].update(part="all"), lambda h: h["shards"][0].update(bytes=0), lambda h: h["shards"][0].update(images=True),
+        lambda h: h.update(channels=2), lambda h: h.update(upright=1), lambda h: h["classes"].__setitem__(1, h["classes"][0]),
+        lambda h: h["shards"][0].update(images=1 << 29), lambda h: h["shards"][0].update(index_sha256="0" * 63),
     ],
 )  # fmt: skip
 def test_a_forged_list_of_shards_is_refused_in_one_line(change: object, copied: Path) -> None:

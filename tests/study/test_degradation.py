@@ -5,7 +5,7 @@ from scipy import stats as scipy_stats
 
 from reslab.interval import wilson
 from reslab.study.degradation import _newcombe, claims
-from reslab.study.stats import estimate, paired, points
+from reslab.study.stats import Estimate, estimate, paired, points, within
 
 
 def records(plain: list[float], residual: list[float]) -> list[dict]:
@@ -63,6 +63,15 @@ def test_intervals_are_students() -> None:
     values = [0.3, 0.5, 0.1, 0.45]
     want = scipy_stats.ttest_1samp(values, 0).confidence_interval(0.95)
     assert estimate(values)[1:3] == pytest.approx((want.low, want.high))
+
+
+@pytest.mark.parametrize(
+    ("interval", "want"),
+    [((0.2, 0.3), "agrees"), ((0.1, 0.4), "agrees"), ((0.41, 0.5), "disagrees"), ((0.0, 0.09), "disagrees"), ((0.3, 0.41), "not decided at this budget"),
+     ((0.0, 1.0), "not decided at this budget"), ((-float("inf"), float("inf")), "not decided at this budget")],
+)  # fmt: skip
+def test_all_of_an_interval_lies_between_the_published_bounds_or_none_of_it(interval: tuple[float, float], want: str) -> None:
+    assert within(Estimate(0.25, *interval, n=3), 0.1, 0.4) == want
 
 
 def test_pairing_cancels_the_luck_of_a_seed() -> None:

@@ -11,6 +11,7 @@ from reslab.errors import CallError
 from reslab.family import FAMILY
 from reslab.nets.torch import ResNet, build
 from reslab.spec import Spec
+from reslab.use import explain
 from reslab.use.artefact import TorchModel
 from reslab.use.classifier import Classifier
 from reslab.use.explain import (
@@ -124,6 +125,17 @@ def test_grad_cam_plus_plus_is_the_papers_equations() -> None:
     assert far(ours / ours.abs().max(), expected / expected.abs().max()) < 1e-9, "equal up to the factor exp(S)"
 
 
+def test_no_more_images_go_through_the_net_at_once_than_memory_is_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    net, x, labels = made("basic")
+    whole = {method: evidence(net, x, labels, method) for method in METHODS}
+    monkeypatch.setattr(explain, "MEMORY", 2 * net.spec.cost(x.shape[2]).activations)
+    seen: list[int] = []
+    net.register_forward_pre_hook(lambda _, given: seen.append(len(given[0])))
+    for method in METHODS:
+        assert far(evidence(net, x, labels, method), whole[method]) < 1e-4
+    assert max(seen) == 2
+
+
 class Corner(ResNet):
     """Its logit for class 1 is the brightness of the upper left quarter; class 0 says the opposite."""
 
@@ -148,6 +160,20 @@ def test_evidence_lies_where_it_is_known_to_lie_and_nowhere_outside_the_crop(met
     assert found[12:, :].max() < 0.2
     assert found[:4].max() == found[20:].max() == found[:, :4].max() == found[:, 20:].max() == 0
     assert heat_map(classifier(net, 16, 24), pixels, method).sum() == found.sum(), "class 1 is the predicted one"
+
+
+def test_negative_activations_have_no_pole_in_grad_cam_plus_plus() -> None:
+    """The gradient is 1/64 in the quarter; with the negative sum, -256, the weights would be negative too."""
+    net = Corner(Spec("basic", (1, 1), (4, 4), "conv3", num_classes=2)).eval()
+    found = grad_cam_plus_plus(net, -torch.ones(1, 3, 16, 16), torch.tensor([1]))
+    assert torch.allclose(found, torch.tensor(-0.5))
+
+
+def test_a_single_pixel_does_not_darken_the_rest() -> None:
+    net, _, _ = made("basic")
+    maps = torch.ones(1, 16, 16)
+    maps[0, 3, 5] = 1000
+    assert (on_canvas(classifier(net, 16, 16), maps) == 1).all()
 
 
 def test_a_map_without_evidence_is_zero_and_finite() -> None:

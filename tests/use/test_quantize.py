@@ -82,6 +82,45 @@ def test_kullback_leibler_against_a_case_whose_answer_is_known() -> None:
     want = 0.5 * np.log(0.5 / 0.75) + 0.5 * np.log(0.5 / 0.25)
     assert quantize.kullback_leibler(np.log(p).astype(np.float32), np.log(q).astype(np.float32), 1.0) == pytest.approx(want, rel=1e-6)
     assert quantize.kullback_leibler(np.log(p).astype(np.float32), np.log(p).astype(np.float32), 2.0) == 0
+    p, q = np.array([[0.5, 0.5]]), np.sqrt([[0.75, 0.25]])
+    hot = quantize.kullback_leibler(np.log(p).astype(np.float32), np.log(q).astype(np.float32) * 4, 2.0)
+    assert hot == pytest.approx(want, rel=1e-6), "logits are divided by the temperature"
+
+
+@pytest.mark.parametrize(
+    ("drop", "seconds", "want"),
+    [
+        (0.5, {1: 1.0, 16: 1.0}, []),
+        (-3.0, {1: 0.5, 16: 0.9}, []),
+        (0.6, {1: 0.5, 16: 0.9}, ["0.60 points worse than fp32 (--max-drop 0.5)"]),
+        (0.0, {1: 1.1, 16: 0.5}, ["slower at batch 1"]),
+        (2.0, {1: 0.5, 16: 1.1}, ["slower at batch 16", "2.00 points worse than fp32 (--max-drop 0.5)"]),
+    ],
+)
+def test_a_file_must_be_faster_at_every_batch_size_and_as_right(drop: float, seconds: dict[int, float], want: list[str]) -> None:
+    found = {"drop": drop, "seconds": {size: {"fp32": 1.0, "converted": each} for size, each in seconds.items()}}
+    assert quantize.objections(found, 0.5) == want
+
+
+def test_calibration_takes_fewer_large_images(trained: Run, classifier: Classifier, monkeypatch: pytest.MonkeyPatch) -> None:
+    images, _ = find_images(trained.path, classifier, lambda *_: None)
+    assert images is not None
+    monkeypatch.setattr(quantize, "CALIBRATION", (2, 5))
+    for room, n in ((1, 2), (4, 4), (9, 5)):
+        monkeypatch.setattr(quantize, "CALIBRATION_PIXELS", room * classifier.preprocess.canvas**2)
+        assert [len(pixels) for pixels in quantize._training_pixels(classifier, images)] == [n, n]
+
+
+def test_ends_in_float_are_kept_where_they_save_the_accuracy(trained: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    drops, judge = [1.0, 0.25], quantize.judge
+    monkeypatch.setattr(quantize, "race", _timed(0.006))
+    monkeypatch.setattr(quantize, "METHODS", ("MinMax",))
+    monkeypatch.setattr(quantize, "judge", lambda *given: judge(*given) | {"drop": drops.pop(0)})
+    found = export(trained.path, "onnx", tmp_path / "m.onnx", precision="int8")
+    assert found.facts["conversion"]["float_ends"] is True
+    assert found.facts["verdict"]["drop"] == 0.25
+    weights = [tensor for tensor in onnx.load(found.path).graph.initializer if len(tensor.dims) == 4]
+    assert {tensor.data_type for tensor in weights} == {onnx.TensorProto.FLOAT, onnx.TensorProto.INT8}
 
 
 def test_what_is_faster_and_as_right_is_kept_with_its_numbers(trained: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
