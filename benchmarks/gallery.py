@@ -35,35 +35,33 @@ def without_out(command: str) -> str:
     return shlex.join(words)
 
 
+def told(answer: str, claims: list[dict[str, str]], titles: list[str], name: str) -> str:
+    """A study's answer, its claims beside what was measured, and its first figures, which lie under that name."""
+    rows = "\n".join(f"| {c['paper']} | {c['measured']} | {WORDS[c['verdict']]} |" for c in claims)
+    pictures = "\n".join(f"![{title}](studies/{name}/{i}.svg)\n\n*{title}.*\n" for i, title in enumerate(titles[:FIGURES], start=1))
+    return f"{answer}\n\n| claim | measured here | verdict |\n|---|---|---|\n{rows}\n\n{pictures}"
+
+
 def section(folder: Path, taken: list[str]) -> str:
-    told: dict[str, Any] = json.loads((folder / "study.json").read_text("utf-8"))
-    name = f"{told['name']}-{told['data']}"
+    facts: dict[str, Any] = json.loads((folder / "study.json").read_text("utf-8"))
+    name = f"{facts['name']}-{facts['data']}"
     name += f"-{taken.count(name) + 1}" if name in taken else ""
     taken.append(name)
     kept = DOCS / "studies" / name
     kept.mkdir(parents=True, exist_ok=True)
-    pictures = []
-    for number, title in list(enumerate(told["figures"], start=1))[:FIGURES]:
+    for number in range(1, len(facts["figures"][:FIGURES]) + 1):
         shutil.copyfile(folder / "figures" / f"{number}.svg", kept / f"{number}.svg")
-        pictures.append(f"![{title}](studies/{name}/{number}.svg)\n\n*{title}.*")
     records = sorted(folder.glob("cells/*.jsonl"))
     (kept / "records.jsonl").write_text("".join(file.read_text("utf-8") for file in records), "utf-8")
-    claims = "\n".join(f"| {c['paper']} | {c['measured']} | {WORDS[c['verdict']]} |" for c in told["claims"])
     return f"""
-## {told["name"]} on {told["data"]}: {told["question"]}
+## {facts["name"]} on {facts["data"]}: {facts["question"]}
 
-{told["answer"]}
-
-| claim | measured here | verdict |
-|---|---|---|
-{claims}
-
-{chr(10).join(f"{picture}{chr(10)}" for picture in pictures)}
+{told(facts["answer"], facts["claims"], facts["figures"], name)}
 ```sh
-{without_out(told["command"])}
+{without_out(facts["command"])}
 ```
 
-{told["protocol"]} {told["data"]} at {told["size"]} px, {told["cells"]} cells, {told["seconds"]} s; {told["hardware"]}.
+{facts["protocol"]} {facts["data"]} at {facts["size"]} px, {facts["cells"]} cells, {facts["seconds"]} s; {facts["hardware"]}.
 """
 
 

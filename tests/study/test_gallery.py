@@ -6,6 +6,7 @@ After a change of a claim's rule or words, or of a figure, `python -m tests.stud
 import importlib
 import json
 import re
+import runpy
 from pathlib import Path
 
 from reslab.report.charts import Drawn
@@ -15,10 +16,7 @@ from reslab.study.lab import find
 from reslab.study.lesion import MEASURES
 
 DOCS = Path(__file__).parents[2] / "docs"
-WORDS = {"agrees": "✓ agrees", "disagrees": "✗ disagrees", "not decided at this budget": "· not decided"}
-
-
-FIGURES = 2  # of each study, as `benchmarks/gallery.py` has them
+GALLERY = runpy.run_path(str(DOCS.parent / "benchmarks" / "gallery.py"))
 TWINS = ("residual", "plain", "untrained")
 
 
@@ -33,15 +31,15 @@ def kept(folder: str) -> list[Record]:
 
 def drawn(name: str, folder: str) -> list[Drawn]:
     figures: list[Drawn] = importlib.import_module(f"reslab.report.studies.{name}").figures(kept(folder))
-    return figures[:FIGURES]
+    return figures[: GALLERY["FIGURES"]]
 
 
 def told(name: str, folder: str) -> str:
-    """The answer, the claims and the figures of a study, as `benchmarks/gallery.py` words them."""
-    records = kept(folder)
-    claims = "\n".join(f"| {c.paper} | {c.measured} | {WORDS[c.verdict]} |" for c in find(name).claims(records))
-    pictures = "\n".join(f"![{f.title}](studies/{folder}/{i}.svg)\n\n*{f.title}.*\n" for i, f in enumerate(drawn(name, folder), start=1))
-    return f"{find(name).answer(records)}\n\n| claim | measured here | verdict |\n|---|---|---|\n{claims}\n\n{pictures}"
+    """What the page says of a study: its answer, claims and figures."""
+    study, records = find(name), kept(folder)
+    claims = [claim._asdict() for claim in study.claims(records)]
+    text: str = GALLERY["told"](study.answer(records), claims, [figure.title for figure in drawn(name, folder)], folder)
+    return text
 
 
 def rewritten(page: str) -> str:
@@ -57,6 +55,7 @@ def rewritten(page: str) -> str:
 
 def test_the_page_says_what_the_kept_records_say() -> None:
     page = (DOCS / "studies.md").read_text("utf-8")
+    assert page.startswith(GALLERY["HEAD"])
     assert page == rewritten(page), "python -m tests.study.test_gallery writes it anew"
 
 
